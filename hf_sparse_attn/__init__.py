@@ -1,0 +1,100 @@
+"""Sparse attention for pretrained Hugging Face models: one line on, one line off."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a clone without symbolic links kernels/, patches/ and recipes/ stand beside the package, not in it.
+if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[1] / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.api import attention, patch, unpatch
+    from hf_sparse_attn.context import Context, Segment, TokenLayout
+    from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
+    from hf_sparse_attn.patching import DenseFallback, Patch
+    from hf_sparse_attn.pattern import BlockPattern
+    from hf_sparse_attn.report import Report
+
+_WHERE = {
+    "attention": "api",
+    "patch": "api",
+    "unpatch": "api",
+    "Context": "context",
+    "Segment": "context",
+    "TokenLayout": "context",
+    "BackendUnavailable": "dispatch",
+    "Decline": "method",
+    "Method": "method",
+    "MethodDoesNotApply": "method",
+    "DenseFallback": "patching",
+    "Patch": "patching",
+    "BlockPattern": "pattern",
+    "Report": "report",
+}
+
+__all__ = [  # noqa: F822  the names of _WHERE are loaded lazily
+    "BackendUnavailable",
+    "BlockPattern",
+    "Context",
+    "Decline",
+    "DenseFallback",
+    "Method",
+    "MethodDoesNotApply",
+    "Patch",
+    "Report",
+    "Segment",
+    "TokenLayout",
+    "attention",
+    "get_method",
+    "list_methods",
+    "patch",
+    "register_method",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"hf_sparse_attn.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'hf_sparse_attn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def list_methods() -> list[str]:
+    """Names of all sparse attention methods."""
+    from hf_sparse_attn.registry import METHODS
+
+    return METHODS.names()
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method; call it with parameters.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    from hf_sparse_attn.registry import METHODS
+
+    return METHODS.get(name)
+
+
+def register_method(name: str) -> Any:
+    """Class decorator that adds a method of your own under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: the class is not a Method.
+    """
+    from hf_sparse_attn.registry import METHODS
+
+    METHODS.discover()
+    return METHODS.register(name)

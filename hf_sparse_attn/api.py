@@ -1,0 +1,154 @@
+"""patch(), unpatch(), attention(): the whole flow on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context
+from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
+from hf_sparse_attn.family import find_family
+from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
+from hf_sparse_attn.patching import Patch, Session, active_patch
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
+
+
+def patch(
+    model: Any,
+    method: str | Method,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    dense_layers: int | Sequence[int] | None = None,
+    dense_steps: float | tuple[float, float] | None = None,
+    min_tokens: int | str = "auto",
+    **params: Any,
+) -> Patch:
+    """Makes the self-attention of a pretrained model sparse, in place and reversibly.
+
+    Args:
+        model: a transformers model, a diffusers transformer, or a diffusers pipeline.
+        method: a name (see `list_methods()`) or a Method.
+        backend: "auto", or a backend by name, which then never falls back.
+        strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
+            running dense and reporting why.
+        dense_layers: number of first layers kept dense, or the layers themselves.
+        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares.
+        min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
+        **params: the method's parameters.
+
+    Returns:
+        the Patch: `report()`, `remove()`, and a context manager that removes itself.
+
+    Raises:
+        TypeError: a model of no known family, or a parameter the method does not have.
+        ValueError: an unknown name, a value out of range, a method that does not apply to the family, or a model that
+            is patched already. The model is then untouched.
+    """
+    made = make_method(method, params)
+    policy = Policy(
+        dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
+        dense_steps=dense_steps,
+        min_tokens=min_tokens,
+    )
+    if backend != "auto":
+        BACKENDS.get(backend)
+    name, family, modules = find_family(model)
+    lacking = sorted(made.needs - family.provides)
+    if lacking:
+        raise MethodDoesNotApply(
+            f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "
+            f"{type(model).__name__} (family {name}) has none"
+        )
+    for module in modules:
+        already = active_patch(module)
+        if already is not None:
+            raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
+    made_patch = Patch(name, Session(made, policy, backend, strict), modules)
+    try:
+        family.install(made_patch)
+        if not made_patch.session.records:
+            raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
+    except BaseException:
+        made_patch.remove()
+        raise
+    return made_patch
+
+
+def unpatch(model: Any) -> None:
+    """Removes the patch of a model or pipeline; it is then as it was, bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    patches = {id(p): p for module in find_family(model)[2] if (p := active_patch(module)) is not None}
+    if not patches:
+        raise ValueError(f"`model` must be patched, got a {type(model).__name__} without a patch")
+    for found in patches.values():
+        found.remove()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    method: str | Method | BlockPattern,
+    ctx: Context | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sparse attention as a function.
+
+    Args:
+        q: [batch, heads, q_len, dim].
+        k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads, keys are never repeated in memory.
+        v: [batch, kv_heads, kv_len, value dim].
+        method: a name, a Method, or a ready BlockPattern.
+        ctx: what the tokens are; None means causal text whose last query is at the last key (not used by a pattern).
+        scale: factor on the logits; None means that of `ctx`, else dim ** -0.5.
+        backend: "auto", or a backend by name, which then never falls back.
+        return_lse: also return the log-sum-exp of the logits, [batch, heads, q_len].
+
+    Returns:
+        output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for.
+
+    Raises:
+        ValueError, TypeError: shapes, types or names that do not fit.
+        MethodDoesNotApply: the method declines; there is no dense model attention to fall back to here.
+        BackendUnavailable: the backend asked for cannot run the call.
+    """
+    check_tensors(q, k, v)
+    if isinstance(method, BlockPattern):
+        factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
+        out, lse, _ = run_pattern(q, k, v, method, factor, backend)
+        return (out, lse) if return_lse else out
+    made = make_method(method, {})
+    ctx = Context.for_tensors(q, k) if ctx is None else ctx
+    if (ctx.layout.q_len, ctx.layout.kv_len) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"`ctx` must describe {q.shape[2]} queries and {k.shape[2]} keys, "
+            f"got {ctx.layout.q_len} and {ctx.layout.kv_len}"
+        )
+    factor = ctx.softmax_scale if scale is None else scale
+    if scale is not None or (ctx.num_heads, ctx.num_kv_heads, ctx.head_dim) != (q.shape[1], k.shape[1], q.shape[3]):
+        from dataclasses import replace
+
+        ctx = replace(ctx, scale=factor, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+        return run_pattern(q, k, v, pattern, factor, backend)[:2]
+
+    done = made.attention(q, k, v, ctx, run)
+    if isinstance(done, Decline):
+        raise MethodDoesNotApply(f"`method` {made.name!r} does not apply: {done.reason}")
+    return done if return_lse else done[0]
+
+
+def default_device() -> torch.device:
+    """The device programs of this package run on: CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

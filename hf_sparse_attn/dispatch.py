@@ -1,0 +1,216 @@
+"""Which backend runs a pattern and why; where dense attention is kept instead."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
+
+# Tried in this order by backend="auto": the reference is the specification, not a way to run models.
+AUTO_ORDER = ("triton_block_sparse", "torch_gather")
+
+
+class Backend(Protocol):
+    """Runs attention over a BlockPattern. One file in kernels/, one class, registered by name."""
+
+    @staticmethod
+    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
+        """Why this call cannot run here, or None. `pattern` None asks about the device and sizes alone."""
+
+    @staticmethod
+    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention over the keys of the pattern.
+
+        Args:
+            q: [batch, heads, q_len, dim].
+            k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads.
+            v: [batch, kv_heads, kv_len, value dim].
+            pattern: batch 1 or batch, heads 1 or heads, on the device of `q`.
+            scale: factor on the logits.
+
+        Returns:
+            output [batch, heads, q_len, value dim] in the dtype of `q` (0 where a query has no key), and log-sum-exp
+            [batch, heads, q_len] in float32 (float64 for float64), natural logarithm, -inf where a query has no key.
+        """
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises where q, k, v do not fit together, naming argument, rule and value."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"`{name}` must be a tensor [batch, heads, tokens, dim], got {type(t).__name__}")
+        if t.ndim != 4:
+            raise ValueError(f"`{name}` must be [batch, heads, tokens, dim], got shape {list(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"`{name}` must be floating point, got {t.dtype}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"`{name}` must be {q.dtype} on {q.device} like `q`, got {t.dtype} on {t.device}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"`v` must be {list(k.shape[:3])} in batch, heads, tokens like `k`, got {list(v.shape[:3])}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"`k` must have the batch and dim of `q` {list(q.shape)}, got {list(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"`k` must have a number of heads that divides {q.shape[1]}, got {k.shape[1]}")
+
+
+def check_pattern(pattern: BlockPattern, q: Tensor, k: Tensor) -> None:
+    """Raises where a pattern does not fit q and k."""
+    want, got = (q.shape[2], k.shape[2]), (pattern.q_len, pattern.kv_len)
+    if want != got:
+        raise ValueError(f"`pattern` must be for {want[0]} queries and {want[1]} keys, got {got[0]} and {got[1]}")
+    for name, size, limit in (("batch", pattern.batch, q.shape[0]), ("heads", pattern.heads, q.shape[1])):
+        if size not in (1, limit):
+            raise ValueError(f"`pattern` must have {name} 1 or {limit}, got {size}")
+
+
+def choose_backend(
+    backend: str, pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool
+) -> tuple[str, type[Backend]]:
+    """Name and class of the backend that runs the call.
+
+    Raises:
+        ValueError: unknown backend.
+        BackendUnavailable: the backend asked for cannot run this call, or none can; with the reasons.
+    """
+    if backend != "auto":
+        found = BACKENDS.get(backend)
+        reason = found.why_not(pattern, q, k, v, needs_grad)
+        if reason is not None:
+            raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason}")
+        return backend, found
+    reasons = []
+    for name in AUTO_ORDER:
+        if name not in BACKENDS:
+            continue
+        found = BACKENDS.get(name)
+        reason = found.why_not(pattern, q, k, v, needs_grad)
+        if reason is None:
+            return name, found
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable("no backend can run this call: " + "; ".join(reasons))
+
+
+def run_pattern(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor, str]:
+    """Output, log-sum-exp and the name of the backend that ran; see Backend.attention for shapes."""
+    check_pattern(pattern, q, k)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    pattern = pattern.to(q.device)
+    name, chosen = choose_backend(backend, pattern, q, k, v, needs_grad)
+    out, lse = chosen.attention(q, k, v, pattern, scale)
+    return out, lse, name
+
+
+# ---------------------------------------------------------------------- static patterns
+
+_STATIC: OrderedDict[Any, BlockPattern | Decline] = OrderedDict()
+_STATIC_LOCK = Lock()
+_STATIC_SIZE = 64
+
+
+def cached_pattern(method: Method, ctx: Context, device: torch.device) -> BlockPattern | Decline:
+    """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
+    key = (method, method.cache_key(ctx), device)
+    with _STATIC_LOCK:
+        if key in _STATIC:
+            _STATIC.move_to_end(key)
+            return _STATIC[key]
+    found = method.pattern(None, None, ctx)
+    if isinstance(found, BlockPattern):
+        found = found.to(device)
+    with _STATIC_LOCK:
+        _STATIC[key] = found
+        while len(_STATIC) > _STATIC_SIZE:
+            _STATIC.popitem(last=False)
+    return found
+
+
+# ---------------------------------------------------------------------- policy
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where dense attention is kept whatever the method; the same for all methods.
+
+    Args:
+        dense_layers: number of first layers, or the layers themselves; None means none.
+        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares; each that is more
+            than 0 keeps at least one step, so that a 4-step run still starts dense.
+        min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay.
+        min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
+    """
+
+    dense_layers: int | tuple[int, ...] | None = None
+    dense_steps: float | tuple[float, float] | None = None
+    min_tokens: int | str = "auto"
+    min_queries: int = 16
+
+    def __post_init__(self) -> None:
+        layers = self.dense_layers
+        if isinstance(layers, Sequence) and not isinstance(layers, str):
+            object.__setattr__(self, "dense_layers", layers := tuple(layers))
+        numbers = layers if isinstance(layers, tuple) else (() if layers is None else (layers,))
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise ValueError(f"`dense_layers` must be a number of layers or a list of layer indices, got {layers!r}")
+        for share in self._shares():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(f"`dense_steps` must be shares between 0 and 1, got {self.dense_steps!r}")
+        if self.min_tokens != "auto" and (
+            isinstance(self.min_tokens, (bool, str)) or not isinstance(self.min_tokens, int) or self.min_tokens < 0
+        ):
+            raise ValueError(f"`min_tokens` must be 'auto' or a number of tokens, got {self.min_tokens!r}")
+
+    def _shares(self) -> tuple[Any, Any]:
+        if self.dense_steps is None:
+            return 0.0, 0.0
+        if isinstance(self.dense_steps, Sequence) and not isinstance(self.dense_steps, str):
+            if len(self.dense_steps) != 2:
+                raise ValueError(f"`dense_steps` must be one share or (start, end), got {self.dense_steps!r}")
+            return self.dense_steps[0], self.dense_steps[1]
+        return self.dense_steps, 0.0
+
+    def why_dense(self, ctx: Context, device: torch.device) -> str | None:
+        """Why this call is dense before the method is asked, or None."""
+        layers = self.dense_layers
+        if layers is not None and (ctx.layer < layers if isinstance(layers, int) else ctx.layer in layers):
+            return "dense_layers"
+        start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self._shares())
+        if ctx.step < start or ctx.step >= ctx.num_steps - end:
+            return "dense_steps"
+        if ctx.layout.q_len < self.min_queries:
+            return f"decoding: fewer than {self.min_queries} queries"
+        fewest = AUTO_MIN_TOKENS.get(device.type, 4096) if self.min_tokens == "auto" else int(self.min_tokens)
+        if ctx.layout.kv_len < fewest:
+            return f"fewer than {fewest} keys (min_tokens={self.min_tokens})"
+        return None
+
+    def why_not_worth(self, pattern: BlockPattern, ctx: Context) -> str | None:
+        """Why this pattern is predicted to be slower than dense attention, or None; only with min_tokens="auto"."""
+        if self.min_tokens != "auto":
+            return None
+        density = pattern.density("causal" if ctx.layout.is_causal else "full")
+        if density > AUTO_MAX_DENSITY:
+            return f"density {density:.2f} above {AUTO_MAX_DENSITY}: dense attention is as fast"
+        return None
+
+
+# Fewest keys from which block-sparse attention was faster than dense, by device type: CPU measured with
+# `hf-sparse-attn bench` (README); CUDA not measured yet, set above every crossover published for prefill kernels.
+AUTO_MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
+AUTO_MAX_DENSITY = 0.6

@@ -1,0 +1,52 @@
+"""What a model family is: how its attention is reached, and what the tokens of a call are."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from hf_sparse_attn.method import Decline
+from hf_sparse_attn.patching import Patch
+
+
+class Family(Protocol):
+    """One file in patches/, one class, registered by name. All its functions are static.
+
+    `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers.
+    """
+
+    provides: ClassVar[frozenset[str]]
+    models: ClassVar[str]
+
+    @staticmethod
+    def targets(model: object) -> list[nn.Module] | Decline:
+        """The modules to patch in a model or pipeline, or why it is none of this family."""
+
+    @staticmethod
+    def install(patch: Patch) -> None:
+        """Installs the hooks on `patch.modules`, every one undone through `patch`, with a record for every layer."""
+
+    @staticmethod
+    def tiny() -> tuple[Any, dict[str, Any]]:
+        """A tiny randomly initialised real model of the family and keyword inputs for its forward."""
+
+
+def find_family(model: object) -> tuple[str, type[Family], list[nn.Module]]:
+    """Name and class of the family of a model, and the modules to patch.
+
+    Raises:
+        TypeError: no family knows it; the message gives each family's reason.
+    """
+    from hf_sparse_attn.registry import FAMILIES
+
+    reasons = []
+    for name, family in FAMILIES.items():
+        found = family.targets(model)
+        if not isinstance(found, Decline):
+            return name, family, found
+        reasons.append(f"{name}: {found.reason}")
+    reasons += [f"{name}: {why}" for name, why in FAMILIES.missing.items()]
+    raise TypeError(
+        f"`model` must be a model or pipeline of a known family, got {type(model).__name__} ({'; '.join(reasons)})"
+    )

@@ -1,0 +1,132 @@
+"""What a sparse attention method is: typed parameters and one function from queries and keys to a BlockPattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_sparse_attn.context import Context
+from hf_sparse_attn.pattern import BlockPattern
+
+Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
+
+NEEDS = {
+    "causal": "a causal layout",
+    "bidirectional": "a bidirectional layout",
+    "video grid": "exactly one video segment with its (frames, height, width)",
+}
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A method's answer where it does not apply: the call is dense, and the reason is counted."""
+
+    reason: str
+
+
+class MethodDoesNotApply(ValueError):
+    """A method was asked for directly where it does not apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the parameters and whose `pattern` is the method.
+
+    A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
+    so that it is built once per layout), whether a gradient may flow (`trainable`), and its `paper`.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    static: ClassVar[bool] = False
+    trainable: ClassVar[bool] = True
+
+    def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
+        """Which keys each block of queries reads.
+
+        Args:
+            q: [batch, heads, q_len, dim], or None for a static method.
+            k: [batch, kv_heads, kv_len, dim], or None for a static method.
+            ctx: where the call is.
+
+        Returns:
+            the pattern, or a Decline with the reason.
+        """
+        raise TypeError(f"method {self.name!r} must define pattern()")
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, run: Run) -> tuple[Tensor, Tensor] | Decline:
+        """Output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len].
+
+        Methods with an extra branch override this and call `run(q, k, v, pattern)` once or more.
+        """
+        found = self.pattern_for(q, k, ctx)
+        return found if isinstance(found, Decline) else run(q, k, v, found)
+
+    def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
+        """`pattern`, after the stated needs are checked; static patterns come from a cache."""
+        from hf_sparse_attn.dispatch import cached_pattern
+
+        reason = self.why_not(ctx)
+        if reason is not None:
+            return Decline(reason)
+        return cached_pattern(self, ctx, q.device) if self.static else self.pattern(q, k, ctx)
+
+    def why_not(self, ctx: Context) -> str | None:
+        """Why the method does not apply to the layout, or None where it does."""
+        layout = ctx.layout
+        has = {
+            "causal": layout.is_causal,
+            "bidirectional": not layout.is_causal,
+            "video grid": layout.video_part is not None,
+        }
+        for need in sorted(self.needs):
+            if not has[need]:
+                return f"{self.name} needs {NEEDS[need]}, got {layout}"
+        return None
+
+    def cache_key(self, ctx: Context) -> tuple[Any, ...]:
+        """What a static pattern depends on besides the parameters."""
+        return (ctx.layout,)
+
+    def params(self) -> dict[str, Any]:
+        """The parameters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """Small parameter sets that are worth testing, for a few hundred tokens."""
+        return [{}]
+
+    @classmethod
+    def full_budget(cls) -> dict[str, Any] | None:
+        """Parameters with which every key is kept, for a few hundred tokens, or None where the method has no budget."""
+        return None
+
+
+def make_method(method: str | Method, params: dict[str, Any]) -> Method:
+    """A Method from its name and parameters, or the Method given.
+
+    Raises:
+        TypeError: `method` is neither, or parameters come with a ready Method, or an unknown parameter.
+        ValueError: unknown name; the message lists the known ones.
+    """
+    from hf_sparse_attn.registry import METHODS
+
+    if isinstance(method, Method):
+        if params:
+            raise TypeError(f"`params` must be empty when `method` is a Method, got {', '.join(sorted(params))}")
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"`method` must be a name or a Method, got {method!r} of type {type(method).__name__}")
+    cls = METHODS.get(method)
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise TypeError(
+            f"method {method!r} must be given parameters among {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
+        )
+    return cls(**params)

@@ -1,0 +1,86 @@
+"""Sliding window with sinks (A-shape, StreamingLLM, Longformer's local part)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.selection import check_block_size, pattern_from_rule
+
+
+@METHODS.register("sliding_window")
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow(Method):
+    """Each query keeps the nearest tokens and the first ones; all else is dropped. Exact to the token.
+
+    Causal: query i keeps key j <= i where i - j < window or j < sink. Bidirectional: |i - j| < window or j < sink.
+    Deviation from the papers: positions are not re-assigned (StreamingLLM re-numbers the tokens of its cache).
+
+    Args:
+        window: tokens kept up to and including the query itself (on both sides where bidirectional), at least 1.
+        sink: first tokens kept by every query, at least 0.
+        block_size: tokens in a block of the pattern, a power of two from 16 to 256; does not change what is kept.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range or of the wrong type.
+    """
+
+    paper = "Xiao et al. 2023, StreamingLLM (arXiv 2309.17453); A-shape of Jiang et al. 2024, MInference (2407.02490)"
+    static = True
+
+    window: int = 3968
+    sink: int = 128
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_int("window", self.window, 1)
+        check_int("sink", self.sink, 0)
+        check_block_size(self.block_size)
+
+    def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern:
+        """Sinks and band as aligned blocks with edge tiles; see Method.pattern."""
+        layout, size = ctx.layout, self.block_size
+        rows, cols = -(-layout.q_len // size), -(-layout.kv_len // size)
+        first = layout.query_start + torch.arange(rows) * size
+        last = (first + size - 1).clamp(max=layout.kv_len - 1)
+        high = last if layout.is_causal else (last + self.window - 1).clamp(max=layout.kv_len - 1)
+        low = (first - self.window + 1).clamp(min=0)
+        block = torch.arange(cols)
+        sinks = block * size < self.sink
+        if layout.is_causal:
+            sinks = sinks & (block * size <= last[:, None])
+        band = (block >= low[:, None] // size) & (block <= high[:, None] // size)
+        row, col = (band | sinks).nonzero().unbind(1)
+        # A tile depends on how far the block lies from the row, up to beyond the window, and on where the sinks end.
+        far = self.window + 2 * size
+        alike = torch.stack([(first[row] - col * size).clamp(-far, far), (self.sink - col * size).clamp(0, size)], 1)
+
+        def rule(query: Tensor, key: Tensor) -> Tensor:
+            near = query - key < self.window
+            if not layout.is_causal:
+                near = near & (key - query < self.window)
+            kept = near | (key < self.sink)
+            return kept & (key <= query) if layout.is_causal else kept
+
+        return pattern_from_rule(row, col * size, alike, rule, size, size, layout)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """Windows and sinks that are no multiple of the block."""
+        return [
+            {"window": 40, "sink": 4, "block_size": 32},
+            {"window": 1, "sink": 0, "block_size": 16},
+            {"window": 64, "sink": 33, "block_size": 64},
+        ]
+
+    @classmethod
+    def full_budget(cls) -> dict[str, Any]:
+        """A window longer than any test."""
+        return {"window": 1 << 20, "sink": 0, "block_size": 32}

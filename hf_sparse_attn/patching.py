@@ -1,0 +1,249 @@
+"""Patch: what was replaced in a model and how to put it back; Session: what the patched layers share while they run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.dispatch import Policy, run_pattern
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.report import LayerReport, Report
+
+log = logging.getLogger(__name__)
+
+# Where a patched module keeps its Patch; absent from modules that are not patched.
+PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
+_ABSENT = object()
+
+
+class DenseFallback(RuntimeError):
+    """Raised with strict=True where sparse attention had to be given up."""
+
+
+@dataclass
+class LayerRecord:
+    """What one attention layer did so far."""
+
+    name: str
+    index: int
+    sparse_calls: int = 0
+    dense_reasons: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+    density_sum: float = 0.0
+
+    def report(self, requested: float | None) -> LayerReport:
+        """The record as it stands."""
+        return LayerReport(
+            layer=self.index,
+            name=self.name,
+            sparse_calls=self.sparse_calls,
+            dense_calls=sum(self.dense_reasons.values()),
+            backends=dict(self.backends),
+            requested_density=requested,
+            density=self.density_sum / self.sparse_calls if self.sparse_calls else None,
+            reasons=dict(self.dense_reasons),
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Batch rows whose valid tokens stand at the same places: one sequence without padding or neighbours.
+
+    Args:
+        rows: indices into the batch.
+        q: (start, end) among the queries.
+        k: (start, end) among the keys; ends where the queries end.
+    """
+
+    rows: tuple[int, ...]
+    q: tuple[int, int]
+    k: tuple[int, int]
+
+
+class Session:
+    """What the layers of one patch share: the method, the policy, the backend and the records."""
+
+    def __init__(self, method: Method, policy: Policy, backend: str, strict: bool) -> None:
+        self.method = method
+        self.policy = policy
+        self.backend = backend
+        self.strict = strict
+        self.records: dict[str, LayerRecord] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        # A copied model goes on with the same counts; copying a session would split them silently.
+        return self
+
+    def record(self, name: str, index: int) -> LayerRecord:
+        """The record of the layer called `name`, made at first use."""
+        return self.records.setdefault(name, LayerRecord(name, index))
+
+    def give_up(self, record: LayerRecord, reason: str) -> None:
+        """Counts a dense call that was not asked for.
+
+        Raises:
+            DenseFallback: with strict=True.
+        """
+        if self.strict:
+            raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
+        record.dense_reasons[reason] += 1
+
+    def sparse(
+        self,
+        record: LayerRecord,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: Context,
+        spans: Sequence[Span] | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Sparse attention of one call, or None where the host must run its own dense attention; counted either way.
+
+        Args:
+            record: the layer's record.
+            q: [batch, heads, q_len, dim].
+            k, v: [batch, kv_heads, kv_len, dim].
+            ctx: where the call is; its layout is that of a whole row.
+            spans: the valid sequences in the batch; None means that every row is one. Places outside get output 0.
+
+        Returns:
+            output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
+        """
+        dense = self.policy.why_dense(ctx, q.device)
+        if dense is not None:
+            record.dense_reasons[dense] += 1
+            return None
+        if not spans or (len(spans) == 1 and _is_whole(spans[0], q, k)):
+            return self._attend(record, q, k, v, ctx)
+        contexts = [replace(ctx, layout=_span_layout(ctx.layout, s)) for s in spans]
+        if all(self.policy.why_dense(c, q.device) for c in contexts):
+            record.dense_reasons["every sequence of the batch is short"] += 1
+            return None
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        for span, own in zip(spans, contexts, strict=True):
+            rows = list(span.rows)
+            parts = q[rows, :, slice(*span.q)], k[rows, :, slice(*span.k)], v[rows, :, slice(*span.k)]
+            done = None if self.policy.why_dense(own, q.device) else self._attend(record, *parts, own)
+            if done is None:
+                layout = own.layout
+                pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
+                done = run_pattern(*parts, pattern, own.softmax_scale)[:2]
+            out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = done[0], done[1].to(lse.dtype)
+        return out, lse
+
+    def _attend(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context
+    ) -> tuple[Tensor, Tensor] | None:
+        refused: list[str] = []
+
+        def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+            reason = self.policy.why_not_worth(pattern, ctx)
+            if reason is not None:
+                refused.append(reason)
+                raise _NotWorth
+            out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend)
+            record.backends[name] += 1
+            record.density_sum += pattern.density("causal" if ctx.layout.is_causal else "full")
+            return out, lse
+
+        try:
+            done = self.method.attention(q, k, v, ctx, run)
+        except _NotWorth:
+            record.dense_reasons[refused[0]] += 1
+            return None
+        if isinstance(done, Decline):
+            self.give_up(record, done.reason)
+            return None
+        record.sparse_calls += 1
+        return done
+
+
+class _NotWorth(Exception):
+    """Leaves Method.attention when the policy keeps the call dense."""
+
+
+def _is_whole(span: Span, q: Tensor, k: Tensor) -> bool:
+    return len(span.rows) == q.shape[0] and span.q == (0, q.shape[2]) and span.k == (0, k.shape[2])
+
+
+def _span_layout(layout: TokenLayout, span: Span) -> TokenLayout:
+    """The layout of one sequence in a batch of text; only text can be padded or packed at this point."""
+    n = span.k[1] - span.k[0]
+    whole = TokenLayout.causal(n) if layout.is_causal else TokenLayout.bidirectional(n)
+    return whole.continued(n - (span.q[1] - span.q[0]))
+
+
+class Patch:
+    """A reversible change of a model. Made by `patch()`; leaves the model as it was on `remove()` or at the end of `with`."""
+
+    def __init__(self, family: str, session: Session, modules: Sequence[nn.Module]) -> None:
+        self.family = family
+        self.session = session
+        self.modules = list(modules)
+        self._undo = ExitStack()
+        self._removed = False
+        for module in self.modules:
+            self.set_attribute(module, PATCH_ATTRIBUTE, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        return self
+
+    @property
+    def method(self) -> Method:
+        """The method in force."""
+        return self.session.method
+
+    def on_remove(self, call: Callable[..., object], *args: Any) -> None:
+        """Registers what puts something back; called in reverse order."""
+        self._undo.callback(call, *args)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an instance attribute; `remove()` restores the value or the absence it had."""
+        before = owner.__dict__.get(name, _ABSENT)
+
+        def restore() -> None:
+            if before is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+
+        self.on_remove(restore)
+        owner.__dict__[name] = value
+
+    def report(self) -> Report:
+        """What every patched layer did so far."""
+        session = self.session
+        requested = session.method.params().get("density")
+        layers = [r.report(requested) for r in sorted(session.records.values(), key=lambda r: (r.index, r.name))]
+        return Report(session.method.name, session.method.params(), self.family, layers)
+
+    def remove(self) -> None:
+        """Puts back everything that was replaced. A second call does nothing."""
+        if not self._removed:
+            self._removed = True
+            self._undo.close()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else f"{len(self.session.records)} layers"
+        return f"Patch({self.session.method!r} on {self.family}, {state})"
+
+
+def active_patch(module: object) -> Patch | None:
+    """The patch on a module, or None."""
+    return getattr(module, "__dict__", {}).get(PATCH_ATTRIBUTE)

@@ -1,0 +1,394 @@
+"""What BlockPattern can be turned into and checked for: the bodies of its methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.pattern import _CHUNK, BlockPattern
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def entry_rows(indptr: Tensor) -> Tensor:
+    """For each CSR entry the flat index of its row over [batch, heads, rows], int64 [entries]."""
+    counts = indptr.diff(dim=-1).flatten()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=indptr.device), counts)
+
+
+def key_validity(p: BlockPattern) -> Tensor | None:
+    """Whether the key at each place is in `kv_range`, bool [batch, heads or 1, kv_len]; None where all are."""
+    if p.kv_range is None:
+        return None
+    token = torch.arange(p.kv_len, device=p.device) if p.kv_order is None else p.kv_order
+    start, end = p.kv_range[:, 0, None, None], p.kv_range[:, 1, None, None]
+    return (token >= start) & (token < end)
+
+
+def _expand(t: Tensor, batch: int, heads: int) -> Tensor:
+    return t.expand(batch, heads, *t.shape[2:])
+
+
+def _full_batch(p: BlockPattern) -> tuple[int, int]:
+    """Batch and heads over which the pattern differs, kv_range and orders included."""
+    sizes = [p.indptr] + [t for t in (p.q_order, p.kv_order, p.column_indptr) if t is not None]
+    batch = max([t.shape[0] for t in sizes] + ([] if p.kv_range is None else [p.kv_range.shape[0]]))
+    return batch, max(t.shape[1] for t in sizes)
+
+
+def _chunks(p: BlockPattern, rows_of: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(flat rows, key places [n, block_k], kept [n, block_q, block_k]) of the blocks, few at a time."""
+    step = max(1, _CHUNK // (p.block_q * p.block_k))
+    within = torch.arange(p.block_k, device=p.device)
+    lane = torch.arange(p.block_q, device=p.device)
+    for i in range(0, len(rows_of), step):
+        row = rows_of[i : i + step]
+        place = p.starts[i : i + step, None].long() + within
+        query = (row % p.rows)[:, None] * p.block_q + lane
+        kept = p.tiles[p.tile_ids[i : i + step].long()]
+        kept = kept & ((place >= 0) & (place < p.kv_len))[:, None, :] & (query < p.q_len)[:, :, None]
+        yield row, place, kept
+
+
+def to_dense(p: BlockPattern) -> Tensor:
+    """See BlockPattern.to_dense."""
+    mask = torch.zeros(p.batch * p.heads, p.q_len, p.kv_len, dtype=torch.bool, device=p.device)
+    lane = torch.arange(p.block_q, device=p.device)
+    for row, place, kept in _chunks(p, entry_rows(p.indptr)):
+        query = (row % p.rows)[:, None] * p.block_q + lane
+        n, a, b = kept.nonzero(as_tuple=True)
+        mask[row[n] // p.rows, query[n, a], place[n, b]] = True
+    mask = mask.unflatten(0, (p.batch, p.heads))
+    batch, heads = _full_batch(p)
+    mask = _expand(mask, batch, heads)
+    if p.columns is not None and p.column_indptr is not None:
+        flat = entry_rows(p.column_indptr)
+        cols = torch.zeros(p.column_indptr.shape[0] * p.column_indptr.shape[1] * p.rows, p.kv_len, device=p.device)
+        cols[flat, p.columns.long()] = 1
+        cols = cols.unflatten(0, (*p.column_indptr.shape[:2], p.rows)).bool()
+        mask = mask | _expand(cols.repeat_interleave(p.block_q, 2)[:, :, : p.q_len], batch, heads)
+    valid = key_validity(p)
+    if valid is not None:
+        mask = mask & valid[:, :, None, :]
+    # Place i holds token order[i]: scatter places back to tokens.
+    if p.kv_order is not None:
+        index = _expand(p.kv_order, batch, heads)[:, :, None, :].expand_as(mask)
+        mask = torch.zeros_like(mask).scatter(3, index, mask)
+    if p.q_order is not None:
+        index = _expand(p.q_order, batch, heads)[:, :, :, None].expand_as(mask)
+        mask = torch.zeros_like(mask).scatter(2, index, mask)
+    return mask.contiguous()
+
+
+def block_map(p: BlockPattern) -> Tensor:
+    """See BlockPattern.block_map."""
+    cols = -(-p.kv_len // p.block_k)
+    batch, heads = _full_batch(p)
+    valid = key_validity(p)
+    out = torch.zeros(batch, heads, p.rows, cols, dtype=torch.bool, device=p.device)
+    for row, place, kept in _chunks(p, entry_rows(p.indptr)):
+        any_query = kept.any(1)
+        n, b = any_query.nonzero(as_tuple=True)
+        key, flat = place[n, b], row[n]
+        _mark(out, p, flat, key, valid, p.batch, p.heads)
+    if p.columns is not None and p.column_indptr is not None:
+        flat = entry_rows(p.column_indptr)
+        _mark(out, p, flat, p.columns.long(), valid, *p.column_indptr.shape[:2])
+    return out
+
+
+def _mark(
+    out: Tensor, p: BlockPattern, flat: Tensor, key: Tensor, valid: Tensor | None, batch: int, heads: int
+) -> None:
+    """Sets out[batch, head, row, key // block_k] for valid keys, repeating a leading size of 1 over all of `out`."""
+    row, head, item = flat % p.rows, flat // p.rows % heads, flat // (p.rows * heads)
+    for b in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            mine = (item == (b if batch > 1 else 0)) & (head == (h if heads > 1 else 0))
+            r, c = row[mine], key[mine]
+            if valid is not None:
+                ok = valid[b if valid.shape[0] > 1 else 0, h if valid.shape[1] > 1 else 0][c]
+                r, c = r[ok], c[ok]
+            out[b, h, r, c // p.block_k] = True
+
+
+def density(p: BlockPattern, count: Literal["full", "causal"]) -> float:
+    """See BlockPattern.density."""
+    if count not in ("full", "causal"):
+        raise ValueError(f"`count` must be 'full' or 'causal', got {count!r}")
+    batch, heads = _full_batch(p)
+    valid = key_validity(p)
+    kept = 0.0
+    if valid is None:
+        kept = _kept_without_range(p) * (batch * heads) / (p.batch * p.heads)
+        if p.column_indptr is not None:
+            kept += _kept_columns(p) * (batch * heads) / (p.column_indptr.shape[0] * p.column_indptr.shape[1])
+    else:
+        kept = _kept_with_range(p, _expand(valid, batch, heads))
+    total = p.q_len * p.kv_len
+    if count == "causal":
+        # Query i sees kv_len - q_len + 1 + i keys; queries before the first key see none.
+        seen = torch.arange(p.kv_len - p.q_len + 1, p.kv_len + 1, dtype=torch.float64).clamp(min=0)
+        total = int(seen.sum())
+    return kept / (batch * heads * total)
+
+
+def _row_sizes(p: BlockPattern) -> Tensor:
+    """Queries that exist in each row, int64 [rows]."""
+    return (p.q_len - torch.arange(p.rows, device=p.device) * p.block_q).clamp(max=p.block_q)
+
+
+def _kept_columns(p: BlockPattern) -> float:
+    assert p.column_indptr is not None
+    return float((p.column_indptr.diff(dim=-1) * _row_sizes(p)).sum())
+
+
+def _kept_without_range(p: BlockPattern) -> float:
+    """Kept pairs of the blocks by counting areas: nothing is expanded but the tiles, which are few."""
+    row = entry_rows(p.indptr) % p.rows
+    queries = _row_sizes(p)[row]
+    keys = (p.kv_len - p.starts.long()).clamp(min=0, max=p.block_k)
+    # area[t, a, b]: kept cells of the first a queries and b keys of tile t.
+    area = torch.nn.functional.pad(p.tiles.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    return float(area[p.tile_ids.long(), queries, keys].sum())
+
+
+def _kept_with_range(p: BlockPattern, valid: Tensor) -> float:
+    kept = 0
+    batch, heads = valid.shape[:2]
+    for row, place, mask in _chunks(p, entry_rows(p.indptr)):
+        item, head = row // (p.rows * p.heads), row // p.rows % p.heads
+        per_key = mask.sum(1)
+        place = place.clamp(0, p.kv_len - 1)
+        for b in range(batch):
+            for h in range(heads):
+                mine = (item == (b if p.batch > 1 else 0)) & (head == (h if p.heads > 1 else 0))
+                kept += int((per_key[mine] * valid[b, h][place[mine]]).sum())
+    if p.columns is not None and p.column_indptr is not None:
+        flat = entry_rows(p.column_indptr)
+        n_batch, n_heads = p.column_indptr.shape[:2]
+        size = _row_sizes(p)[flat % p.rows]
+        for b in range(batch):
+            for h in range(heads):
+                mine = flat // (p.rows * n_heads) == (b if n_batch > 1 else 0)
+                mine &= flat // p.rows % n_heads == (h if n_heads > 1 else 0)
+                kept += int((size[mine] * valid[b, h][p.columns[mine].long()]).sum())
+    return float(kept)
+
+
+def to_flex(p: BlockPattern) -> BlockMask:
+    """See BlockPattern.to_flex."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if p.columns is not None and p.columns.numel():
+        raise ValueError("`columns` must be absent for FlexAttention: it reads whole key blocks only")
+    if bool((p.starts % p.block_k != 0).any()):
+        raise ValueError(f"`starts` must be multiples of block_k = {p.block_k} for FlexAttention")
+    cols = -(-p.kv_len // p.block_k)
+    flat, block = entry_rows(p.indptr), p.starts.long() // p.block_k
+    shape = (p.batch, p.heads, p.rows)
+    # FlexAttention's own structure is dense over blocks: this memory is its price, not the pattern's.
+    tile_of = torch.full((math.prod(shape), cols), -1, dtype=torch.int32, device=p.device)
+    tile_of[flat, block] = p.tile_ids
+    full, partial = tile_of == 0, tile_of > 0
+    tile_of = tile_of.clamp(min=0).view(*shape, cols)
+    valid = key_validity(p)
+    if valid is not None:
+        raise ValueError("`kv_range` must be absent for FlexAttention: cut the keys to their valid range first")
+
+    def pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        number = chosen.sum(-1, dtype=torch.int32).view(shape)
+        order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+        return number, order.to(torch.int32).view(*shape, cols)
+
+    tiles, block_q, block_k, many_batch, many_heads = p.tiles, p.block_q, p.block_k, p.batch > 1, p.heads > 1
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        tile = tile_of[b if many_batch else b * 0, h if many_heads else h * 0, q // block_q, kv // block_k]
+        return tiles[tile, q % block_q, kv % block_k]
+
+    return BlockMask.from_kv_blocks(
+        *pack(partial), *pack(full), BLOCK_SIZE=(block_q, block_k), mask_mod=mask_mod, seq_lengths=(p.q_len, p.kv_len)
+    )
+
+
+def reblock(p: BlockPattern, block_q: int, block_k: int) -> BlockPattern:
+    """See BlockPattern.reblock."""
+    if p.block_q % block_q or p.block_k % block_k:
+        raise ValueError(
+            f"`block_q`, `block_k` must divide {p.block_q}, {p.block_k}, got {block_q}, {block_k}"
+        )  # fmt: skip
+    fq, fk = p.block_q // block_q, p.block_k // block_k
+    if fq == 1 and fk == 1:
+        return p
+    rows = -(-p.q_len // block_q)
+    flat, lead = entry_rows(p.indptr), p.batch * p.heads
+    # Sub-tile (i, j) of tile t has number t * fq * fk + i * fk + j before equal ones are merged.
+    sub = p.tiles.unflatten(1, (fq, block_q)).unflatten(3, (fk, block_k)).transpose(2, 3).flatten(0, 2)
+    full = torch.ones(1, block_q, block_k, dtype=torch.bool, device=p.device)
+    tiles, sub_id = torch.cat([full, sub]).flatten(1).unique(dim=0, return_inverse=True)
+    tiles, sub_id = tiles.flip(0).unflatten(1, (block_q, block_k)), (len(tiles) - 1 - sub_id)[1:]
+    i = torch.arange(fq, device=p.device)[None, :, None]
+    j = torch.arange(fk, device=p.device)[None, None, :]
+    tile = sub_id[(p.tile_ids.long()[:, None, None] * fq + i) * fk + j]
+    row = (flat % p.rows)[:, None, None] * fq + i + 0 * j
+    start = p.starts.long()[:, None, None] + j * block_k + 0 * i
+    some = tiles.flatten(1).any(1)[tile] & (row < rows) & (start < p.kv_len)
+    head = (flat // p.rows)[:, None, None].expand_as(row)
+    head, row, start, tile = head[some], row[some], start[some], tile[some]
+    order = torch.argsort((head * rows + row) * (p.kv_len + p.block_k) + start, stable=True)
+    counts = torch.bincount((head * rows + row), minlength=lead * rows).view(p.batch, p.heads, rows)
+    column_counts, columns = None, None
+    if p.columns is not None and p.column_indptr is not None:
+        column_counts, columns = _repeat_columns(p, fq, rows)
+    out = BlockPattern.from_rows(
+        counts, start[order], block_q, block_k, p.q_len, p.kv_len, tile[order], tiles, column_counts, columns
+    )
+    return replace(out, q_order=p.q_order, kv_order=p.kv_order, kv_range=p.kv_range)
+
+
+def _repeat_columns(p: BlockPattern, factor: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The columns of every row given to each of its `factor` sub-rows."""
+    assert p.column_indptr is not None and p.columns is not None
+    counts = p.column_indptr.diff(dim=-1).repeat_interleave(factor, -1)[..., :rows]
+    first = p.column_indptr[..., :-1].repeat_interleave(factor, -1)[..., :rows]
+    indptr = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))[:-1]
+    entry = torch.repeat_interleave(torch.arange(counts.numel(), device=p.device), counts.flatten())
+    offset = torch.arange(entry.numel(), device=p.device) - indptr[entry]
+    return counts, p.columns[first.flatten()[entry] + offset]
+
+
+def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
+    """See BlockPattern.stack_heads."""
+    if not patterns:
+        raise ValueError("`patterns` must hold at least one BlockPattern, got none")
+    first = patterns[0]
+    for p in patterns[1:]:
+        if (p.q_len, p.kv_len) != (first.q_len, first.kv_len):
+            raise ValueError(
+                f"`patterns` must have equal lengths {(first.q_len, first.kv_len)}, got {(p.q_len, p.kv_len)}"
+            )
+        same = (p.kv_range is None) == (first.kv_range is None)
+        if not same or (p.kv_range is not None and not torch.equal(p.kv_range, first.kv_range)):
+            raise ValueError("`patterns` must have one `kv_range`: it belongs to the batch, not to a head")
+    block_q = math.gcd(*(p.block_q for p in patterns))
+    block_k = math.gcd(*(p.block_k for p in patterns))
+    patterns = [p.reblock(block_q, block_k) for p in patterns]
+    batch = max(_full_batch(p)[0] for p in patterns)
+    if any(p.batch not in (1, batch) for p in patterns):
+        raise ValueError(f"`patterns` must have batch 1 or {batch}, got {[p.batch for p in patterns]}")
+    offsets, total = [], 0
+    for p in patterns:
+        offsets.append(total)
+        total += len(p.tiles)
+    tiles, merged = torch.cat([p.tiles for p in patterns]).flatten(1).unique(dim=0, return_inverse=True)
+    tiles, merged = tiles.flip(0).unflatten(1, (block_q, block_k)), len(tiles) - 1 - merged
+    counts, starts, tile_ids, col_counts, columns = [], [], [], [], []
+    for b in range(batch):
+        for p, offset in zip(patterns, offsets):
+            own = p.indptr[b if p.batch > 1 else 0]
+            chosen = slice(int(own[0, 0]), int(own[-1, -1]))
+            counts.append(own.diff(dim=-1))
+            starts.append(p.starts[chosen])
+            tile_ids.append(merged[p.tile_ids[chosen].long() + offset])
+            if p.column_indptr is not None and p.columns is not None:
+                own = p.column_indptr[b if p.column_indptr.shape[0] > 1 else 0]
+                columns.append(p.columns[int(own[0, 0]) : int(own[-1, -1])])
+                col_counts.append(own.diff(dim=-1))
+            else:
+                col_counts.append(torch.zeros(p.heads, p.rows, dtype=torch.int64, device=p.device))
+
+    def lead(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).unflatten(0, (batch, -1))
+
+    out = BlockPattern.from_rows(
+        lead(counts), torch.cat(starts), block_q, block_k, first.q_len, first.kv_len, torch.cat(tile_ids), tiles,
+        lead(col_counts) if columns else None, torch.cat(columns) if columns else None,
+    )  # fmt: skip
+    orders = {}
+    for name, length in (("q_order", first.q_len), ("kv_order", first.kv_len)):
+        if any(getattr(p, name) is not None for p in patterns):
+            identity = torch.arange(length, device=first.device)[None, None]
+            own = [getattr(p, name) if getattr(p, name) is not None else identity for p in patterns]
+            orders[name] = torch.cat([_expand(o, batch, p.heads) for o, p in zip(own, patterns)], dim=1)
+    return replace(out, kv_range=first.kv_range, **orders)
+
+
+def validate(p: BlockPattern) -> None:
+    """See BlockPattern.validate."""
+    for name, dtype in (
+        ("indptr", torch.int64),
+        ("starts", torch.int32),
+        ("tile_ids", torch.int32),
+        ("tiles", torch.bool),
+    ):
+        if getattr(p, name).dtype != dtype:
+            raise TypeError(f"`{name}` must be {dtype}, got {getattr(p, name).dtype}")
+    rows = -(-p.q_len // p.block_q)
+    if p.indptr.ndim != 3 or p.indptr.shape[2] != rows + 1:
+        raise ValueError(f"`indptr` must be [batch, heads, {rows + 1}], got {list(p.indptr.shape)}")
+    _validate_csr("indptr", p.indptr, len(p.starts))
+    if tuple(p.tiles.shape[1:]) != (p.block_q, p.block_k) or not len(p.tiles) or not bool(p.tiles[0].all()):
+        raise ValueError(
+            f"`tiles` must be [n, {p.block_q}, {p.block_k}] with tile 0 all true, got {list(p.tiles.shape)}"
+        )
+    if p.tile_ids.shape != p.starts.shape:
+        raise ValueError(f"`tile_ids` must be as long as `starts` ({len(p.starts)}), got {len(p.tile_ids)}")
+    for name, values, high in (("starts", p.starts, p.kv_len), ("tile_ids", p.tile_ids, len(p.tiles))):
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= high):
+            raise ValueError(f"`{name}` must lie in [0, {high}), got {int(values.min())} to {int(values.max())}")
+    if (p.columns is None) != (p.column_indptr is None):
+        raise ValueError("`columns` and `column_indptr` must be given both or neither")
+    if p.columns is not None and p.column_indptr is not None:
+        if p.column_indptr.shape != p.indptr.shape:
+            raise ValueError(f"`column_indptr` must be {list(p.indptr.shape)}, got {list(p.column_indptr.shape)}")
+        _validate_csr("column_indptr", p.column_indptr, len(p.columns))
+        if p.columns.numel() and (int(p.columns.min()) < 0 or int(p.columns.max()) >= p.kv_len):
+            raise ValueError(
+                f"`columns` must lie in [0, {p.kv_len}), got {int(p.columns.min())} to {int(p.columns.max())}"
+            )
+    for name, length in (("q_order", p.q_len), ("kv_order", p.kv_len)):
+        order = getattr(p, name)
+        if order is not None and not bool((order.sort(-1).values == torch.arange(length, device=p.device)).all()):
+            raise ValueError(f"`{name}` must be permutations of {length} tokens, got {list(order.shape)}")
+    if p.kv_range is not None:
+        low, high = p.kv_range[:, 0], p.kv_range[:, 1]
+        if bool(((low < 0) | (low > high) | (high > p.kv_len)).any()):
+            raise ValueError(f"`kv_range` must hold 0 <= start <= end <= {p.kv_len}, got {p.kv_range.tolist()}")
+    _validate_once(p)
+
+
+def _validate_csr(name: str, indptr: Tensor, entries: int) -> None:
+    ends = indptr[..., -1].flatten()
+    first = indptr[..., 0].flatten()
+    ordered = bool((indptr.diff(dim=-1) >= 0).all()) and int(first[0]) == 0 and bool((first[1:] == ends[:-1]).all())
+    if not ordered or int(ends[-1]) != entries:
+        raise ValueError(
+            f"`{name}` must rise from 0 to {entries} head after head, got {first.tolist()} to {ends.tolist()}"
+        )
+
+
+def _validate_once(p: BlockPattern) -> None:
+    """No key twice in a row, blocks and columns together."""
+    flat = entry_rows(p.indptr)
+    for i in range(0, p.batch * p.heads * p.rows, step := max(1, _CHUNK // (p.kv_len + p.block_k))):
+        seen = torch.zeros(step, p.kv_len + p.block_k, dtype=torch.int32, device=p.device)
+        mine = (flat >= i) & (flat < i + step)
+        keys = p.starts[mine].long()[:, None] + torch.arange(p.block_k, device=p.device)
+        index = (flat[mine] - i)[:, None] * seen.shape[1] + keys
+        seen.view(-1).index_add_(0, index.flatten(), torch.ones_like(index.flatten(), dtype=torch.int32))
+        if p.columns is not None and p.column_indptr is not None:
+            col_flat = entry_rows(p.column_indptr)
+            mine = (col_flat >= i) & (col_flat < i + step)
+            index = (col_flat[mine] - i) * seen.shape[1] + p.columns[mine].long()
+            seen.view(-1).index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        twice = (seen[:, : p.kv_len] > 1).nonzero()
+        if len(twice):
+            row, key = int(twice[0, 0]) + i, int(twice[0, 1])
+            raise ValueError(f"`starts` and `columns` must hold a key once per row, got key {key} twice in row {row}")

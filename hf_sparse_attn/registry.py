@@ -1,0 +1,137 @@
+"""One Registry class and its three instances, each filled by importing the files of one folder."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.dispatch import Backend
+    from hf_sparse_attn.family import Family
+    from hf_sparse_attn.method import Method
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind, found by importing every file of a package folder the first time one is asked for.
+
+    A file whose optional dependency is missing is left out and the reason kept in `missing`.
+
+    Args:
+        kind: what an entry is called in errors ("method").
+        package: package whose files register the entries.
+        check: raises TypeError for an entry of the wrong form.
+        entry_point_group: group of installed entry points that are entries too, or None.
+    """
+
+    def __init__(
+        self, kind: str, package: str, check: Callable[[str, object], None], entry_point_group: str | None = None
+    ) -> None:
+        self.kind = kind
+        self.package = package
+        self.missing: dict[str, str] = {}
+        self._check = check
+        self._group = entry_point_group
+        self._entries: dict[str, T] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds an entry under `name`.
+
+        Raises:
+            ValueError: the name is taken by another entry, or is not made of lower-case letters, digits and `_`.
+            TypeError: the entry has the wrong form.
+        """
+        if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
+            raise ValueError(f"`name` of a {self.kind} must be lower-case letters, digits and '_', got {name!r}")
+
+        def add(entry: T) -> T:
+            self._check(name, entry)
+            known = self._entries.get(name)
+            # The same class defined again (a notebook cell run twice) replaces itself.
+            if known is not None and _origin(known) != _origin(entry):
+                raise ValueError(f"`name` of a {self.kind} must be free, got {name!r}, taken by {_origin(known)}")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The entry called `name`.
+
+        Raises:
+            ValueError: unknown name; the message lists the known ones.
+        """
+        self.discover()
+        if name not in self._entries:
+            raise ValueError(f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self.discover()
+        return sorted(self._entries)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """(name, entry) pairs, sorted by name."""
+        return iter([(name, self._entries[name]) for name in self.names()])
+
+    def __contains__(self, name: object) -> bool:
+        self.discover()
+        return name in self._entries
+
+    def discover(self) -> None:
+        """Imports the folder's files and the entry points; once."""
+        if self._discovered:
+            return
+        # Set first: a file may ask the registry while it is being imported.
+        self._discovered = True
+        folder = importlib.import_module(self.package)
+        for file in pkgutil.iter_modules(folder.__path__):
+            try:
+                importlib.import_module(f"{self.package}.{file.name}")
+            except ImportError as error:
+                # Only an absent third-party package is a reason to go on without the file.
+                if error.name is None or error.name.split(".")[0] == "hf_sparse_attn":
+                    raise
+                self.missing[file.name] = f"needs the package {error.name}"
+                log.debug("%s %s is not available: %s", self.kind, file.name, error)
+        for point in entry_points(group=self._group) if self._group else ():
+            if point.name not in self._entries:
+                self.register(point.name)(point.load())
+
+
+def _origin(entry: object) -> str:
+    owner = entry if isinstance(entry, type) else type(entry)
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _check_method(name: str, entry: object) -> None:
+    from hf_sparse_attn.method import Method
+
+    if not (isinstance(entry, type) and issubclass(entry, Method)):
+        raise TypeError(f"method {name!r} must be a subclass of hf_sparse_attn.method.Method, got {entry!r}")
+    entry.name = name
+
+
+def _check_backend(name: str, entry: object) -> None:
+    for needed in ("why_not", "attention"):
+        if not callable(getattr(entry, needed, None)):
+            raise TypeError(f"backend {name!r} must have a method {needed}(), got {entry!r}")
+
+
+def _check_family(name: str, entry: object) -> None:
+    for needed in ("targets", "install", "tiny"):
+        if not callable(getattr(entry, needed, None)):
+            raise TypeError(f"family {name!r} must have a method {needed}(), got {entry!r}")
+
+
+METHODS: Registry[type[Method]] = Registry("method", "hf_sparse_attn.methods", _check_method, "hf_sparse_attn.methods")
+FAMILIES: Registry[type[Family]] = Registry("family", "hf_sparse_attn.patches", _check_family)
+BACKENDS: Registry[type[Backend]] = Registry("backend", "hf_sparse_attn.kernels", _check_backend)

@@ -1,0 +1,91 @@
+"""Report: what each patched layer did, as a table, a dictionary or one number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one attention layer did.
+
+    Args:
+        layer: index of the layer.
+        name: its name in the model.
+        sparse_calls: calls that ran sparse.
+        dense_calls: calls that ran dense.
+        backends: kernel runs by backend.
+        requested_density: the density asked for, where the method takes one.
+        density: mean density of the sparse calls (of the causal half where causal), or None.
+        reasons: dense calls by reason.
+    """
+
+    layer: int
+    name: str
+    sparse_calls: int
+    dense_calls: int
+    backends: dict[str, int]
+    requested_density: float | None
+    density: float | None
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a patch did so far; `str()` is a table."""
+
+    method: str
+    params: dict[str, Any]
+    family: str
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Mean density over all calls, a dense call counting 1; 1.0 before the first call."""
+        calls = sum(r.sparse_calls + r.dense_calls for r in self.layers)
+        if not calls:
+            return 1.0
+        return sum((r.density or 0.0) * r.sparse_calls + r.dense_calls for r in self.layers) / calls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "density": self.density}
+
+    def __str__(self) -> str:
+        params = ", ".join(f"{k}={v}" for k, v in self.params.items())
+        rows = []
+        for r in self.layers:
+            rows.append(
+                (
+                    str(r.layer),
+                    str(r.sparse_calls),
+                    str(r.dense_calls),
+                    ", ".join(r.backends) or "-",
+                    "-" if r.requested_density is None else f"{r.requested_density:.3f}",
+                    "-" if r.density is None else f"{r.density:.3f}",
+                    "; ".join(f"{n}x {reason}" for reason, n in r.reasons.items()) or "-",
+                )
+            )
+        columns = ("layer", "sparse", "dense", "backend", "requested", "density", "dense because")
+        title = f"{self.method}({params}) on {self.family}: mean density {self.density:.3f}"
+        return table(columns, rows, title)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 110) -> str:
+    """A plain text table drawn by rich, without colours, for terminals, logs and README."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="")
+    for i, name in enumerate(columns):
+        drawn.add_column(name, justify="left" if i in (0, len(columns) - 1) else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, no_color=True, highlight=False, markup=False).print(drawn)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())

@@ -1,0 +1,155 @@
+"""What methods share: pooling, top-k with stable ties, patterns from token rules, merging by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.pattern import BlockPattern
+
+# Scores held at a time while blocks are ranked: bounds memory at long context.
+_SCORES_AT_A_TIME = 1 << 24
+
+
+def check_block_size(size: object, name: str = "block_size") -> int:
+    """Returns a block size that all backends take: a power of two from 16 to 256."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"`{name}` must be an int, got {size!r} of type {type(size).__name__}")
+    if not 16 <= size <= 256 or size & (size - 1):
+        raise ValueError(f"`{name}` must be a power of two from 16 to 256, got {size}")
+    return size
+
+
+def check_share(name: str, value: object) -> float:
+    """Returns a share in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be more than 0 and at most 1, got {value}")
+    return float(value)
+
+
+def pool_blocks(x: Tensor, size: int) -> Tensor:
+    """Mean of each block of `size` tokens in float32; a short last block is the mean of what it has.
+
+    Args:
+        x: [batch, heads, tokens, dim].
+        size: tokens in a block.
+
+    Returns:
+        [batch, heads, blocks, dim] in float32.
+    """
+    whole = x.shape[2] // size * size
+    pooled = x[:, :, :whole].unflatten(2, (-1, size)).mean(3, dtype=torch.float32)
+    if whole < x.shape[2]:
+        pooled = torch.cat([pooled, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+    return pooled
+
+
+def rank_descending(scores: Tensor) -> Tensor:
+    """Indices along the last dimension from the highest score to the lowest, ties by lower index."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def top_blocks(
+    score: Callable[[int, int], Tensor],
+    counts: Tensor,
+    shape: tuple[int, int, int, int],
+) -> Tensor:
+    """The best key blocks of each query block, a strip of rows at a time.
+
+    Args:
+        score: (first row, last row) -> float32 [batch, heads, rows, key blocks]; +inf forces, -inf forbids.
+        counts: int64 [rows], blocks to keep in each row; must not exceed the number not forbidden.
+        shape: (batch, heads, rows, key blocks).
+
+    Returns:
+        int64 [batch, heads, sum of counts]: kept key blocks, ascending within each row, row after row.
+    """
+    batch, heads, rows, cols = shape
+    most = int(counts.max())
+    step = max(1, _SCORES_AT_A_TIME // max(1, batch * heads * cols))
+    strips = []
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        best = rank_descending(score(first, last))[..., :most]
+        unused = torch.arange(most, device=counts.device) >= counts[first:last, None]
+        # Unused places sort to the end of the row and are cut off there.
+        best = best.masked_fill(unused, cols).sort(-1).values
+        strips.append(best[:, :, ~unused])
+    return torch.cat(strips, dim=-1)
+
+
+def text_blocks(layout: TokenLayout, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Query blocks and key blocks that hold a text token of a layout with video: these are always kept.
+
+    Returns:
+        bool [query blocks] and bool [key blocks]; all false for a layout without video.
+    """
+    is_text = torch.zeros(layout.kv_len, dtype=torch.bool)
+    if any(p.kind == "video" for p in layout.parts):
+        start = 0
+        for part in layout.parts:
+            is_text[start : start + part.length] = part.kind == "text"
+            start += part.length
+
+    def any_in(tokens: Tensor, size: int) -> Tensor:
+        pad = -len(tokens) % size
+        return torch.nn.functional.pad(tokens, (0, pad)).unflatten(0, (-1, size)).any(1)
+
+    return any_in(is_text[layout.query_start :], block_q), any_in(is_text, block_k)
+
+
+def pattern_from_rule(
+    row: Tensor,
+    start: Tensor,
+    alike: Tensor,
+    rule: Callable[[Tensor, Tensor], Tensor],
+    block_q: int,
+    block_k: int,
+    layout: TokenLayout,
+) -> BlockPattern:
+    """One-head pattern of a token-exact static rule.
+
+    Args:
+        row: int64 [blocks], rows in ascending order.
+        start: int64 [blocks], first key of each block, ascending within a row.
+        alike: int64 [blocks, n], what the tile depends on: blocks with equal numbers have equal tiles, so that the
+            rule is evaluated once for each distinct one.
+        rule: (query position [n, block_q, 1], key position [n, 1, block_k]) -> bool [n, block_q, block_k].
+        block_q, block_k: sizes of a block.
+        layout: the tokens.
+    """
+    kinds, kind = alike.unique(dim=0, return_inverse=True)
+    # Any block of a kind will do as its example: the last one written wins, and all are equal.
+    example = torch.zeros(len(kinds), dtype=torch.int64).scatter_(0, kind, torch.arange(len(row)))
+    query = layout.query_start + row[example, None, None] * block_q + torch.arange(block_q)[:, None]
+    key = start[example, None, None] + torch.arange(block_k)
+    full = torch.ones(1, block_q, block_k, dtype=torch.bool)
+    tiles, tile_of = torch.cat([full, rule(query, key)]).flatten(1).unique(dim=0, return_inverse=True)
+    # unique() sorts: the all-true tile comes last, and must become tile 0.
+    tiles, tile_of = tiles.flip(0).unflatten(1, (block_q, block_k)), (len(tiles) - 1 - tile_of)[1:]
+    tile = tile_of[kind]
+    some = tiles.flatten(1).any(1)[tile]
+    rows = -(-layout.q_len // block_q)
+    counts = torch.bincount(row[some], minlength=rows)[None, None]
+    return BlockPattern.from_rows(
+        counts, start[some], block_q, block_k, layout.q_len, layout.kv_len, tile[some], tiles
+    )
+
+
+def merge_by_lse(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys from the attention over each.
+
+    Args:
+        first, second: (output [batch, heads, tokens, dim], log-sum-exp [batch, heads, tokens]).
+    """
+    lse = torch.logaddexp(first[1], second[1])
+    # Where neither has a key both log-sum-exps are -inf: 0 in their place gives weights 0 and output 0.
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    a, b = ((x[1] - shift).exp()[..., None] for x in (first, second))
+    out = first[0].to(a.dtype) * a + second[0].to(b.dtype) * b
+    return out.to(first[0].dtype), lse
