@@ -38,7 +38,7 @@ _WHERE = {
     "Report": "report",
 }
 
-__all__ = [  # noqa: F822  the names of _WHERE are loaded lazily
+__all__ = [
     "BackendUnavailable",
     "BlockPattern",
     "Context",

@@ -10,7 +10,7 @@ import torch
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
-    """Returns `value` if it is an integer of at least `minimum`, else raises with the argument, the rule and the value."""
+    """Returns `value` if it is an int of at least `minimum`, else raises with the argument, the rule and the value."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
     if value < minimum:
@@ -39,7 +39,9 @@ class Segment:
         if self.kind == "video":
             if self.grid is None or len(self.grid) != 3:
                 raise ValueError(f"`grid` of a video segment must be (frames, height, width), got {self.grid!r}")
-            frames, height, width = (check_int(n, s, 1) for n, s in zip(("frames", "height", "width"), self.grid))
+            frames, height, width = (
+                check_int(n, s, 1) for n, s in zip(("frames", "height", "width"), self.grid, strict=True)
+            )
             if frames * height * width != self.length:
                 raise ValueError(
                     f"`length` must be frames * height * width = {frames * height * width}, got {self.length}"
@@ -79,7 +81,7 @@ class TokenLayout:
 
     @classmethod
     def video(cls, frames: int, height: int, width: int, text_before: int = 0, text_after: int = 0) -> TokenLayout:
-        """Video of `frames` x `height` x `width` tokens in raster order, with text tokens before or after; all see all."""
+        """Video of `frames` x `height` x `width` tokens in raster order, text tokens before or after; all see all."""
         for name, size in (("frames", frames), ("height", height), ("width", width)):
             check_int(name, size, 1)
         parts = [Segment("video", frames * height * width, (frames, height, width))]

@@ -103,7 +103,7 @@ class Method:
 
     @classmethod
     def full_budget(cls) -> dict[str, Any] | None:
-        """Parameters with which every key is kept, for a few hundred tokens, or None where the method has no budget."""
+        """Parameters with which every key is kept, for a few hundred tokens; None where the method has no budget."""
         return None
 
 
@@ -127,6 +127,6 @@ def make_method(method: str | Method, params: dict[str, Any]) -> Method:
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise TypeError(
-            f"method {method!r} must be given parameters among {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
+            f"method {method!r} takes the parameters {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
         )
     return cls(**params)

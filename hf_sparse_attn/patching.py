@@ -1,4 +1,4 @@
-"""Patch: what was replaced in a model and how to put it back; Session: what the patched layers share while they run."""
+"""Patch: what was replaced in a model and how to put it back; Session: what its layers share while they run."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Session:
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        dense = self.policy.why_dense(ctx, q.device)
+        dense = "method dense" if self.method.name == "dense" else self.policy.why_dense(ctx, q.device)
         if dense is not None:
             record.dense_reasons[dense] += 1
             return None
@@ -133,7 +133,10 @@ class Session:
         for span, own in zip(spans, contexts, strict=True):
             rows = list(span.rows)
             parts = q[rows, :, slice(*span.q)], k[rows, :, slice(*span.k)], v[rows, :, slice(*span.k)]
-            done = None if self.policy.why_dense(own, q.device) else self._attend(record, *parts, own)
+            short = self.policy.why_dense(own, q.device)
+            if short is not None:
+                record.dense_reasons[short] += 1
+            done = None if short is not None else self._attend(record, *parts, own)
             if done is None:
                 layout = own.layout
                 pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
@@ -184,7 +187,7 @@ def _span_layout(layout: TokenLayout, span: Span) -> TokenLayout:
 
 
 class Patch:
-    """A reversible change of a model. Made by `patch()`; leaves the model as it was on `remove()` or at the end of `with`."""
+    """A reversible change of a model, made by `patch()`; `remove()` or the end of `with` leaves it as it was."""
 
     def __init__(self, family: str, session: Session, modules: Sequence[nn.Module]) -> None:
         self.family = family

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ class BlockPattern:
 
     @classmethod
     def stack_heads(cls, patterns: Sequence[BlockPattern]) -> BlockPattern:
-        """One pattern whose heads are those of all `patterns`, in order. Blocks are cut to a common size where they differ.
+        """One pattern whose heads are those of all `patterns`, in order; blocks are cut to a common size.
 
         Raises:
             ValueError: no pattern, or patterns of different lengths, batch sizes or valid ranges.
@@ -229,7 +229,7 @@ class BlockPattern:
         """Kept pairs of tokens over all pairs, mean over batch and heads.
 
         Args:
-            count: "full" divides by q_len * kv_len; "causal" by the pairs a causal mask keeps (last query at last key).
+            count: "full" divides by q_len * kv_len; "causal" by the pairs of a causal mask (last query at last key).
         """
         from hf_sparse_attn.pattern_ops import density
 
@@ -287,7 +287,8 @@ class BlockPattern:
         """The pattern on another device; itself where it is there already."""
         if self.device == torch.device(device):
             return self
-        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+        return replace(self, **moved)
 
     def _tensors(self) -> dict[str, Tensor]:
         names = (

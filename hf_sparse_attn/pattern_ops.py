@@ -274,8 +274,10 @@ def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
             raise ValueError(
                 f"`patterns` must have equal lengths {(first.q_len, first.kv_len)}, got {(p.q_len, p.kv_len)}"
             )
-        same = (p.kv_range is None) == (first.kv_range is None)
-        if not same or (p.kv_range is not None and not torch.equal(p.kv_range, first.kv_range)):
+        same = p.kv_range is first.kv_range
+        if p.kv_range is not None and first.kv_range is not None:
+            same = torch.equal(p.kv_range, first.kv_range)
+        if not same:
             raise ValueError("`patterns` must have one `kv_range`: it belongs to the batch, not to a head")
     block_q = math.gcd(*(p.block_q for p in patterns))
     block_k = math.gcd(*(p.block_k for p in patterns))
@@ -291,7 +293,7 @@ def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
     tiles, merged = tiles.flip(0).unflatten(1, (block_q, block_k)), len(tiles) - 1 - merged
     counts, starts, tile_ids, col_counts, columns = [], [], [], [], []
     for b in range(batch):
-        for p, offset in zip(patterns, offsets):
+        for p, offset in zip(patterns, offsets, strict=True):
             own = p.indptr[b if p.batch > 1 else 0]
             chosen = slice(int(own[0, 0]), int(own[-1, -1]))
             counts.append(own.diff(dim=-1))
@@ -311,13 +313,21 @@ def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
         lead(counts), torch.cat(starts), block_q, block_k, first.q_len, first.kv_len, torch.cat(tile_ids), tiles,
         lead(col_counts) if columns else None, torch.cat(columns) if columns else None,
     )  # fmt: skip
-    orders = {}
-    for name, length in (("q_order", first.q_len), ("kv_order", first.kv_len)):
-        if any(getattr(p, name) is not None for p in patterns):
-            identity = torch.arange(length, device=first.device)[None, None]
-            own = [getattr(p, name) if getattr(p, name) is not None else identity for p in patterns]
-            orders[name] = torch.cat([_expand(o, batch, p.heads) for o, p in zip(own, patterns)], dim=1)
-    return replace(out, kv_range=first.kv_range, **orders)
+    return replace(
+        out,
+        kv_range=first.kv_range,
+        q_order=_stack_orders([(p.q_order, p.heads) for p in patterns], batch, first.q_len),
+        kv_order=_stack_orders([(p.kv_order, p.heads) for p in patterns], batch, first.kv_len),
+    )
+
+
+def _stack_orders(orders: Sequence[tuple[Tensor | None, int]], batch: int, length: int) -> Tensor | None:
+    """The orders of all heads together, tokens as they are for heads without one; None where no head has one."""
+    given = [order for order, _ in orders if order is not None]
+    if not given:
+        return None
+    identity = torch.arange(length, device=given[0].device)[None, None]
+    return torch.cat([_expand(identity if order is None else order, batch, heads) for order, heads in orders], dim=1)
 
 
 def validate(p: BlockPattern) -> None:
@@ -358,8 +368,8 @@ def validate(p: BlockPattern) -> None:
         if order is not None and not bool((order.sort(-1).values == torch.arange(length, device=p.device)).all()):
             raise ValueError(f"`{name}` must be permutations of {length} tokens, got {list(order.shape)}")
     if p.kv_range is not None:
-        low, high = p.kv_range[:, 0], p.kv_range[:, 1]
-        if bool(((low < 0) | (low > high) | (high > p.kv_len)).any()):
+        start, end = p.kv_range[:, 0], p.kv_range[:, 1]
+        if bool(((start < 0) | (start > end) | (end > p.kv_len)).any()):
             raise ValueError(f"`kv_range` must hold 0 <= start <= end <= {p.kv_len}, got {p.kv_range.tolist()}")
     _validate_once(p)
 
@@ -377,7 +387,8 @@ def _validate_csr(name: str, indptr: Tensor, entries: int) -> None:
 def _validate_once(p: BlockPattern) -> None:
     """No key twice in a row, blocks and columns together."""
     flat = entry_rows(p.indptr)
-    for i in range(0, p.batch * p.heads * p.rows, step := max(1, _CHUNK // (p.kv_len + p.block_k))):
+    step = max(1, _CHUNK // (p.kv_len + p.block_k))
+    for i in range(0, p.batch * p.heads * p.rows, step):
         seen = torch.zeros(step, p.kv_len + p.block_k, dtype=torch.int32, device=p.device)
         mine = (flat >= i) & (flat < i + step)
         keys = p.starts[mine].long()[:, None] + torch.arange(p.block_k, device=p.device)
@@ -386,9 +397,9 @@ def _validate_once(p: BlockPattern) -> None:
         if p.columns is not None and p.column_indptr is not None:
             col_flat = entry_rows(p.column_indptr)
             mine = (col_flat >= i) & (col_flat < i + step)
-            index = (col_flat[mine] - i) * seen.shape[1] + p.columns[mine].long()
-            seen.view(-1).index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+            single = (col_flat[mine] - i) * seen.shape[1] + p.columns[mine].long()
+            seen.view(-1).index_add_(0, single, torch.ones_like(single, dtype=torch.int32))
         twice = (seen[:, : p.kv_len] > 1).nonzero()
         if len(twice):
-            row, key = int(twice[0, 0]) + i, int(twice[0, 1])
-            raise ValueError(f"`starts` and `columns` must hold a key once per row, got key {key} twice in row {row}")
+            row_number, key = int(twice[0, 0]) + i, int(twice[0, 1])
+            raise ValueError(f"`starts` and `columns` must hold a key once a row, got {key} twice in row {row_number}")

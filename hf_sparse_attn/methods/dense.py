@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.method import Decline, Method, Run
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 

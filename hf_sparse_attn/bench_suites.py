@@ -1,0 +1,281 @@
+"""The suites of the benchmark that ask the methods: building patterns, and whole tiny models."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_sparse_attn.api import patch
+from hf_sparse_attn.bench import FEWEST_ROUNDS, Options, in_turns, summary, timed
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.dispatch import AUTO_MAX_DENSITY, BackendUnavailable, run_pattern
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.registry import METHODS
+
+log = logging.getLogger(__name__)
+
+# Methods come with defaults for long inputs: below this length, parameters that count tokens shrink with it.
+_LENGTH_OF_DEFAULTS = 32768
+# No block is larger; an integer default above it counts tokens.
+_LARGEST_BLOCK = 256
+_LAYERS = 2
+UNPATCHED = "unpatched"
+
+
+def scaled(cls: type[Method], tokens: int) -> Method:
+    """The method with its defaults, those that count tokens in proportion to a short input."""
+    factor = min(1.0, tokens / _LENGTH_OF_DEFAULTS)
+    params = {
+        f.name: max(1, round(f.default * factor))
+        for f in fields(cls)
+        if type(f.default) is int and f.default > _LARGEST_BLOCK
+    }
+    return cls(**params)
+
+
+def video_grid(tokens: int) -> tuple[int, int, int]:
+    """Frames, height and width of about `tokens` tokens: squares of at most 32, and at least 4 frames."""
+    side = 32
+    while side > 1 and 4 * side * side > tokens:
+        side //= 2
+    return max(1, tokens // (side * side)), side, side
+
+
+def structured(tokens: int, heads: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Queries and keys [1, heads, tokens, dim] with what real heads have: neighbours and a few heavy columns.
+
+    Angles that grow with the position make near tokens alike; the first keys and a few random ones share a direction
+    with all queries. Noise alone would have methods choose between equals, and would show other costs.
+    """
+    made = torch.Generator().manual_seed(seed)
+    position = torch.arange(tokens, dtype=torch.float64)[:, None]
+    # Wavelengths from 32 tokens to the whole length, other phases for each head.
+    waves = 2 * math.pi / torch.logspace(5, math.log2(max(64, tokens)), max(1, dim // 2), base=2, dtype=torch.float64)
+    phase = torch.rand(heads, 1, max(1, dim // 2), generator=made, dtype=torch.float64) * 2 * math.pi
+    angle = position * waves + phase
+    local = torch.cat([angle.cos(), angle.sin()], -1)
+    local = torch.nn.functional.pad(local, (0, dim - local.shape[-1])).float()
+    heavy = torch.nn.functional.normalize(torch.randn(heads, 1, dim, generator=made), dim=-1)
+    q, k = (torch.randn(heads, tokens, dim, generator=made) * 0.5 for _ in range(2))
+    # Logits of about 8 for both, after the usual factor dim ** -0.5.
+    near = (16 / dim**0.5) ** 0.5
+    strong = (8 * dim**0.5) ** 0.5
+    q += near * local + strong * heavy
+    k += near * local
+    for head in range(heads):
+        columns = torch.randint(0, tokens, (max(2, tokens // 1024),), generator=made)
+        columns[0] = 0
+        k[head, columns] += strong * heavy[head]
+    return q[None], k[None]
+
+
+# ---------------------------------------------------------------------- patterns
+
+
+def patterns(options: Options) -> list[dict[str, Any]]:
+    """What it costs to build each method's pattern, beside the sparse attention that the pattern leads to.
+
+    `build` is the method's own work; `plan` is what the kernel does once for a new pattern (its first run less a
+    second one). A dynamic method pays both in every call, a static one once for each layout.
+    """
+    points = [(tokens, name, cls) for tokens in options.tokens for name, cls in METHODS.items()]
+    return [_pattern_point(options, tokens, name, cls) for tokens, name, cls in tqdm(points, "patterns", disable=None)]
+
+
+def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) -> dict[str, Any]:
+    device, heads, dim = options.where, options.heads, options.dims[0]
+    layout = TokenLayout.causal(tokens)
+    if cls.needs & {"bidirectional", "video grid"}:
+        layout = TokenLayout.video(*video_grid(tokens))
+    record: dict[str, Any] = {
+        "method": name,
+        "layout": str(layout),
+        "tokens": layout.kv_len,
+        "heads": heads,
+        "dim": dim,
+        "dtype": options.dtypes[0],
+        "static": cls.static,
+        "reason": None,
+    }
+    try:
+        method = scaled(cls, layout.kv_len)
+    except (TypeError, ValueError) as error:
+        return {**record, "reason": f"needs parameters: {error}"}
+    record["params"] = method.params()
+    ctx = Context(layout, num_heads=heads, num_kv_heads=heads, head_dim=dim)
+    reason = method.why_not(ctx)
+    if reason is not None:
+        return {**record, "reason": reason}
+    q, k = (t.to(device, options.dtype) for t in structured(layout.kv_len, heads, dim))
+    v = torch.randn_like(k)
+
+    def build() -> BlockPattern | Decline:
+        found = method.pattern(None, None, ctx) if method.static else method.pattern(q, k, ctx)
+        return found.to(device) if isinstance(found, BlockPattern) else found
+
+    record["first_build_seconds"], found = timed(build, device)
+    if isinstance(found, Decline):
+        return {**record, "reason": found.reason}
+    if method.static:
+        timed(lambda: method.pattern_for(q, k, ctx), device)
+        record["cached_call_seconds"] = timed(lambda: method.pattern_for(q, k, ctx), device)[0]
+    record["density"] = found.density("causal" if layout.is_causal else "full")
+    record["blocks"], record["bytes"] = found.starts.numel(), found.nbytes
+    times: dict[str, list[float]] = {"build": [], "first_run": [], "run": []}
+    attend = record["density"] <= AUTO_MAX_DENSITY
+    try:
+        # The first round warms up and is not counted.
+        begin = time.perf_counter()
+        for done in range(options.repeats + 1):
+            if done > FEWEST_ROUNDS and time.perf_counter() - begin > options.seconds:
+                break
+            seconds, fresh = timed(build, device)
+            assert isinstance(fresh, BlockPattern)
+            times["build"].append(seconds)
+            if attend:
+                for part in ("first_run", "run"):
+                    seconds, record["backend"] = timed(lambda: _attend(q, k, v, fresh, ctx), device)
+                    times[part].append(seconds)
+    except BackendUnavailable as error:
+        return {**record, "reason": str(error)}
+    record["build"] = {"seconds": times["build"][1:], **summary(times["build"][1:])}
+    if not attend:
+        record["reason"] = f"attention not timed: density above {AUTO_MAX_DENSITY} runs dense"
+        return record
+    for part in ("first_run", "run"):
+        record[part] = {"seconds": times[part][1:], **summary(times[part][1:])}
+    plan = max(0.0, record["first_run"]["median"] - record["run"]["median"])
+    record["plan_seconds"] = plan
+    per_call = record["cached_call_seconds"] if method.static else record["build"]["median"]
+    record["share_of_attention"] = per_call / record["run"]["median"]
+    record["share_with_plan"] = (per_call + (0.0 if method.static else plan)) / record["run"]["median"]
+    return record
+
+
+# ---------------------------------------------------------------------- models
+
+
+def model(options: Options) -> list[dict[str, Any]]:
+    """A whole forward of tiny random models, unpatched against every method through `patch()` with its own policy.
+
+    The method "dense" among them shows what the patch itself costs.
+    """
+    records = []
+    for tokens in options.tokens:
+        for name, build in _MODELS.items():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                built = build(options, tokens)
+            point = {"model": name, "tokens": tokens, "heads": options.heads, "dim": options.dims[0]}
+            point["dtype"] = options.dtypes[0]
+            if isinstance(built, str):
+                records.append({**point, "contestant": UNPATCHED, "reason": built})
+            else:
+                records += list(_model_point(options, point, *built))
+    return records
+
+
+def _model_point(
+    options: Options, point: dict[str, Any], module: nn.Module, forward: Callable[[], Any], tokens: int
+) -> Iterator[dict[str, Any]]:
+    """The records of one model and length."""
+    point = {**point, "tokens": tokens}
+    calls: dict[str, Callable[[], Any]] = {UNPATCHED: forward}
+    reports: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for name, cls in METHODS.items():
+        try:
+            method = scaled(cls, tokens)
+            with patch(module, method):
+                pass
+        except (TypeError, ValueError) as error:
+            reasons[name] = str(error)
+            continue
+        calls[name] = _patched(module, method, forward, name, reports)
+    times, failed = in_turns(calls, options, f"{point['model']} {tokens}")
+    reasons.update(failed)
+    for name in [*times, *reasons]:
+        record = {**point, "contestant": name, **times.get(name, {}), "reason": reasons.get(name)}
+        if name in times and UNPATCHED in times:
+            record["speedup"] = times[UNPATCHED]["median"] / times[name]["median"]
+        if name in times and name in reports:
+            report = reports[name]
+            record.update(density=report.density, params=report.params)
+            record["backends"] = sorted({b for layer in report.layers for b in layer.backends})
+            record["dense_because"] = sorted({r for layer in report.layers for r in layer.reasons})
+        yield record
+
+
+def _patched(
+    module: nn.Module, method: Method, forward: Callable[[], Any], name: str, reports: dict[str, Any]
+) -> Callable[[], Any]:
+    def call() -> None:
+        with patch(module, method) as made:
+            forward()
+            reports[name] = made.report()
+
+    return call
+
+
+def _llama(options: Options, tokens: int) -> tuple[nn.Module, Callable[[], Any], int] | str:
+    from transformers import LlamaConfig, LlamaModel
+
+    width = options.heads * options.dims[0]
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        head_dim=options.dims[0],
+        max_position_embeddings=tokens,
+    )
+    module: Any = LlamaModel(config).eval().to(options.where, options.dtype)
+    ids = torch.randint(3, 256, (1, tokens), device=options.where)
+    return module, lambda: module(input_ids=ids, use_cache=False), tokens
+
+
+def _wan(options: Options, tokens: int) -> tuple[nn.Module, Callable[[], Any], int] | str:
+    if find_spec("diffusers") is None:
+        return "needs the package diffusers"
+    from diffusers import WanTransformer3DModel
+
+    frames, height, width = video_grid(tokens)
+    module: Any = WanTransformer3DModel(
+        num_attention_heads=options.heads,
+        attention_head_dim=options.dims[0],
+        num_layers=_LAYERS,
+        ffn_dim=2 * options.heads * options.dims[0],
+        text_dim=32,
+        rope_max_seq_len=max(64, frames),
+    )
+    module = module.eval().to(options.where)
+    # As from_pretrained(torch_dtype=...) does: the model keeps some of its modules in float32.
+    exact = set(module._keep_in_fp32_modules or ())
+    for name, weight in module.named_parameters():
+        if not exact & set(name.split(".")):
+            weight.data = weight.data.to(options.dtype)
+    # Patches of 1 x 2 x 2: the latents are twice as high and wide as the grid of tokens.
+    inputs = {
+        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width).to(options.where, options.dtype),
+        "timestep": torch.tensor([500], device=options.where),
+        "encoder_hidden_states": torch.randn(1, 16, 32).to(options.where, options.dtype),
+    }
+    return module, lambda: module(**inputs), frames * height * width
+
+
+_MODELS: dict[str, Callable[[Options, int], tuple[nn.Module, Callable[[], Any], int] | str]] = {
+    "llama prefill": _llama,
+    "wan step": _wan,
+}

@@ -1,0 +1,159 @@
+"""What the registries hold, as plain records and as the tables of the README and of `hf-sparse-attn methods`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_attn.dispatch import AUTO_ORDER
+from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
+
+# Columns and rows.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def methods(third_party: bool = True) -> list[dict[str, Any]]:
+    """One record per method: name, summary, needs, static, trainable, parameters with defaults, paper.
+
+    Args:
+        third_party: also those that come from other packages, and so differ from machine to machine.
+    """
+    return [
+        {
+            "name": name,
+            "summary": _summary(cls.__doc__),
+            "needs": sorted(cls.needs),
+            "static": cls.static,
+            "trainable": cls.trainable,
+            "parameters": {f.name: _default(f) for f in fields(cls)},
+            "paper": cls.paper,
+        }
+        for name, cls in METHODS.items()
+        if third_party or _is_own(cls)
+    ]
+
+
+def families() -> list[dict[str, Any]]:
+    """One record per model family of this package: name, the models, the layouts it can describe, summary."""
+    known = [
+        {
+            "name": name,
+            "models": family.models,
+            "provides": sorted(family.provides),
+            "summary": _summary(family.__doc__),
+        }
+        for name, family in FAMILIES.items()
+        if _is_own(family)
+    ]
+    return sorted(known + _unread(FAMILIES, {"models": "", "provides": []}), key=lambda r: str(r["name"]))
+
+
+def backends() -> list[dict[str, Any]]:
+    """One record per backend of this package, those that cannot be imported here included: name, summary, auto."""
+    known = [{"name": n, "summary": _summary(b.__doc__)} for n, b in BACKENDS.items() if _is_own(b)]
+    records = sorted(known + _unread(BACKENDS, {}), key=lambda r: str(r["name"]))
+    return [{**r, "auto": AUTO_ORDER.index(r["name"]) + 1 if r["name"] in AUTO_ORDER else None} for r in records]
+
+
+def methods_table(third_party: bool = False) -> Table:
+    """Columns and rows of the methods; see `methods`."""
+    columns = ("method", "what it keeps", "needs", "pattern", "trainable", "parameters", "paper")
+    rows = [
+        (
+            r["name"],
+            r["summary"],
+            ", ".join(r["needs"]) or "any layout",
+            "static" if r["static"] else "dynamic",
+            "yes" if r["trainable"] else "no",
+            ", ".join(f"{name}={value}" for name, value in r["parameters"].items()) or "none",
+            r["paper"],
+        )
+        for r in methods(third_party)
+    ]
+    return columns, rows
+
+
+def families_table() -> Table:
+    """Columns and rows of the model families."""
+    columns = ("family", "models", "layouts")
+    return columns, [(r["name"], r["models"], ", ".join(r["provides"])) for r in families()]
+
+
+def backends_table() -> Table:
+    """Columns and rows of the backends."""
+    columns = ("backend", "what it does", 'order in "auto"')
+    return columns, [(r["name"], r["summary"], str(r["auto"] or "by name only")) for r in backends()]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a `|` in a cell is escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])
+
+
+def _is_own(entry: object) -> bool:
+    owner = entry if isinstance(entry, type) else type(entry)
+    return owner.__module__.startswith("hf_sparse_attn.")
+
+
+def _summary(doc: str | None) -> str:
+    return (doc or "").strip().partition("\n")[0].strip()
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return "required" if field.default_factory is MISSING else field.default_factory()
+
+
+def _unread(registry: Registry[Any], constants: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of the files whose package is missing here, read from their text: tables must not depend on it.
+
+    Args:
+        registry: whose files.
+        constants: class attributes to read, with what stands for one that is not a plain value.
+    """
+    found = []
+    for file in registry.missing:
+        spec = find_spec(f"{registry.package}.{file}")
+        if spec is None or spec.origin is None:
+            continue
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            for name in _registered(node):
+                assert isinstance(node, ast.ClassDef)
+                plain = {n: _constant(node, n, other) for n, other in constants.items()}
+                found.append({"name": name, "summary": _summary(ast.get_docstring(node)), **plain})
+    return found
+
+
+def _registered(node: ast.stmt) -> list[str]:
+    """Names under which the decorators of a class register it."""
+    calls = [d for d in node.decorator_list if isinstance(d, ast.Call)] if isinstance(node, ast.ClassDef) else []
+    return [
+        str(call.args[0].value)
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr == "register"
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+    ]
+
+
+def _constant(node: ast.ClassDef, name: str, other: Any) -> Any:
+    """A class attribute from the text: a plain value, or a frozenset of plain values sorted."""
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == name:
+            value = line.value.args[0] if isinstance(line.value, ast.Call) and line.value.args else line.value
+            try:
+                read = ast.literal_eval(value) if value is not None else other
+            except ValueError:
+                return other
+            return sorted(read) if isinstance(read, set) else read
+    return other

@@ -1,0 +1,192 @@
+"""`hf-sparse-attn`: demo, methods, doctor, bench. Tables go to stdout, logs to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+PROGRAM = "hf-sparse-attn"
+T = TypeVar("T")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments without the program's name; None means those of the process.
+
+    Returns:
+        exit status: 0, 1 where a check of `doctor` failed, 2 for an error of the user.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+        try:
+            args = _parser().parse_args(argv)
+            return int(args.run(args))
+        except _user_errors() as error:
+            if "--debug" in argv:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+            return 2
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
+    from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.patching import DenseFallback
+
+    return ValueError, TypeError, OSError, BackendUnavailable, DenseFallback
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised: argparse itself would print the usage and leave the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parser() -> _Parser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
+    parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common], help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", _demo, "make the shipped tiny model sparse, method by method, and compare with dense")
+    demo.add_argument("--length", type=int, default=4096, metavar="N", help="bytes of the document that is read")
+    demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
+    demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+
+    methods = command("methods", _methods, "list the sparse attention methods")
+    methods.add_argument("--markdown", action="store_true", help="the tables of the README")
+
+    doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
+    doctor.add_argument("--backends", type=_list(str), metavar="A,B", help="try only these")
+
+    bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
+    bench.add_argument("--suite", default="quick", help="kernels, patterns, model, or quick: a little of each")
+    bench.add_argument("--tokens", type=_list(int), metavar="N,N", help="8192,32768; quick: 4096")
+    bench.add_argument("--dims", type=_list(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
+    bench.add_argument("--dtypes", type=_list(str), metavar="T,T", help="float32,bfloat16; quick: float32")
+    bench.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25; quick: 0.125")
+    bench.add_argument("--heads", type=int, metavar="N", help="8")
+    bench.add_argument("--block", type=int, metavar="N", help="tokens in a block: 128")
+    bench.add_argument("--causal", action=argparse.BooleanOptionalAction, help="kernels under a causal mask; off")
+    bench.add_argument("--backends", type=_list(str), metavar="A,B", help="all but torch_reference")
+    bench.add_argument("--repeats", type=int, metavar="N", help="rounds over the contestants: 5; quick: 3")
+    bench.add_argument(
+        "--seconds", type=float, metavar="S", help="no further round after this long and two rounds: 60"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    bench.add_argument("--device", help="cuda where there is one, else cpu")
+    bench.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and speedup.png there")
+    return parser
+
+
+def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Parses comma-separated values."""
+
+    def parse(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError:
+            name = getattr(kind, "__name__", "value")
+            raise argparse.ArgumentTypeError(f"must be {name}s separated by commas, got {text!r}") from None
+
+    return parse
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import demo
+
+    return int(demo.main(args) or 0)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import catalog
+
+    if args.json:
+        _print_json({"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()})
+    elif args.markdown:
+        tables = {
+            "methods": catalog.methods_table(),
+            "families": catalog.families_table(),
+            "backends": catalog.backends_table(),
+        }
+        print("\n\n".join(f"<!-- generated: {n} -->\n{catalog.markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
+    else:
+        # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
+        columns, rows = catalog.methods_table(third_party=True)
+        _print_table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows])
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import doctor
+
+    found = doctor.examine(args.backends)
+    if args.json:
+        _print_json(found)
+    else:
+        print(doctor.render(found, _width()))
+    return 0 if found["ok"] else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import bench, bench_plot
+
+    apart = ("run", "command", "json", "debug", "output")
+    given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
+    result = bench.run(bench.make_options(**given))
+    # The files first: a closed pipe must not cost a result of many minutes.
+    notes = [] if args.output is None else bench_plot.write(result, args.output)
+    if args.json:
+        _print_json(result)
+    else:
+        print(bench_plot.render(result, _width()))
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from hf_sparse_attn.report import table
+
+    print(table(columns, rows, width=_width()))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _width() -> int:
+    """Columns of the terminal, at least 100; tables narrower than that break every word."""
+    return max(100, shutil.get_terminal_size((140, 24)).columns)
+
+
+@contextmanager
+def _logs_to_stderr(level: int) -> Iterator[None]:
+    """Logs of this package on stderr while a command runs; a caller in the same process keeps its own setting."""
+    logger = logging.getLogger("hf_sparse_attn")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,195 @@
+"""Vertical-slash (MInference): the columns and the diagonals that the last queries attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern import BlockPattern, causal_tiles
+from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.selection import check_block_size, rank_descending
+
+# First columns and nearest diagonals that are always kept, as in the published run-time code.
+_FORCED_VERTICALS = 30
+_FORCED_SLASHES = 100
+_FEWEST_SLASHES = 50
+
+
+@METHODS.register("vertical_slash")
+@dataclass(frozen=True, kw_only=True)
+class VerticalSlash(Method):
+    """Each head keeps its best single columns (verticals) and its best diagonals (slashes); drops the rest.
+
+    Both are ranked by the attention of the last queries: a vertical by the sum over these queries, a slash by the
+    sum along the diagonal. The first 30 columns and the nearest 100 diagonals are always kept. Slashes are rounded to
+    blocks of keys that need not be aligned, so that more than the diagonal itself is kept; verticals outside these
+    blocks stay single columns. No key is counted twice.
+
+    Deviations from the published code: grouped heads and batches are computed at once; any number of tokens; ties go
+    to the lower column and the nearer diagonal; in chunked prefill the last queries of a chunk estimate for it.
+
+    Args:
+        vertical: columns kept, at least 0 (30 are kept in any case).
+        slash: diagonals kept, at least 0 (50 are kept in any case).
+        last_queries: queries that estimate, at least 1.
+        block_size: queries in a row and keys in a block, a power of two from 16 to 256; 64 as published.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range or of the wrong type.
+    """
+
+    paper = "Jiang et al. 2024, MInference 1.0 (arXiv 2407.02490)"
+    needs = frozenset({"causal"})
+
+    vertical: int = 1000
+    slash: int = 6096
+    last_queries: int = 64
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("vertical", self.vertical, 0)
+        check_int("slash", self.slash, 0)
+        check_int("last_queries", self.last_queries, 1)
+        check_block_size(self.block_size)
+
+    def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
+        """Blocks along the slashes and columns between them; see Method.pattern."""
+        if q is None or k is None:
+            raise TypeError("`q` and `k` must be tensors: vertical_slash chooses by content, got None")
+        verticals, slashes = self.choose(q, k, ctx)
+        return build_pattern(verticals, slashes, ctx.layout.query_start, q.shape[2], k.shape[2], self.block_size)
+
+    def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
+        n = k.shape[2]
+        vertical_score, slash_score = estimate(q, k, self.last_queries, ctx.softmax_scale)
+        vertical_score[..., :_FORCED_VERTICALS] = torch.inf
+        slash_score[..., :_FORCED_SLASHES] = torch.inf
+        vertical = min(n, max(self.vertical, _FORCED_VERTICALS))
+        slash = min(n, max(self.slash, _FEWEST_SLASHES))
+        return (
+            rank_descending(vertical_score)[..., :vertical].sort(-1).values,
+            rank_descending(slash_score)[..., :slash].sort(-1).values,
+        )
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """Few of both, more verticals, an odd number of estimating queries."""
+        return [
+            {"vertical": 10, "slash": 50, "block_size": 16},
+            {"vertical": 70, "slash": 110, "block_size": 32, "last_queries": 7},
+        ]
+
+    @classmethod
+    def full_budget(cls) -> dict[str, Any]:
+        """All diagonals."""
+        return {"vertical": 1 << 20, "slash": 1 << 20, "block_size": 32}
+
+
+def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries summed along columns and along diagonals, in float32.
+
+    Args:
+        q: [batch, heads, q_len, dim].
+        k: [batch, kv_heads, kv_len, dim]; the last query is at the last key.
+        last_queries: number of estimating queries; fewer where q is shorter.
+        scale: factor on the logits.
+
+    Returns:
+        score of each column and of each diagonal (0 is the main one), both [batch, heads, kv_len].
+    """
+    n, last = k.shape[2], min(last_queries, q.shape[2])
+    group = q.shape[1] // k.shape[1]
+    query = q[:, :, -last:].float().unflatten(1, (k.shape[1], group))
+    logits = torch.einsum("bngqd,bnkd->bngqk", query, k.float()).flatten(1, 2) * scale
+    position = torch.arange(n - last, n, device=q.device)
+    weights = logits.masked_fill_(torch.arange(n, device=q.device) > position[:, None], -torch.inf).softmax(-1)
+    vertical = weights.sum(2)
+    # Query i of the strip sees the key at distance o in column n - last + i - o: reversed and padded on the left by
+    # what it lacks, all queries have distance o in column o. A skewed view does this without a copy per query.
+    skewed = torch.nn.functional.pad(weights, (last, 0)).flip(-1)
+    batch, heads = skewed.shape[:2]
+    strides = (skewed.stride(0), skewed.stride(1), skewed.stride(2) - 1, 1)
+    slash = skewed.as_strided((batch, heads, last, n), strides, skewed.storage_offset() + last - 1).sum(2)
+    return vertical, slash
+
+
+def build_pattern(
+    verticals: Tensor, slashes: Tensor, query_start: int, q_len: int, kv_len: int, size: int
+) -> BlockPattern:
+    """Blocks that cover the slashes row by row, and the verticals that they leave out.
+
+    A row whose queries end before position e reads, for each diagonal o < e, the block of `size` keys that ends at
+    max(e - o, size). From the far diagonals to the near ones: the next block begins where the last one ended if any
+    of the remaining blocks reaches beyond it by no more than `size` keys, else where the nearest remaining one does.
+
+    Args:
+        verticals: int64 [batch, heads, n], ascending columns.
+        slashes: int64 [batch, heads, m], ascending diagonals; must hold 0.
+        query_start: position of the first query.
+        q_len, kv_len: sizes.
+        size: queries in a row and keys in a block.
+    """
+    batch, heads = slashes.shape[:2]
+    device = slashes.device
+    rows = -(-q_len // size)
+    end = query_start + (torch.arange(rows, device=device) + 1) * size
+    reach = int(end[-1])
+    # In terms of the distance d from the end of a block to the end of its row, the next block is the same for all
+    # rows: at distance d - size, or at the largest diagonal below d if that is nearer to the row.
+    diagonal = torch.zeros(batch, heads, reach + 1, dtype=torch.int64, device=device)
+    diagonal.scatter_(2, slashes, slashes)
+    # below[d]: the largest chosen diagonal less than d.
+    below = torch.nn.functional.pad(diagonal.cummax(-1).values, (1, 0))[..., :-1]
+    step = torch.minimum(torch.arange(reach + 1, device=device) - size, below)
+    # Where a block reaches the end of the row (d <= 0) it is the last: -1 marks that nothing follows.
+    furthest = below.gather(2, end.clamp(max=reach).expand(batch, heads, rows))
+    distance = torch.minimum(furthest, (end - size).expand_as(furthest))
+    ends, more = [distance], distance > 0
+    while bool(more.any()):
+        distance = torch.where(more, step.gather(2, distance.clamp(min=0)), -size)
+        ends.append(distance)
+        more = more & (distance > 0)
+    # [batch, heads, rows, steps]: distance of each block's end, absent where the row had ended.
+    far = torch.stack(ends, -1)
+    there = torch.ones_like(far, dtype=torch.bool)
+    there[..., 1:] = (far[..., :-1] > 0).cumprod(-1).bool()
+    start = end[:, None] - far - size
+    there &= start < kv_len
+    starts = start[there]
+    tile_ids, tiles = causal_tiles((end[:, None] - size - start)[there], size, size)
+    counts, columns = _columns_between(verticals, start, there, size, kv_len)
+    return BlockPattern.from_rows(there.sum(-1), starts, size, size, q_len, kv_len, tile_ids, tiles, counts, columns)
+
+
+def _columns_between(verticals: Tensor, start: Tensor, there: Tensor, size: int, kv_len: int) -> tuple[Tensor, Tensor]:
+    """Verticals before and between the blocks of each row: counts [batch, heads, rows] and the columns, row by row.
+
+    Args:
+        verticals: int64 [batch, heads, n], ascending.
+        start: int64 [batch, heads, rows, steps], first key of each block, ascending where it is there.
+        there: bool like `start`.
+        size: keys in a block.
+        kv_len: number of keys.
+    """
+    batch, heads, rows, steps = start.shape
+    present = torch.zeros(batch, heads, kv_len, dtype=torch.int64, device=start.device)
+    present.scatter_(2, verticals, 1)
+    # before[x]: number of verticals less than x, so that a gap between blocks is a run of the ascending verticals.
+    before = torch.nn.functional.pad(present.cumsum(-1), (1, 0))
+    gap_end = before.gather(2, start.clamp(0, kv_len).flatten(2)).view_as(start)
+    block_end = before.gather(2, (start + size).clamp(0, kv_len).flatten(2)).view_as(start)
+    gap_start = torch.nn.functional.pad(block_end[..., :-1], (1, 0))
+    length = ((gap_end - gap_start) * there).flatten()
+    first = torch.repeat_interleave(gap_start.flatten(), length)
+    at = torch.arange(int(length.sum()), device=start.device)
+    at = at - torch.repeat_interleave(torch.nn.functional.pad(length.cumsum(0), (1, 0))[:-1], length) + first
+    head = torch.repeat_interleave(
+        torch.arange(batch * heads, device=start.device), length.view(batch * heads, -1).sum(1)
+    )
+    return length.view(batch, heads, rows, steps).sum(-1), verticals.flatten(0, 1)[head, at]

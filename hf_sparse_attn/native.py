@@ -1,0 +1,157 @@
+"""Every method under "hsa:<name>" as an attention implementation of transformers, without patch()."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_sparse_attn.report import Report
+    from hf_sparse_attn.transformers_hook import LayerState
+
+log = logging.getLogger(__name__)
+
+# The module of transformers that holds the table of attention implementations.
+_AWAITED = "transformers.modeling_utils"
+
+
+def install() -> None:
+    """Registers all methods with transformers: now where it is imported already, else as soon as it is."""
+    if _AWAITED in sys.modules:
+        _register_all()
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def register(name: str) -> None:
+    """Adds a method registered later; before transformers is imported nothing, for its import adds them all."""
+    if _AWAITED in sys.modules and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        from hf_sparse_attn.transformers_hook import NATIVE_PREFIX
+        from hf_sparse_attn.transformers_hook import register as register_implementation
+
+        register_implementation(f"{NATIVE_PREFIX}{name}", None, _finder(name))
+
+
+def report(model: nn.Module) -> Report:
+    """What the layers of a model loaded with attn_implementation="hsa:<name>" did so far.
+
+    Raises:
+        ValueError: no layer has run sparse attention natively.
+    """
+    from hf_sparse_attn.report import Report
+
+    states = [s for s in (_states().get(m) for m in model.modules()) if s is not None]
+    if not states:
+        raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
+    method = states[0].session.method
+    layers = [s.record.report(method.params().get("density")) for s in states]
+    return Report(method.name, method.params(), "native", layers)
+
+
+def _register_all() -> None:
+    from hf_sparse_attn.registry import METHODS
+
+    for name in METHODS.names():
+        register(name)
+
+
+_STATES: Any = None
+
+
+def _states() -> Any:
+    """The state of every attention module that ran natively, or None for those that are no text attention."""
+    global _STATES
+    if _STATES is None:
+        from weakref import WeakKeyDictionary
+
+        _STATES = WeakKeyDictionary()
+    return _STATES
+
+
+def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
+    """Finds the state of a module under the method `name`, made at its first forward."""
+
+    def find(module: nn.Module) -> LayerState | None:
+        states = _states()
+        state: LayerState | None = states.get(module)
+        if module not in states or (state is not None and state.session.method.name != name):
+            states[module] = state = _make_state(name, module)
+        return state
+
+    return find
+
+
+def _make_state(name: str, module: nn.Module) -> LayerState | None:
+    from hf_sparse_attn.dispatch import Policy
+    from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
+    from hf_sparse_attn.patching import LayerRecord, Session
+    from hf_sparse_attn.registry import METHODS
+    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_text_attention
+
+    if not is_text_attention(module):
+        return None
+    method = METHODS.get(name)()
+    lacking = sorted(method.needs - {"causal"})
+    if lacking:
+        raise MethodDoesNotApply(
+            f"`attn_implementation` 'hsa:{name}' needs {' and '.join(NEEDS[n] for n in lacking)}; "
+            "a language model has none"
+        )
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    layers = getattr(module.config, "num_hidden_layers", index + 1)
+    record = LayerRecord(f"{type(module).__name__}.{index}", index)
+    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
+
+
+class _Watch(MetaPathFinder):
+    """Waits for the import of transformers, lets it happen, registers the methods, and is gone."""
+
+    def __init__(self) -> None:
+        self._asking = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AWAITED or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader, self)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """Runs a module as its own loader does, then registers the methods."""
+
+    def __init__(self, loader: Any, watch: _Watch) -> None:
+        self._loader = loader
+        self._watch = watch
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if self._watch in sys.meta_path:
+            sys.meta_path.remove(self._watch)
+        try:
+            _register_all()
+        except Exception:
+            # An error in some method's file must not make transformers fail to import.
+            log.warning("the names 'hsa:<method>' could not be registered with transformers", exc_info=True)

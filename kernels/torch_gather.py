@@ -1,0 +1,355 @@
+"""Block-sparse attention from PyTorch's own operators: gather the keys of a few rows, run fused attention on them.
+
+The CPU path, and what runs on any other device. One call handles a group of rows of one head whose numbers of keys
+are nearly equal; the keys gathered for it are few enough to stay in cache, and never exist for the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern_ops import key_validity
+from hf_sparse_attn.registry import BACKENDS
+
+# Added to logits that are masked. Finite, because all keys of a query may be masked, and the fused operator gives
+# a row of -inf a log-sum-exp of 0; a log-sum-exp below _NO_KEY tells such a query instead.
+_MASKED = -1e30
+_NO_KEY = -1e29
+# Keys and values gathered for one call, in bytes: about a second-level cache, so that the copy is read from there.
+_CACHE_BYTES = 2 << 20
+_MOST_ROWS = 16
+# A row joins the group of a longer one if it is shorter by at most this share; the rest of it is masked.
+_PADDING = 1 / 16
+
+
+@BACKENDS.register("torch_gather")
+class TorchGather:
+    """Skips blocks with PyTorch operators alone, forward and backward, on any device and in any float type."""
+
+    @staticmethod
+    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
+        """See dispatch.Backend: there is no call it cannot run."""
+        return None
+
+    @staticmethod
+    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+        """See dispatch.Backend."""
+        dim, value_dim = q.shape[3], v.shape[3]
+        # The fused operator wants one size for keys and values; zeros change neither the logits nor the kept output.
+        if value_dim < dim:
+            v = torch.nn.functional.pad(v, (0, dim - value_dim))
+        elif dim < value_dim:
+            q, k = (torch.nn.functional.pad(x, (0, value_dim - dim)) for x in (q, k))
+        out, lse = _Gather.apply(q, k, v, pattern, scale)
+        return out[..., :value_dim], lse
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one head that run in one call.
+
+    Args:
+        rows: int64 [n], rows of the pattern.
+        starts: int64 [n, blocks], first key place of each block; kv_len stands for a block that is not there.
+        tiles: int64 [n or 1, blocks], tile of each block, or None where all are whole.
+        columns: int64 [n, columns], single key places, kv_len for one that is not there; or None.
+        spare: whether any place is at or beyond kv_len, in a short last block or where a row is shorter than another.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    tiles: Tensor | None
+    columns: Tensor | None
+    spare: bool
+
+
+def _plan(p: BlockPattern, batch: int, head: int, key_bytes: int) -> list[_Group]:
+    """The groups of one head of the pattern, longest rows first; kept with the pattern, which may be static."""
+    plans = p.__dict__.setdefault("_gather_plans", {})
+    at = (min(batch, p.batch - 1), min(head, p.heads - 1), key_bytes)
+    if at not in plans:
+        plans[at] = list(_make_groups(p, *at))
+    return plans[at]
+
+
+def _make_groups(p: BlockPattern, batch: int, head: int, key_bytes: int) -> Iterator[_Group]:
+    indptr = p.indptr[batch, head]
+    counts = indptr.diff()
+    column_counts = torch.zeros_like(counts)
+    column_indptr = None
+    if p.columns is not None and p.column_indptr is not None and p.columns.numel():
+        column_indptr = p.column_indptr[
+            min(batch, p.column_indptr.shape[0] - 1), min(head, p.column_indptr.shape[1] - 1)
+        ]
+        column_counts = column_indptr.diff()
+    # Rows run together have nearly equal numbers of blocks; columns vary little among neighbours.
+    order = torch.argsort(counts * (p.kv_len + 1) + column_counts, descending=True, stable=True)
+    blocks, columns = counts[order].tolist(), column_counts[order].tolist()
+    first = 0
+    while first < len(blocks) and (blocks[first] or columns[first]):
+        longest = blocks[first] * p.block_k + columns[first]
+        most = min(_MOST_ROWS, max(1, _CACHE_BYTES // (longest * key_bytes)))
+        last = first + 1
+        while (
+            last < len(blocks)
+            and last - first < most
+            and (
+                (1 - _PADDING) * longest <= blocks[last] * p.block_k + columns[last] <= longest
+                and blocks[last] >= (1 - _PADDING) * blocks[first]
+            )
+        ):
+            last += 1
+        rows = order[first:last]
+        starts = _take(p.starts, indptr, rows, counts, blocks[first], p.kv_len)
+        tiles = None
+        if len(p.tiles) > 1:
+            tiles = _take(p.tile_ids, indptr, rows, counts, blocks[first], 0)
+            if not bool(tiles.any()):
+                tiles = None
+            elif bool((tiles == tiles[:1]).all()):
+                tiles = tiles[:1]
+        chosen = None
+        if column_indptr is not None and p.columns is not None and max(columns[first:last]):
+            chosen = _take(p.columns, column_indptr, rows, column_counts, max(columns[first:last]), p.kv_len)
+        spare = bool((starts > p.kv_len - p.block_k).any()) or (
+            chosen is not None and bool((chosen == p.kv_len).any())
+        )
+        yield _Group(rows, starts, tiles, chosen, spare)
+        first = last
+
+
+def _take(values: Tensor, indptr: Tensor, rows: Tensor, counts: Tensor, width: int, absent: int) -> Tensor:
+    """The entries of some rows as a rectangle [rows, width], `absent` where a row is shorter."""
+    lane = torch.arange(width, device=values.device)
+    inside = lane < counts[rows, None]
+    index = torch.where(inside, indptr[rows, None] + lane, 0)
+    return torch.where(inside, values[index].long(), absent)
+
+
+class _Head:
+    """Keys and values of one head as the groups read them: in the pattern's order, with spare keys at the end."""
+
+    def __init__(self, p: BlockPattern, k: Tensor, v: Tensor, batch: int, head: int, spare: bool) -> None:
+        self.pattern = p
+        order = p.kv_order
+        self.order = None if order is None else order[min(batch, order.shape[0] - 1), min(head, order.shape[1] - 1)]
+        valid = key_validity(p)
+        self.limited = valid is not None
+        self.as_it_is = valid is None and not spare
+        here = torch.zeros(p.kv_len + p.block_k, dtype=torch.bool, device=k.device)
+        here[: p.kv_len] = True if valid is None else valid[min(batch, len(valid) - 1), min(head, valid.shape[1] - 1)]
+        # What is added to the logits of the key at each place.
+        self.bias = torch.zeros(len(here), device=k.device).masked_fill_(~here, _MASKED)
+        self.here = here
+        self.keys, self.values = self._lay_out(k), self._lay_out(v)
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(0, self.order)
+        if self.as_it_is:
+            return x.contiguous()
+        # Keys outside the valid range are zeroed, not only masked: weight 0 times NaN would be NaN.
+        padded = x.new_zeros(len(self.here), x.shape[1])
+        padded[: len(x)] = x
+        return padded.masked_fill_(~self.here[:, None], 0.0)
+
+    def places(self, group: _Group) -> Tensor:
+        """Key places of a group, int64 [n, keys]."""
+        n = len(group.rows)
+        lane = torch.arange(self.pattern.block_k, device=group.starts.device)
+        places = (group.starts[:, :, None] + lane).view(n, -1)
+        return places if group.columns is None else torch.cat([places, group.columns], dim=1)
+
+    def gather(self, group: _Group) -> tuple[Tensor, Tensor]:
+        """Keys and values of a group, [1, n, keys, dim] each."""
+        n, block = len(group.rows), self.pattern.block_k
+        if group.columns is None:
+            index = group.starts.flatten()
+            return tuple(self._windows(x, block).index_select(0, index).view(1, n, -1, x.shape[1]) for x in self._both)  # type: ignore[return-value]  # two of them
+        index = self.places(group).flatten()
+        return tuple(x.index_select(0, index).view(1, n, -1, x.shape[1]) for x in self._both)  # type: ignore[return-value]  # two of them
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    @staticmethod
+    def _windows(x: Tensor, block: int) -> Tensor:
+        """Every run of `block` tokens as a row, overlapping in memory: an unaligned block is one copy, too."""
+        tokens, dim = x.shape
+        return x.as_strided((tokens - block + 1, block * dim), (dim, 1))
+
+    def mask(self, group: _Group, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the logits of a group, [1, n or 1, block_q or 1, keys], or None."""
+        p = self.pattern
+        mask = None
+        if group.tiles is not None:
+            table = _tile_bias(p, dtype)
+            mask = table[group.tiles].transpose(1, 2).flatten(2)
+            if group.columns is not None:
+                mask = torch.nn.functional.pad(mask, (0, group.columns.shape[1]))
+        if self.limited or group.spare:
+            keys = self.bias[self.places(group)].to(dtype)[:, None, :]
+            mask = keys if mask is None else mask + keys
+        if mask is None:
+            return None
+        return mask.expand(len(group.rows), -1, -1)[None]
+
+    def add_back(self, grad: Tensor, total: Tensor) -> None:
+        """Adds the gradient of the laid-out keys to that of the head's tokens [kv_len, dim]."""
+        grad = grad[: self.pattern.kv_len].masked_fill(~self.here[: self.pattern.kv_len, None], 0.0)
+        if self.order is None:
+            total += grad
+        else:
+            total.index_add_(0, self.order, grad)
+
+
+def _tile_bias(p: BlockPattern, dtype: torch.dtype) -> Tensor:
+    """The tiles as numbers to add to logits, [tiles, block_q, block_k]."""
+    known = p.__dict__.setdefault("_gather_tiles", {})
+    if dtype not in known:
+        known[dtype] = torch.zeros(p.tiles.shape, dtype=dtype, device=p.device).masked_fill_(~p.tiles, _MASKED)
+    found: Tensor = known[dtype]
+    return found
+
+
+class _Gather(torch.autograd.Function):
+    """Forward and backward over the same groups."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+        batch, heads = q.shape[:2]
+        compute = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros(batch, heads, p.rows, p.block_q, q.shape[3], dtype=q.dtype, device=q.device)
+        lse = torch.full(out.shape[:4], _MASKED, dtype=compute, device=q.device)
+        queries = _rows(q, p)
+        for b, h, head, groups in _heads(p, k, v, batch, heads):
+            for group in groups:
+                query = queries[b, h].index_select(0, group.rows)[None]
+                o, s = _fused(query, *head.gather(group), head.mask(group, compute), scale)
+                out[b, h].index_copy_(0, group.rows, o[0])
+                lse[b, h].index_copy_(0, group.rows, s[0])
+        out, lse = _tokens(out, p, q.shape[2]), _tokens(lse, p, q.shape[2])
+        none = lse < _NO_KEY
+        if bool(none.any()):
+            out = out.masked_fill(none[..., None], 0.0)
+            lse = lse.masked_fill(none, -torch.inf)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pattern, ctx.scale = p, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        p: BlockPattern = ctx.pattern
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        compute = torch.promote_types(q.dtype, torch.float32)
+        # A query without keys has log-sum-exp -inf; a large one instead makes its weights exp(logit - lse) zero.
+        lse = lse.masked_fill(lse == -torch.inf, -_MASKED)
+        # d(logit) = weight * (d(weight) - sum(grad_out * out) + grad_lse).
+        shift = (grad_out.to(compute) * out.to(compute)).sum(-1)
+        if grad_lse is not None:
+            shift = shift - grad_lse.to(compute)
+        padded = [_rows(x, p) for x in (q, grad_out, out, lse, shift)]
+        dq = torch.zeros(*padded[0].shape, dtype=compute, device=q.device)
+        dk, dv = (torch.zeros(x.shape, dtype=compute, device=q.device) for x in (k, v))
+        batch, heads = q.shape[:2]
+        group_size = heads // k.shape[1]
+        for b, h, head, groups in _heads(p, k, v, batch, heads):
+            key_grad, value_grad = (
+                torch.zeros(len(x), x.shape[1], dtype=compute, device=q.device) for x in (head.keys, head.values)
+            )
+            for group in groups:
+                query, grad, o, s, c = (x[b, h].index_select(0, group.rows)[None] for x in padded)
+                key, value = head.gather(group)
+                mask, fused = head.mask(group, compute), grad_lse is None
+                one, two, three = _fused_backward(query, grad, o, s, c, key, value, mask, ctx.scale, fused)
+                dq[b, h].index_copy_(0, group.rows, one[0].to(compute))
+                places = head.places(group).flatten()
+                key_grad.index_add_(0, places, two.to(compute).flatten(0, 2))
+                value_grad.index_add_(0, places, three.to(compute).flatten(0, 2))
+            head.add_back(key_grad, dk[b, h // group_size])
+            head.add_back(value_grad, dv[b, h // group_size])
+        return _tokens(dq, p, q.shape[2]).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _heads(
+    p: BlockPattern, k: Tensor, v: Tensor, batch: int, heads: int
+) -> Iterator[tuple[int, int, _Head, list[_Group]]]:
+    """(batch item, query head, its keys and values, its groups); the heads of a group share what is laid out."""
+    size = heads // k.shape[1]
+    own_order = p.kv_order is not None and p.kv_order.shape[1] > 1
+    key_bytes = 2 * k.shape[3] * k.element_size()
+    for b in range(batch):
+        for first in range(0, heads, size):
+            plans = [_plan(p, b, h, key_bytes) for h in range(first, first + size)]
+            spare = any(group.spare for plan in plans for group in plan)
+            head: _Head | None = None
+            for h, plan in enumerate(plans, first):
+                if head is None or own_order:
+                    head = _Head(p, k[b, first // size], v[b, first // size], b, h, spare)
+                yield b, h, head, plan
+
+
+def _rows(x: Tensor, p: BlockPattern) -> Tensor:
+    """[batch, heads, q_len, ...] in the pattern's order as [batch, heads, rows, block_q, ...], zeros at the end."""
+    if p.q_order is not None:
+        index = p.q_order.expand(*x.shape[:2], -1)
+        x = x.gather(2, index if x.ndim == 3 else index[..., None].expand_as(x))
+    spare = p.rows * p.block_q - x.shape[2]
+    if spare:
+        x = torch.nn.functional.pad(x, (0, spare) if x.ndim == 3 else (0, 0, 0, spare))
+    return x.unflatten(2, (p.rows, p.block_q))
+
+
+def _tokens(x: Tensor, p: BlockPattern, q_len: int) -> Tensor:
+    """The inverse of _rows."""
+    x = x.flatten(2, 3)[:, :, :q_len]
+    if p.q_order is None:
+        return x.contiguous()
+    index = p.q_order.expand(*x.shape[:2], -1)
+    return torch.empty_like(x).scatter_(2, index if x.ndim == 3 else index[..., None].expand_as(x), x)
+
+
+def _has_fused(device: torch.device) -> bool:
+    """Whether PyTorch has a fused operator there that takes a mask and gives the log-sum-exp."""
+    return device.type == "cpu"
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention [1, n, queries, dim] over [1, n, keys, dim] and its log-sum-exp."""
+    if _has_fused(q.device):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    logits = _logits(q, k, mask, scale)
+    lse = logits.logsumexp(-1)
+    return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _fused_backward(
+    q: Tensor, grad: Tensor, out: Tensor, lse: Tensor, shift: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    scale: float, fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v of one call; the fused operator where the log-sum-exp has no gradient of its own."""
+    if fused and _has_fused(q.device):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+    weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()
+    grad, v = grad.to(weight.dtype), v.to(weight.dtype)
+    d_logit = weight * (grad @ v.mT - shift[..., None]) * scale
+    return d_logit @ k.to(weight.dtype), d_logit.mT @ q.to(weight.dtype), weight.mT @ grad
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(compute) @ k.to(compute).mT * scale
+    return logits if mask is None else logits + mask
