@@ -48,11 +48,12 @@ def render(result: dict[str, Any], width: int = 110) -> str:
     for name, (columns, rows) in tables(result).items():
         parts.append(_TITLES[name])
         if columns[0] not in ("shape", "model"):
-            parts.append(table(columns, rows, width=width))
+            parts.append(table(columns, rows, width=width).strip("\n"))
         else:
             # What all rows of a point share stands above them: the terminal has no room to repeat it.
             for point in dict.fromkeys(row[0] for row in rows):
-                parts.append(table(columns[1:], [row[1:] for row in rows if row[0] == point], point, width))
+                own = [row[1:] for row in rows if row[0] == point]
+                parts.append(table(columns[1:], own, point, width).strip("\n"))
         parts.append(textwrap.fill(_NOTES[name], width))
     return "\n\n".join(parts)
 
@@ -121,7 +122,7 @@ def plot(result: dict[str, Any], path: Path) -> str:
         ax.set_title(f"{panel[0]:,} tokens, dim {panel[1]}, {panel[2]}", fontsize=9)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0.1 else f"1/{1 / value:g}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.grid(True, color="0.9", linewidth=0.6)
         ax.tick_params(labelsize=8)
@@ -132,7 +133,9 @@ def plot(result: dict[str, Any], path: Path) -> str:
     handles = {}
     for ax in axes.flat:
         handles.update(dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 2 * columns), fontsize=8
+    )
     figure.savefig(path, dpi=150)
     return f"wrote {path}"
 

@@ -1,0 +1,111 @@
+"""Tiny random language models, one of each kind of attention that transformers decoders have, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB = 97
+WINDOW = 16
+
+_SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    # Large enough that attention is far from uniform: with the usual 0.02 every mask would give nearly the same.
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_MIXED = ["sliding_attention", "full_attention"]
+
+
+def _build(config: str, model: str, **extra: Any) -> Callable[..., Any]:
+    def build(implementation: str | None = None, **changes: Any) -> Any:
+        import transformers
+
+        sizes = {**_SIZES, **extra, **changes}
+        made = getattr(transformers, config)(**sizes)
+        made._attn_implementation = implementation
+        # The grouped matrix product of mixture models takes no float64, in which tolerances are derived.
+        made._experts_implementation = "eager"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            built = getattr(transformers, model)(made).eval()
+            for name, weight in built.named_parameters():
+                if name.endswith("sinks"):
+                    torch.nn.init.normal_(weight, std=2.0)
+        # Random models end texts at random places; generation is compared over all the tokens asked for.
+        built.generation_config.eos_token_id = None
+        return built
+
+    return build
+
+
+_YARN_OFF = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+
+# name -> builder(implementation=None, **config changes) of a causal language model
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": _build("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": _build("MistralConfig", "MistralForCausalLM", sliding_window=WINDOW),
+    "qwen2": _build("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": _build("Qwen3Config", "Qwen3ForCausalLM"),
+    "gemma2": _build(
+        "Gemma2Config", "Gemma2ForCausalLM", sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=24
+    ),
+    "gemma3": _build(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=24
+    ),
+    "gpt_oss": _build(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        sliding_window=WINDOW,
+        layer_types=_MIXED,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        **_YARN_OFF,
+    ),
+    "phi3": _build("Phi3Config", "Phi3ForCausalLM"),
+}
+# Their classes refuse "sdpa": it has neither a soft cap nor sinks.
+EAGER_ONLY = frozenset({"gemma2", "gpt_oss"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for the modules that import this: with tiny tensors more of them only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A batch of mixed lengths padded on one side: ids, mask, and the single texts [1, length]."""
+    singles = [tokens(1, n, seed + i) for i, n in enumerate(lengths)]
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, single in enumerate(singles):
+        n = single.shape[1]
+        place = slice(max(lengths) - n, None) if side == "left" else slice(0, n)
+        ids[row, place], mask[row, place] = single[0], 1
+    return ids, mask, singles
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids that number the valid tokens of every row from 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
