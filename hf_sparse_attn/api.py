@@ -68,7 +68,7 @@ def patch(
         already = active_patch(module)
         if already is not None:
             raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
-    made_patch = Patch(name, Session(made, policy, backend, strict), modules)
+    made_patch = Patch(name, Session(made, policy, backend, strict), modules, model)
     try:
         family.install(made_patch)
         if not made_patch.session.records:

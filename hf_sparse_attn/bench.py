@@ -171,9 +171,6 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-# ---------------------------------------------------------------------- timing
-
-
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds of one call, the work it left on the device included, and what it returned."""
     synchronize(device)
@@ -191,6 +188,14 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def _allocated(device: torch.device) -> int | None:
+    """Bytes in use on a GPU, from where its peak is counted anew; None elsewhere: torch does not count there."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
 def in_turns(
     contestants: dict[Any, Callable[[], Any]], options: Options, title: str
 ) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
@@ -198,14 +203,17 @@ def in_turns(
 
     Returns:
         by contestant: `warmup_seconds` (the first call, compiling and planning included), `seconds` (one per round),
-        `rounds`, `median`, `min`, `max`; and the reasons of those that failed.
+        `rounds`, `median`, `min`, `max`, on CUDA `peak_bytes` of the first call; and the reasons of those that failed.
     """
     times: dict[Any, dict[str, Any]] = {}
     failed: dict[Any, str] = {}
     with tqdm(total=len(contestants) * (1 + options.repeats), desc=title, leave=False, disable=None) as bar:
         for name, call in contestants.items():
             try:
+                before = _allocated(options.where)
                 times[name] = {"warmup_seconds": timed(call, options.where)[0], "seconds": []}
+                if before is not None:
+                    times[name]["peak_bytes"] = torch.cuda.max_memory_allocated(options.where) - before
             # A contestant that breaks must not take the others' numbers with it; it is listed with its error.
             except Exception as error:
                 log.debug("%s failed", name, exc_info=True)
@@ -229,9 +237,6 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
         "min": min(seconds),
         "max": max(seconds),
     }
-
-
-# ---------------------------------------------------------------------- kernels
 
 
 def kernels(options: Options) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,6 @@ from hf_sparse_attn.dispatch import AUTO_MAX_DENSITY, BackendUnavailable, run_pa
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
-
-log = logging.getLogger(__name__)
 
 # Methods come with defaults for long inputs: below this length, parameters that count tokens shrink with it.
 _LENGTH_OF_DEFAULTS = 32768
@@ -77,9 +74,6 @@ def structured(tokens: int, heads: int, dim: int, seed: int = 0) -> tuple[Tensor
         k[head, :, : 2 * half] += local[:, :dim]
         k[head, columns] += heavy
     return q[None], k[None]
-
-
-# ---------------------------------------------------------------------- patterns
 
 
 def patterns(options: Options) -> list[dict[str, Any]]:
@@ -165,9 +159,6 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
 def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, ctx: Context) -> str:
     """Runs the attention; returns the backend's name."""
     return run_pattern(q, k, v, pattern, ctx.softmax_scale)[2]
-
-
-# ---------------------------------------------------------------------- models
 
 
 def model(options: Options) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 PROGRAM = "hf-sparse-attn"
@@ -28,9 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
         try:
             args = _parser().parse_args(argv)
-            return int(args.run(args))
-        except _user_errors() as error:
-            if "--debug" in argv:
+            status = int(args.run(args))
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # The reader has what it wanted; what is left in the buffer must not fail at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if "--debug" in argv or not isinstance(error, _user_errors()):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             print(f"{PROGRAM}: error: {message}", file=sys.stderr)
@@ -116,6 +124,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _methods(args: argparse.Namespace) -> int:
     from hf_sparse_attn import catalog
+    from hf_sparse_attn.report import table
 
     if args.json:
         _print_json({"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()})
@@ -129,7 +138,7 @@ def _methods(args: argparse.Namespace) -> int:
     else:
         # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
         columns, rows = catalog.methods_table(third_party=True)
-        _print_table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows])
+        print(table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width()))
     return 0
 
 
@@ -149,8 +158,12 @@ def _bench(args: argparse.Namespace) -> int:
 
     apart = ("run", "command", "json", "debug", "output")
     given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
-    result = bench.run(bench.make_options(**given))
-    # The files first: a closed pipe must not cost a result of many minutes.
+    options = bench.make_options(**given)
+    if args.output is not None:
+        # A folder that cannot be made must not cost a result of many minutes.
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    result = bench.run(options)
+    # Files before tables, for a reader that has gone.
     notes = [] if args.output is None else bench_plot.write(result, args.output)
     if args.json:
         _print_json(result)
@@ -159,12 +172,6 @@ def _bench(args: argparse.Namespace) -> int:
     for note in notes:
         print(note, file=sys.stderr)
     return 0
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from hf_sparse_attn.report import table
-
-    print(table(columns, rows, width=_width()))
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -95,7 +95,8 @@ def choose_backend(
         return backend, found
     reasons = []
     for name in AUTO_ORDER:
-        if name not in BACKENDS:
+        # Triton on the CPU is its interpreter: right, for tests, and far too slow to be chosen.
+        if name not in BACKENDS or (name.startswith("triton") and q.device.type == "cpu"):
             continue
         found = BACKENDS.get(name)
         reason = found.why_not(pattern, q, k, v, needs_grad)

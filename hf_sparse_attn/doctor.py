@@ -134,13 +134,13 @@ def render(found: dict[str, Any], width: int = 110) -> str:
     if not at["devices"]:
         rows.append(("accelerator", "none found (CUDA, ROCm, MPS)"))
     parts = [
-        table(("what", "found"), rows, width=width),
+        table(("what", "found"), rows, width=width).strip("\n"),
         table(
             ("backend", "dtype", "pass", "result"),
             _backend_rows(found["backends"]),
             f"Backends on {found['device']}; errors are the largest against {_REFERENCE} in float64",
             width,
-        ),
+        ).strip("\n"),
         "All backends that run here agree with the reference."
         if found["ok"]
         else "A BACKEND DISAGREES WITH THE REFERENCE: do not use it here, and report this output.",
@@ -276,11 +276,12 @@ def _compare(
     inputs = [t.cpu() for t in inputs]
     exact = _results(BACKENDS.get(_REFERENCE), [t.double() for t in inputs], pattern, backward)
     rough = _results(_Masked, inputs, pattern, backward)
-    error = max(_distance(a, b) for a, b in zip(got, exact, strict=True))
-    rounding = max(_distance(a, b) for a, b in zip(rough, exact, strict=True))
+    error, rounding = _distance(got, exact), _distance(rough, exact)
     largest = max(float(t.abs().max()) for t in exact)
     return error, _ALLOWED * rounding + torch.finfo(inputs[0].dtype).eps * largest
 
 
-def _distance(a: Tensor, exact: Tensor) -> float:
-    return float((a.detach().cpu().double() - exact).abs().max())
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest difference; NaN if there is one, which Python's max() would drop."""
+    each = [(a.detach().cpu().double() - b).abs().max() for a, b in zip(found, exact, strict=True)]
+    return float(torch.stack(each).max())

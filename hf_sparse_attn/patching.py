@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -189,10 +190,12 @@ def _span_layout(layout: TokenLayout, span: Span) -> TokenLayout:
 class Patch:
     """A reversible change of a model, made by `patch()`; `remove()` or the end of `with` leaves it as it was."""
 
-    def __init__(self, family: str, session: Session, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, family: str, session: Session, modules: Sequence[nn.Module], model: object) -> None:
         self.family = family
         self.session = session
         self.modules = list(modules)
+        # Weak, for the modules hold the patch: a transformer kept alone must not keep its pipeline alive.
+        self._model = ref(model)
         self._undo = ExitStack()
         self._removed = False
         for module in self.modules:
@@ -200,6 +203,11 @@ class Patch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         return self
+
+    @property
+    def model(self) -> Any:
+        """What `patch()` was given, the pipeline or model; None when it is gone."""
+        return self._model()
 
     @property
     def method(self) -> Method:
@@ -249,4 +257,6 @@ class Patch:
 
 def active_patch(module: object) -> Patch | None:
     """The patch on a module, or None."""
-    return getattr(module, "__dict__", {}).get(PATCH_ATTRIBUTE)
+    found = getattr(module, "__dict__", {}).get(PATCH_ATTRIBUTE)
+    # A deep copy of a patched module carries the attribute over, but is not what the patch changed.
+    return found if isinstance(found, Patch) and any(own is module for own in found.modules) else None

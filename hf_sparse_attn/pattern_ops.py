@@ -197,7 +197,9 @@ def to_flex(p: BlockPattern) -> BlockMask:
     tile_of = torch.full((math.prod(shape), cols), -1, dtype=torch.int32, device=p.device)
     tile_of[flat, block] = p.tile_ids
     full, partial = tile_of == 0, tile_of > 0
-    tile_of = tile_of.clamp(min=0).view(*shape, cols)
+    # Blocks that are not there get a tile that keeps nothing: the mask alone must be right, too.
+    tiles = torch.cat([p.tiles, torch.zeros_like(p.tiles[:1])])
+    tile_of = torch.where(tile_of < 0, len(p.tiles), tile_of).view(*shape, cols)
     valid = key_validity(p)
     if valid is not None:
         raise ValueError("`kv_range` must be absent for FlexAttention: cut the keys to their valid range first")
@@ -207,7 +209,7 @@ def to_flex(p: BlockPattern) -> BlockMask:
         order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
         return number, order.to(torch.int32).view(*shape, cols)
 
-    tiles, block_q, block_k, many_batch, many_heads = p.tiles, p.block_q, p.block_k, p.batch > 1, p.heads > 1
+    block_q, block_k, many_batch, many_heads = p.block_q, p.block_k, p.batch > 1, p.heads > 1
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         tile = tile_of[b if many_batch else b * 0, h if many_heads else h * 0, q // block_q, kv // block_k]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -98,17 +98,17 @@ def run_dense(
     attention = home["ALL_ATTENTION_FUNCTIONS"].get_interface(name, home.get(eager))
     if isinstance(mask, MaskSpec):
         mask = mask.dense(name, q.device)
-    with _named(module.config, name):
+    with _named(module.config, name) if "flash" in name else _AS_IT_IS:
         done: Output = attention(module, q, k, v, mask, **kwargs)
     return done
+
+
+_AS_IT_IS = nullcontext()
 
 
 @contextmanager
 def _named(config: Any, name: str) -> Iterator[None]:
     """Lets `config` give `name` as its implementation: the flash functions choose their kernel by it."""
-    if "flash" not in name:
-        yield
-        return
     before, config._attn_implementation_internal = config._attn_implementation_internal, name
     try:
         yield

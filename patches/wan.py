@@ -8,10 +8,10 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ _CLASSES = {
     "diffusers.models.transformers.transformer_wan": "WanTransformer3DModel",
     "diffusers.models.transformers.transformer_wan_vace": "WanVACETransformer3DModel",
 }
-# The pipeline through which a transformer was last asked for: `install` is given the transformers alone, but only the
-# pipeline knows how many steps a run has. Weak on both sides, written by every `targets`, read right after it.
-_PIPELINES: WeakKeyDictionary[nn.Module, Callable[[], Any]] = WeakKeyDictionary()
 _NUMBERS = itertools.count()
 # What the dispatcher keeps for a backend: its function, its checks, the arguments it is given.
 _TABLES = ("_backends", "_constraints", "_supported_arg_names")
@@ -74,11 +71,6 @@ class Wan:
         found = dict.fromkeys(m for part in parts for m in part.modules() if isinstance(m, classes))
         if not found:
             return Decline(f"{kind} holds no {' or '.join(_CLASSES.values())}")
-        for transformer in found:
-            _PIPELINES.pop(transformer, None)
-            if not isinstance(model, nn.Module):
-                with suppress(TypeError):
-                    _PIPELINES[transformer] = ref(model)
         return list(found)
 
     @staticmethod
@@ -171,7 +163,6 @@ class _Hooks:
 
         self.calls = WeakTensorKeyDictionary()
         self.warned: set[str] = set()
-        self.pipeline: Callable[[], Any] = _PIPELINES.get(patch.modules[0], lambda: None)
         policy = patch.session.policy
         self.needs_schedule = policy.dense_steps is not None and policy.dense_steps not in (0, (0, 0))
 
@@ -193,12 +184,17 @@ class _Hooks:
                 self.patch.set_attribute(attention.processor, "_attention_backend", self.member)
                 self._hold(attention.register_forward_pre_hook(enter_layer, with_kwargs=True))
 
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline that was patched, which alone knows how many steps a run has; None for a bare transformer."""
+        return None if isinstance(self.patch.model, nn.Module) else self.patch.model
+
     def _hold(self, handle: Any) -> None:
         self.patch.on_remove(handle.remove)
 
     def _name(self, transformer: nn.Module, number: int) -> str:
         """Its name in the pipeline; a bare transformer is called like the pipeline's first, so that reports agree."""
-        pipeline = self.pipeline()
+        pipeline = self.pipeline
         for name in _PARTS:
             part = getattr(pipeline, name, None)
             if isinstance(part, nn.Module) and any(m is transformer for m in part.modules()):
@@ -358,7 +354,7 @@ class _Hooks:
 
     def _run_length(self) -> int | None:
         """Steps of the pipeline's current run, or None."""
-        pipeline: Any = self.pipeline()
+        pipeline: Any = self.pipeline
         # Set only while the pipeline itself runs; its own number counts the steps that are left after `strength`.
         if getattr(pipeline, "_current_timestep", None) is not None:
             return getattr(pipeline, "_num_timesteps", None)

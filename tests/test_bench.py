@@ -184,6 +184,8 @@ def test_random_patterns(tokens, block, density, causal):
     assert kept.diagonal(dim1=-2, dim2=-1).all()
     counts = kept.sum(-1)
     assert torch.equal(counts[:, 0], counts[:, -1]), "all heads have the same number of blocks in a row"
+    if tokens > 63:
+        assert pattern.density("causal" if causal else "full") == pytest.approx(density, abs=0.05)
     if tokens == 1024:
         assert pattern.density("causal" if causal else "full") == pytest.approx(density, rel=0.03)
         assert not torch.equal(kept[0, 0], kept[0, 1])
@@ -211,8 +213,8 @@ def test_synthetic_heads_are_local_and_have_a_sink(dim):
     q, k = bench_suites.structured(256, 2, dim)
     assert q.shape == k.shape == (1, 2, 256, dim)
     weights = (q @ k.mT * dim**-0.5).softmax(-1)
-    assert (weights[..., 0].mean(-1) > 1.5 / 256).all()
     if dim == 64:
+        assert (weights[..., 0].mean(-1) > 10 / 256).all()
         near = weights.diagonal(dim1=-2, dim2=-1).mean()
         far = weights.diagonal(offset=100, dim1=-2, dim2=-1).mean()
         assert near > 4 * far

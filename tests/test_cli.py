@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import catalog, doctor
+from hf_sparse_attn import bench, catalog, doctor
 from hf_sparse_attn.cli import main
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS
@@ -80,7 +82,7 @@ def test_doctor_prints_versions_and_backends(capsys):
     assert main(["doctor", "--backends", "torch_gather"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out
-    assert "torch_gather" in out and "agrees" in out and "not installed" in out or "peft" in out
+    assert "torch_gather" in out and "agrees" in out and "All backends that run here agree" in out
 
 
 def test_doctor_json_tries_dtypes_and_passes(capsys):
@@ -123,6 +125,15 @@ def test_doctor_finds_a_broken_backend(fault, said, capsys, monkeypatch):
     assert main(["doctor", "--backends", "broken"]) == 1
     out = capsys.readouterr().out
     assert said in out and "forward only" in out and "do not use it here" in out
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_doctor_sees_a_nan_in_any_gradient(place):
+    exact = [torch.zeros(3, dtype=torch.float64) for _ in range(3)]
+    found = [torch.ones(3) for _ in range(3)]
+    assert doctor._distance(found, exact) == 1.0
+    found[place][1] = torch.nan
+    assert not doctor._distance(found, exact) <= 10.0
 
 
 def test_doctor_lists_a_backend_whose_package_is_missing(capsys, monkeypatch):
@@ -184,6 +195,28 @@ def test_help_names_the_commands(capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in ("demo", "methods", "doctor", "bench"))
     assert "profile" not in out
+
+
+def test_help_costs_no_import_of_torch():
+    code = "import sys; from hf_sparse_attn.cli import main\n"
+    code += "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    code = "from hf_sparse_attn.cli import main; raise SystemExit(main(['methods', '--json']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert done.stderr == b""
+
+
+def test_bench_refuses_an_output_that_is_a_file_before_it_measures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run", lambda options: pytest.fail("measured first"))
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--output", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_demo_gets_its_arguments(monkeypatch):

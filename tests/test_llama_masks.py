@@ -17,7 +17,7 @@ from hf_sparse_attn.patching import Span
 from hf_sparse_attn.registry import FAMILIES as REGISTERED
 from hf_sparse_attn.transformers_hook import STATE_ATTRIBUTE, attend_sparse, with_cu_seq_lens
 from hf_sparse_attn.transformers_mask import MaskSpec, packed_spans
-from tests.tiny_lm import FAMILIES, WINDOW, padded, positions, tokens
+from tests.tiny_lm import FAMILIES, WINDOW, padded, positions, tiny_vl, tokens
 from tests.tiny_lm import one_thread as one_thread
 
 SPARSE: dict[str, Any] = dict(method="sliding_window", window=1 << 20, block_size=32, min_tokens=0)
@@ -268,6 +268,36 @@ def test_guards(case):
             attend_sparse(state, module, q, k, k, None, {"is_causal": True})
 
 
+def test_flash_function_sees_its_own_name():
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, attention_mask))
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("test_flash", flash)
+    AttentionMaskInterface.register("test_flash", flash_attention_mask)
+    model, (ids, mask, _) = FAMILIES["llama"](), padded([20, 37], "left")
+    model.config._attn_implementation_internal = "test_flash"
+    with hsa.patch(model, "dense"):
+        assert model.config._attn_implementation == "hsa:patched+test_flash"
+        logits(model, ids, attention_mask=mask)
+    assert [name for name, _ in seen] == ["test_flash"] * 2
+    assert all(torch.equal(given, mask.bool()) for _, given in seen)
+
+
+def test_pipeline_is_patched_through_its_model():
+    import transformers
+
+    model = FAMILIES["llama"]()
+    pipeline = transformers.Pipeline.__new__(transformers.TextGenerationPipeline)
+    pipeline.model = model
+    assert REGISTERED.get("llama").targets(pipeline) == [model.model]
+
+
 def test_decoder_made_bidirectional_is_refused():
     model = FAMILIES["llama"]()
     model.config.is_causal = False
@@ -320,37 +350,6 @@ def test_switching_while_patched_is_left_and_said(caplog):
 
 
 # ------------------------------------------------------------------ images and text
-
-
-def tiny_vl(implementation: str) -> tuple[Any, dict[str, Any]]:
-    """A Qwen2.5-VL of two layers each, and a text with a video of 2 x 8 x 12 patches in it."""
-    import transformers as T
-
-    sizes = dict(hidden_size=32, intermediate_size=48)
-    text = dict(vocab_size=97, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    vision = dict(depth=2, num_heads=4, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32)
-    config = T.Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope},
-        vision_config={**vision, **sizes, "window_size": 16, "fullatt_block_indexes": [1]},
-        image_token_id=90,
-        video_token_id=91,
-        vision_start_token_id=92,
-        vision_end_token_id=93,
-    )
-    config._attn_implementation = implementation
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = T.Qwen2_5_VLForConditionalGeneration(config).eval()
-    video = torch.full((1, 2 * 8 * 12 // 4), 91)
-    ids = torch.cat([tokens(1, 9) % 90, torch.tensor([[92]]), video, torch.tensor([[93]]), tokens(1, 11) % 90], 1)
-    return model, dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == 91).int() * 2,
-        pixel_values_videos=torch.randn(2 * 8 * 12, 96, generator=torch.Generator().manual_seed(0)),
-        video_grid_thw=torch.tensor([[2, 8, 12]]),
-    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -221,8 +221,10 @@ def test_radial_block_rule_against_the_token_mask(grid: tuple[int, int, int], va
     width = (size - 1 + tokens - 1) // size + 1
     for distance, row_offset, col_offset in [(0, 0, 5), (1, 37, 0), (frames - 1, 63, 63)]:
         drawn = torch.zeros(width * size, width * size, dtype=torch.bool)
-        k, l = torch.arange(tokens)[:, None], torch.arange(tokens)
-        drawn[row_offset : row_offset + tokens, col_offset : col_offset + tokens] = (k - l).abs() <= half[distance]
+        query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+        drawn[row_offset : row_offset + tokens, col_offset : col_offset + tokens] = (query - key).abs() <= half[
+            distance
+        ]
         share = drawn.unflatten(0, (width, size)).unflatten(2, (width, size)).double().mean(1)
         want = (share > 1 / 3).sum(-1) / ((share > 0).sum(-1) + 1e-9) > 0.6
         got = method._patches(row_offset, torch.tensor([col_offset]), half[distance : distance + 1], tokens, width)

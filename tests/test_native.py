@@ -14,7 +14,7 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn import native
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
-from tests.tiny_lm import FAMILIES, padded, tokens
+from tests.tiny_lm import FAMILIES, padded, tiny_vl, tokens
 from tests.tiny_lm import one_thread as one_thread
 
 native.install()
@@ -176,8 +176,6 @@ def test_method_for_video_is_refused_at_the_first_forward():
 
 
 def test_vision_tower_of_a_native_model_runs_its_own_attention():
-    from tests.test_llama_masks import tiny_vl
-
     model, inputs = tiny_vl("hsa:sliding_window")
     usual, _ = tiny_vl("sdpa")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tiny random language models, one of each kind of attention that transformers decoders have, and inputs for them."""
+"""Tiny random language models, one of each kind of attention that transformers decoders have, and their inputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def _build(config: str, model: str, **extra: Any) -> Callable[..., Any]:
 
 _YARN_OFF = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
 
-# name -> builder(implementation=None, **config changes) of a causal language model
+# name -> builder(implementation=None, **config changes) of a causal language model. Gemma's factor on the logits is
+# not head_dim ** -0.5 here, so that a factor that got lost shows.
 FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": _build("LlamaConfig", "LlamaForCausalLM"),
     "mistral": _build("MistralConfig", "MistralForCausalLM", sliding_window=WINDOW),
@@ -109,3 +110,34 @@ def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, 
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids that number the valid tokens of every row from 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def tiny_vl(implementation: str) -> tuple[Any, dict[str, Any]]:
+    """A Qwen2.5-VL of two layers each, and a text with a video of 2 x 8 x 12 patches in it."""
+    import transformers as T
+
+    sizes = dict(hidden_size=32, intermediate_size=48)
+    text = dict(vocab_size=97, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = dict(depth=2, num_heads=4, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32)
+    config = T.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**vision, **sizes, "window_size": 16, "fullatt_block_indexes": [1]},
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    config._attn_implementation = implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T.Qwen2_5_VLForConditionalGeneration(config).eval()
+    video = torch.full((1, 2 * 8 * 12 // 4), 91)
+    ids = torch.cat([tokens(1, 9) % 90, torch.tensor([[92]]), video, torch.tensor([[93]]), tokens(1, 11) % 90], 1)
+    return model, dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == 91).int() * 2,
+        pixel_values_videos=torch.randn(2 * 8 * 12, 96, generator=torch.Generator().manual_seed(0)),
+        video_grid_thw=torch.tensor([[2, 8, 12]]),
+    )
