@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_sparse_attn import native
+
 __version__ = "0.1.0"
 
 # In a clone without symbolic links kernels/, patches/ and recipes/ stand beside the package, not in it.
@@ -97,4 +99,10 @@ def register_method(name: str) -> Any:
     from hf_sparse_attn.registry import METHODS
 
     METHODS.discover()
-    return METHODS.register(name)
+    add = METHODS.register(name)
+    native.register(name)
+    return add
+
+
+# Every method stands under "hsa:<name>" as soon as transformers is imported, now or later.
+native.install()

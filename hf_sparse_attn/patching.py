@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -41,6 +41,11 @@ class LayerRecord:
     backends: Counter[str] = field(default_factory=Counter)
     density_sum: float = 0.0
 
+    def count_sparse(self, densities: Sequence[float]) -> None:
+        """Counts one sparse call, whose density is the mean over its sequences."""
+        self.sparse_calls += 1
+        self.density_sum += sum(densities) / len(densities)
+
     def report(self, requested: float | None) -> LayerReport:
         """The record as it stands."""
         return LayerReport(
@@ -68,6 +73,17 @@ class Span:
     rows: tuple[int, ...]
     q: tuple[int, int]
     k: tuple[int, int]
+
+    @property
+    def row_index(self) -> slice | list[int]:
+        """The rows as an index; a slice where they follow one another, which copies nothing."""
+        first, last = self.rows[0], self.rows[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.rows) else list(self.rows)
+
+    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values of the span alone."""
+        rows = self.row_index
+        return q[rows, :, slice(*self.q)], k[rows, :, slice(*self.k)], v[rows, :, slice(*self.k)]
 
 
 class Session:
@@ -124,52 +140,71 @@ class Session:
             record.dense_reasons[dense] += 1
             return None
         if not spans or (len(spans) == 1 and _is_whole(spans[0], q, k)):
-            return self._attend(record, q, k, v, ctx)
+            done = self._attend(record, q, k, v, ctx)
+            if done is None:
+                return None
+            record.count_sparse([done.density])
+            return done.out, done.lse
+        return self._attend_spans(record, q, k, v, ctx, spans)
+
+    def _attend_spans(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Each sequence of the batch by itself; None where none of them is sparse."""
         contexts = [replace(ctx, layout=_span_layout(ctx.layout, s)) for s in spans]
-        if all(self.policy.why_dense(c, q.device) for c in contexts):
-            record.dense_reasons["every sequence of the batch is short"] += 1
-            return None
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        results: list[_Done | None] = []
         for span, own in zip(spans, contexts, strict=True):
-            rows = list(span.rows)
-            parts = q[rows, :, slice(*span.q)], k[rows, :, slice(*span.k)], v[rows, :, slice(*span.k)]
             short = self.policy.why_dense(own, q.device)
             if short is not None:
                 record.dense_reasons[short] += 1
-            done = None if short is not None else self._attend(record, *parts, own)
+            results.append(None if short else self._attend(record, *span.cut(q, k, v), own))
+        if not any(results):
+            return None
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        for span, own, done in zip(spans, contexts, results, strict=True):
             if done is None:
                 layout = own.layout
                 pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
-                done = run_pattern(*parts, pattern, own.softmax_scale)[:2]
-            out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = done[0], done[1].to(lse.dtype)
+                one, two, _ = run_pattern(*span.cut(q, k, v), pattern, own.softmax_scale)
+            else:
+                one, two = done.out, done.lse
+            rows = span.row_index
+            out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
+        record.count_sparse([done.density for done in results if done is not None])
         return out, lse
 
-    def _attend(
-        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context
-    ) -> tuple[Tensor, Tensor] | None:
-        refused: list[str] = []
+    def _attend(self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> _Done | None:
+        """The method on one sequence or a batch of equally long ones, or None where it is dense, for a counted reason."""
+        densities: list[float] = []
 
         def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
             reason = self.policy.why_not_worth(pattern, ctx)
             if reason is not None:
-                refused.append(reason)
-                raise _NotWorth
+                raise _NotWorth(reason)
             out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend)
             record.backends[name] += 1
-            record.density_sum += pattern.density("causal" if ctx.layout.is_causal else "full")
+            densities.append(pattern.density("causal" if ctx.layout.is_causal else "full"))
             return out, lse
 
         try:
             done = self.method.attention(q, k, v, ctx, run)
-        except _NotWorth:
-            record.dense_reasons[refused[0]] += 1
+        except _NotWorth as not_worth:
+            record.dense_reasons[str(not_worth)] += 1
             return None
         if isinstance(done, Decline):
             self.give_up(record, done.reason)
             return None
-        record.sparse_calls += 1
-        return done
+        # Several passes of one method read disjoint keys, so that their densities add up.
+        return _Done(*done, sum(densities))
+
+
+class _Done(NamedTuple):
+    """What one sequence gave: output, log-sum-exp and density."""
+
+    out: Tensor
+    lse: Tensor
+    density: float
 
 
 class _NotWorth(Exception):
@@ -203,6 +238,9 @@ class Patch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a patched model must not be pickled: unpatch() it first, or save its state_dict()")
 
     @property
     def model(self) -> Any:

@@ -1,0 +1,157 @@
+"""The repository itself: names at the top, links, sizes, the wheel, lazy imports, what the README says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_sparse_attn as hsa
+from hf_sparse_attn import catalog
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("kernels", "patches", "recipes")
+TOP = {"pyproject.toml", "README.md", "LICENSE", "hf_sparse_attn", "tests", *LINKED}
+
+
+def tracked() -> list[Path]:
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    return [Path(line) for line in found.stdout.splitlines()]
+
+
+def run_python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh interpreter prints; `path` goes first on its module path."""
+    lead = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else ""
+    done = subprocess.run([sys.executable, "-c", lead + code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_top_level_names() -> None:
+    names = {path.parts[0] for path in tracked()}
+    assert {n for n in names if not n.startswith(".")} == TOP
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders(name: str) -> None:
+    assert not (ROOT / name / "__init__.py").exists()
+    assert (ROOT / "hf_sparse_attn" / name).resolve() == (ROOT / name).resolve()
+    assert not {"torch.py", "triton.py"} & {p.name for p in (ROOT / name).iterdir()}
+
+
+def test_files_stay_readable() -> None:
+    long = {}
+    for path in tracked():
+        if path.suffix == ".py" and (ROOT / path).exists():
+            lines = len((ROOT / path).read_text().splitlines())
+            limit = 600 if "triton" in path.name else 400
+            if lines > limit and path.parts[0] != "tests":
+                long[str(path)] = lines
+    assert not long
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_is_pure_and_holds_every_file(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    wanted = set()
+    for path in tracked():
+        if path.parts[0] == "hf_sparse_attn" and path.name not in LINKED:
+            wanted.add(str(path))
+        elif path.parts[0] in LINKED:
+            wanted.add(f"hf_sparse_attn/{path}")
+    assert wanted <= inside
+    assert not any(name.split("/")[0] in LINKED for name in inside)
+
+
+def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import torch, hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "from hf_sparse_attn.demo import load_model; load_model();"
+        "print(hsa.__file__, len(hsa.list_methods()), FAMILIES.names(), 'torch_gather' in BACKENDS)"
+    )
+    out = run_python(code, cwd=tmp_path, path=tmp_path / "site")
+    assert str(tmp_path) in out and "['llama', 'wan'] True" in out
+
+
+def test_a_clone_without_links_works(tmp_path: Path) -> None:
+    """As on a file system without symbolic links: the folders stand beside the package only."""
+    for path in tracked():
+        source = ROOT / path
+        if path.parts[0] in ("hf_sparse_attn", *LINKED) and source.is_file() and "assets" not in path.parts:
+            target = tmp_path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    code = (
+        "import hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "print(hsa.__file__, hsa.list_methods(), FAMILIES.names(), BACKENDS.names())"
+    )
+    out = run_python(code, cwd=tmp_path, path=tmp_path)
+    assert str(tmp_path) in out and "llama" in out and "torch_gather" in out
+
+
+def test_import_is_light() -> None:
+    heavy = ("transformers", "diffusers", "triton", "matplotlib", "peft")
+    code = f"import sys, hf_sparse_attn; print([m for m in {heavy!r} if m in sys.modules])"
+    assert run_python(code, cwd=ROOT) == "[]"
+
+
+def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
+    """Without Triton, diffusers, matplotlib and the rest installed: a tiny model runs, and what is missing is named."""
+    for name in ("triton", "diffusers", "matplotlib", "peft", "accelerate", "scipy", "datasets", "yaml"):
+        blocked = f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})"
+        (tmp_path / f"{name}.py").write_text(blocked)
+    code = (
+        "import torch, hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "model, inputs = FAMILIES.get('llama').tiny();"
+        "p = hsa.patch(model, 'sliding_window', window=8, sink=2, min_tokens=0); model(**inputs);"
+        "print(p.report().density < 1, BACKENDS.names(), BACKENDS.missing)"
+    )
+    out = run_python(code, cwd=tmp_path, path=tmp_path)
+    assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
+
+
+@pytest.mark.parametrize("name", ["methods", "families", "backends"])
+def test_readme_tables_are_generated(name: str) -> None:
+    columns, rows = getattr(catalog, f"{name}_table")()
+    found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
+    assert found, f"README.md has no generated table of {name}"
+    assert found[1].strip() == catalog.markdown(columns, rows).strip()
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(readme_blocks())))
+def test_readme_code_runs_and_prints_what_it_says(number: int, tmp_path: Path) -> None:
+    block = readme_blocks()[number]
+    printed = run_python(block, cwd=tmp_path)
+    said = [line[2:].rstrip() for line in block.splitlines() if line.startswith("# ") and not line.startswith("# #")]
+    shown = [line.rstrip() for line in printed.splitlines() if line.strip()]
+    # Comments that stand below a print are its output, word for word.
+    assert [line for line in said if line in shown] == shown
+
+
+def test_public_names_exist() -> None:
+    for name in hsa.__all__:
+        assert getattr(hsa, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hsa.nothing
