@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def get_method(name: str) -> type[Method]:
     return METHODS.get(name)
 
 
-def register_method(name: str) -> Any:
+def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator that adds a method of your own under `name`.
 
     Raises:
@@ -99,8 +100,13 @@ def register_method(name: str) -> Any:
     from hf_sparse_attn.registry import METHODS
 
     METHODS.discover()
-    add = METHODS.register(name)
-    native.register(name)
+    register = METHODS.register(name)
+
+    def add(method: type[Method]) -> type[Method]:
+        register(method)
+        native.register(name)
+        return method
+
     return add
 
 

@@ -175,7 +175,7 @@ class Session:
         return out, lse
 
     def _attend(self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> _Done | None:
-        """The method on one sequence or a batch of equally long ones, or None where it is dense, for a counted reason."""
+        """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
         densities: list[float] = []
 
         def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:

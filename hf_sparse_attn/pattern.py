@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 # Entries expanded to single keys at a time by the counting functions: bounds their memory.
-_CHUNK = 1 << 22
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ class BlockPattern:
             TypeError: a tensor of the wrong dtype.
             ValueError: names the field, the rule and the value that breaks it.
         """
-        from hf_sparse_attn.pattern_ops import validate
+        from hf_sparse_attn.pattern_check import validate
 
         validate(self)
         return self

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+# A cell of a column that is set to the right: a number, perhaps with a unit, or nothing to say.
+_NUMBER = re.compile(r"-|[+-]?\d[\d./]*( ?(ms|s|x|%|GB|MB))?")
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="")
+    rows = [tuple(row) for row in rows]
+    drawn = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(columns):
-        drawn.add_column(name, justify="left" if i in (0, len(columns) - 1) else "right", overflow="fold")
+        numeric = i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) and any(row[i] != "-" for row in rows)
+        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     buffer = io.StringIO()
     Console(file=buffer, width=width, no_color=True, highlight=False, markup=False).print(drawn)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+    lines = [line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()]
+    return "\n".join(lines if title is None else [title, *lines])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.pattern_ops import key_validity
 from hf_sparse_attn.registry import BACKENDS
+
+Array = np.ndarray[Any, Any]
 
 # Added to logits that are masked. Finite, because all keys of a query may be masked, and the fused operator gives
 # a row of -inf a log-sum-exp of 0; a log-sum-exp below _NO_KEY tells such a query instead.
@@ -80,57 +83,51 @@ def _plan(p: BlockPattern, batch: int, head: int, key_bytes: int) -> list[_Group
 
 
 def _make_groups(p: BlockPattern, batch: int, head: int, key_bytes: int) -> Iterator[_Group]:
-    indptr = p.indptr[batch, head]
-    counts = indptr.diff()
-    column_counts = torch.zeros_like(counts)
-    column_indptr = None
-    if p.columns is not None and p.column_indptr is not None and p.columns.numel():
-        column_indptr = p.column_indptr[
-            min(batch, p.column_indptr.shape[0] - 1), min(head, p.column_indptr.shape[1] - 1)
-        ]
-        column_counts = column_indptr.diff()
-    # Rows run together have nearly equal numbers of blocks; columns vary little among neighbours.
-    order = torch.argsort(counts * (p.kv_len + 1) + column_counts, descending=True, stable=True)
-    blocks, columns = counts[order].tolist(), column_counts[order].tolist()
-    first = 0
-    while first < len(blocks) and (blocks[first] or columns[first]):
-        longest = blocks[first] * p.block_k + columns[first]
-        most = min(_MOST_ROWS, max(1, _CACHE_BYTES // (longest * key_bytes)))
-        last = first + 1
-        while (
-            last < len(blocks)
-            and last - first < most
-            and (
-                (1 - _PADDING) * longest <= blocks[last] * p.block_k + columns[last] <= longest
-                and blocks[last] >= (1 - _PADDING) * blocks[first]
-            )
-        ):
-            last += 1
+    # Planned in numpy: the arrays are small and many, and its operators cost a tenth of torch's for them.
+    indptr, starts, tile_ids = (x.cpu().numpy() for x in (p.indptr[batch, head], p.starts, p.tile_ids))
+    blocks, tiled = np.diff(indptr), len(p.tiles) > 1
+    columns, column_indptr, column_keys = np.zeros_like(blocks), indptr, starts
+    if p.columns is not None and p.column_indptr is not None:
+        at = min(batch, p.column_indptr.shape[0] - 1), min(head, p.column_indptr.shape[1] - 1)
+        column_indptr, column_keys = p.column_indptr[at].cpu().numpy(), p.columns.cpu().numpy()
+        columns = np.diff(column_indptr)
+    # Rows run together have nearly equal numbers of blocks and of columns.
+    order = np.argsort(-(blocks * (p.kv_len + 1) + columns), kind="stable")
+    keys = (blocks * p.block_k + columns)[order]
+    blocks_in_order = blocks[order]
+    first, end = 0, int((keys > 0).sum())
+    while first < end:
+        most = min(_MOST_ROWS, max(1, _CACHE_BYTES // int(keys[first] * key_bytes)))
+        window = slice(first, min(first + most, end))
+        near = (keys[window] >= (1 - _PADDING) * keys[first]) & (keys[window] <= keys[first])
+        near &= blocks_in_order[window] >= (1 - _PADDING) * blocks_in_order[first]
+        last = first + (len(near) if near.all() else int(near.argmin()))
         rows = order[first:last]
-        starts = _take(p.starts, indptr, rows, counts, blocks[first], p.kv_len)
-        tiles = None
-        if len(p.tiles) > 1:
-            tiles = _take(p.tile_ids, indptr, rows, counts, blocks[first], 0)
-            if not bool(tiles.any()):
-                tiles = None
-            elif bool((tiles == tiles[:1]).all()):
-                tiles = tiles[:1]
-        chosen = None
-        if column_indptr is not None and p.columns is not None and max(columns[first:last]):
-            chosen = _take(p.columns, column_indptr, rows, column_counts, max(columns[first:last]), p.kv_len)
-        spare = bool((starts > p.kv_len - p.block_k).any()) or (
-            chosen is not None and bool((chosen == p.kv_len).any())
+        places = _take(starts, indptr, rows, p.kv_len)
+        tiles = _take(tile_ids, indptr, rows, 0) if tiled else None
+        if tiles is not None:
+            tiles = tiles[:1] if (tiles == tiles[:1]).all() else tiles
+            tiles = tiles if tiles.any() else None
+        single = _take(column_keys, column_indptr, rows, p.kv_len) if columns[rows].any() else None
+        spare = places.max(initial=0) > p.kv_len - p.block_k or (single is not None and single.max() == p.kv_len)
+        yield _Group(
+            rows=torch.from_numpy(rows).to(p.device),
+            starts=torch.from_numpy(places).to(p.device),
+            tiles=None if tiles is None else torch.from_numpy(tiles).to(p.device),
+            columns=None if single is None else torch.from_numpy(single).to(p.device),
+            spare=bool(spare),
         )
-        yield _Group(rows, starts, tiles, chosen, spare)
         first = last
 
 
-def _take(values: Tensor, indptr: Tensor, rows: Tensor, counts: Tensor, width: int, absent: int) -> Tensor:
-    """The entries of some rows as a rectangle [rows, width], `absent` where a row is shorter."""
-    lane = torch.arange(width, device=values.device)
-    inside = lane < counts[rows, None]
-    index = torch.where(inside, indptr[rows, None] + lane, 0)
-    return torch.where(inside, values[index].long(), absent)
+def _take(values: Array, indptr: Array, rows: Array, absent: int) -> Array:
+    """The entries of some rows as a rectangle, int64 [rows, longest], `absent` where a row is shorter."""
+    begin, counts = indptr[rows], indptr[rows + 1] - indptr[rows]
+    lane = np.arange(counts.max())
+    if counts.min() == len(lane):
+        return values[begin[:, None] + lane].astype(np.int64)
+    inside = lane < counts[:, None]
+    return np.where(inside, values[np.where(inside, begin[:, None] + lane, 0)], absent).astype(np.int64)
 
 
 class _Head:

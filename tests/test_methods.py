@@ -291,3 +291,19 @@ BAD = [
 def test_bad_parameters_are_named(name: str, params: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         hsa.get_method(name)(**params)
+
+
+def test_vertical_slash_estimates_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, q, k, _ = call(LAYOUTS["causal_300"])
+    whole = estimate(q, k, 64, ctx.softmax_scale)
+    monkeypatch.setattr("hf_sparse_attn.methods.vertical_slash._WEIGHTS_AT_A_TIME", 1)
+    for a, b in zip(whole, estimate(q, k, 64, ctx.softmax_scale), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_block_topk_ranks_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, q, k, _ = call(LAYOUTS["causal_300"])
+    method = hsa.get_method("block_topk")(block_size=16, density=0.4)
+    whole = method.pattern(q, k, ctx).to_dense()
+    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    assert torch.equal(method.pattern(q, k, ctx).to_dense(), whole)

@@ -114,17 +114,16 @@ def test_import_is_light() -> None:
 
 
 def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
-    """Without Triton, diffusers, matplotlib and the rest installed: a tiny model runs, and what is missing is named."""
-    for name in ("triton", "diffusers", "matplotlib", "peft", "accelerate", "scipy", "datasets", "yaml"):
-        blocked = f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})"
-        (tmp_path / f"{name}.py").write_text(blocked)
+    """Without Triton, diffusers and the rest installed a tiny model runs, and what is missing is named."""
+    absent = ("triton", "diffusers", "matplotlib", "peft", "accelerate", "scipy", "datasets")
     code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}));"
         "import torch, hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
         "model, inputs = FAMILIES.get('llama').tiny();"
         "p = hsa.patch(model, 'sliding_window', window=8, sink=2, min_tokens=0); model(**inputs);"
         "print(p.report().density < 1, BACKENDS.names(), BACKENDS.missing)"
     )
-    out = run_python(code, cwd=tmp_path, path=tmp_path)
+    out = run_python(code, cwd=tmp_path)
     assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
 
 

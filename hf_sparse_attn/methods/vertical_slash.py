@@ -18,6 +18,8 @@ from hf_sparse_attn.selection import check_block_size, rank_descending
 _FORCED_VERTICALS = 30
 _FORCED_SLASHES = 100
 _FEWEST_SLASHES = 50
+# Weights of the last queries held at a time, over heads: bounds memory at long context.
+_WEIGHTS_AT_A_TIME = 1 << 25
 
 
 @METHODS.register("vertical_slash")
@@ -103,20 +105,30 @@ def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float) -> tuple[Ten
     Returns:
         score of each column and of each diagonal (0 is the main one), both [batch, heads, kv_len].
     """
-    n, last = k.shape[2], min(last_queries, q.shape[2])
-    group = q.shape[1] // k.shape[1]
-    query = q[:, :, -last:].float().unflatten(1, (k.shape[1], group))
-    logits = torch.einsum("bngqd,bnkd->bngqk", query, k.float()).flatten(1, 2) * scale
+    group, last = q.shape[1] // k.shape[1], min(last_queries, q.shape[2])
+    query = q[:, :, -last:].unflatten(1, (k.shape[1], group))
+    step = max(1, _WEIGHTS_AT_A_TIME // (q.shape[0] * group * last * k.shape[2]))
+    parts = [
+        _strip_sums(query[:, i : i + step].float(), k[:, i : i + step].float(), scale)
+        for i in range(0, k.shape[1], step)
+    ]
+    vertical, slash = (torch.cat(sums, 1) for sums in zip(*parts, strict=True))
+    return vertical, slash
+
+
+def _strip_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Column and diagonal sums of the attention of q [batch, kv_heads, group, last, dim] over k, as in `estimate`."""
+    n, last = k.shape[2], q.shape[3]
+    logits = torch.einsum("bngqd,bnkd->bngqk", q, k).flatten(1, 2) * scale
     position = torch.arange(n - last, n, device=q.device)
     weights = logits.masked_fill_(torch.arange(n, device=q.device) > position[:, None], -torch.inf).softmax(-1)
-    vertical = weights.sum(2)
     # Query i of the strip sees the key at distance o in column n - last + i - o: reversed and padded on the left by
     # what it lacks, all queries have distance o in column o. A skewed view does this without a copy per query.
     skewed = torch.nn.functional.pad(weights, (last, 0)).flip(-1)
     batch, heads = skewed.shape[:2]
     strides = (skewed.stride(0), skewed.stride(1), skewed.stride(2) - 1, 1)
     slash = skewed.as_strided((batch, heads, last, n), strides, skewed.storage_offset() + last - 1).sum(2)
-    return vertical, slash
+    return weights.sum(2), slash
 
 
 def build_pattern(
