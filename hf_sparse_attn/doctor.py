@@ -54,6 +54,8 @@ def versions() -> dict[str, str | None]:
                 break
             except metadata.PackageNotFoundError:
                 continue
+    # The build matters (cpu, cu130), and the package's metadata may leave it out.
+    found["torch"] = str(torch.__version__)
     return found
 
 

@@ -6,6 +6,7 @@ are nearly equal; the keys gathered for it are few enough to stay in cache, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,11 +131,28 @@ def _take(values: Array, indptr: Array, rows: Array, absent: int) -> Array:
     return np.where(inside, values[np.where(inside, begin[:, None] + lane, 0)], absent).astype(np.int64)
 
 
+class _Scratch:
+    """Memory that the calls of one run share: fresh pages for each would cost more than what is written to them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised memory of a shape; the next call with this name may get the same."""
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = self.like.new_empty(size)
+        return self.held[name][:size].view(shape)
+
+
 class _Head:
     """Keys and values of one head as the groups read them: in the pattern's order, with spare keys at the end."""
 
-    def __init__(self, p: BlockPattern, k: Tensor, v: Tensor, batch: int, head: int, spare: bool) -> None:
-        self.pattern = p
+    def __init__(
+        self, p: BlockPattern, k: Tensor, v: Tensor, batch: int, head: int, spare: bool, scratch: _Scratch
+    ) -> None:
+        self.pattern, self.scratch = p, scratch
         order = p.kv_order
         self.order = None if order is None else order[min(batch, order.shape[0] - 1), min(head, order.shape[1] - 1)]
         valid = key_validity(p)
@@ -145,17 +163,18 @@ class _Head:
         # What is added to the logits of the key at each place.
         self.bias = torch.zeros(len(here), device=k.device).masked_fill_(~here, _MASKED)
         self.here = here
-        self.keys, self.values = self._lay_out(k), self._lay_out(v)
+        self.keys, self.values = self._lay_out("keys", k), self._lay_out("values", v)
 
-    def _lay_out(self, x: Tensor) -> Tensor:
+    def _lay_out(self, name: str, x: Tensor) -> Tensor:
+        if self.as_it_is and self.order is None and x.is_contiguous():
+            return x
+        laid = self.scratch.take(name, len(x) if self.as_it_is else len(self.here), x.shape[1])
         if self.order is not None:
-            x = x.index_select(0, self.order)
-        if self.as_it_is:
-            return x.contiguous()
+            torch.index_select(x, 0, self.order, out=laid[: len(x)])
+        else:
+            laid[: len(x)].copy_(x)
         # Keys outside the valid range are zeroed, not only masked: weight 0 times NaN would be NaN.
-        padded = x.new_zeros(len(self.here), x.shape[1])
-        padded[: len(x)] = x
-        return padded.masked_fill_(~self.here[:, None], 0.0)
+        return laid if self.as_it_is else laid.masked_fill_(~self.here[:, None], 0.0)
 
     def places(self, group: _Group) -> Tensor:
         """Key places of a group, int64 [n, keys]."""
@@ -166,16 +185,15 @@ class _Head:
 
     def gather(self, group: _Group) -> tuple[Tensor, Tensor]:
         """Keys and values of a group, [1, n, keys, dim] each."""
-        n, block = len(group.rows), self.pattern.block_k
-        if group.columns is None:
-            index = group.starts.flatten()
-            return tuple(self._windows(x, block).index_select(0, index).view(1, n, -1, x.shape[1]) for x in self._both)  # type: ignore[return-value]  # two of them
-        index = self.places(group).flatten()
-        return tuple(x.index_select(0, index).view(1, n, -1, x.shape[1]) for x in self._both)  # type: ignore[return-value]  # two of them
-
-    @property
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
+        whole = group.columns is None
+        index = (group.starts if whole else self.places(group)).flatten()
+        parts = []
+        for name, x in (("gathered keys", self.keys), ("gathered values", self.values)):
+            source = self._windows(x, self.pattern.block_k) if whole else x
+            out = self.scratch.take(name, len(index), source.shape[1])
+            torch.index_select(source, 0, index, out=out)
+            parts.append(out.view(1, len(group.rows), -1, x.shape[1]))
+        return parts[0], parts[1]
 
     @staticmethod
     def _windows(x: Tensor, block: int) -> Tensor:
@@ -224,7 +242,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
         batch, heads = q.shape[:2]
         compute = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(batch, heads, p.rows, p.block_q, q.shape[3], dtype=q.dtype, device=q.device)
+        out = q.new_empty(batch, heads, p.rows, p.block_q, q.shape[3])
         lse = torch.full(out.shape[:4], _MASKED, dtype=compute, device=q.device)
         queries = _rows(q, p)
         for b, h, head, groups in _heads(p, k, v, batch, heads):
@@ -234,6 +252,7 @@ class _Gather(torch.autograd.Function):
                 out[b, h].index_copy_(0, group.rows, o[0])
                 lse[b, h].index_copy_(0, group.rows, s[0])
         out, lse = _tokens(out, p, q.shape[2]), _tokens(lse, p, q.shape[2])
+        # Rows that no group has visited are queries without keys, too; their output was never written.
         none = lse < _NO_KEY
         if bool(none.any()):
             out = out.masked_fill(none[..., None], 0.0)
@@ -286,6 +305,7 @@ def _heads(
     size = heads // k.shape[1]
     own_order = p.kv_order is not None and p.kv_order.shape[1] > 1
     key_bytes = 2 * k.shape[3] * k.element_size()
+    scratch = _Scratch(k)
     for b in range(batch):
         for first in range(0, heads, size):
             plans = [_plan(p, b, h, key_bytes) for h in range(first, first + size)]
@@ -293,7 +313,7 @@ def _heads(
             head: _Head | None = None
             for h, plan in enumerate(plans, first):
                 if head is None or own_order:
-                    head = _Head(p, k[b, first // size], v[b, first // size], b, h, spare)
+                    head = _Head(p, k[b, first // size], v[b, first // size], b, h, spare, scratch)
                 yield b, h, head, plan
 
 
