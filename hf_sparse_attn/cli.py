@@ -119,7 +119,8 @@ def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 def _demo(args: argparse.Namespace) -> int:
     from hf_sparse_attn import demo
 
-    return int(demo.main(args) or 0)
+    print(demo.main(args))
+    return 0
 
 
 def _methods(args: argparse.Namespace) -> int:

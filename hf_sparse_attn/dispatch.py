@@ -211,7 +211,7 @@ class Policy:
         return None
 
 
-# Fewest keys from which block-sparse attention was faster than dense, by device type: CPU measured with
-# `hf-sparse-attn bench` (README); CUDA not measured yet, set above every crossover published for prefill kernels.
-AUTO_MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
-AUTO_MAX_DENSITY = 0.6
+# Fewest keys and highest density at which sparse attention was faster than dense with the estimation of the dynamic
+# methods counted: measured on a CPU (README). CUDA is not measured yet: above every crossover published for prefill.
+AUTO_MIN_TOKENS = {"cpu": 2048, "cuda": 4096}
+AUTO_MAX_DENSITY = 0.5

@@ -143,14 +143,15 @@ def load_config(path: Path) -> TrainConfig:
         The configuration.
 
     Raises:
-        ValueError: a key is missing or unknown, or a value has the wrong type.
+        ValueError: a key is missing or unknown.
+        TypeError: a value has the wrong type.
     """
     return _build(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), "config")
 
 
 def _build(kind: type[_Built], values: object, where: str) -> _Built:
     if not isinstance(values, dict):
-        raise ValueError(f"`{where}` must be a mapping, got {values!r}")
+        raise TypeError(f"`{where}` must be a mapping, got {values!r}")
     hints = typing.get_type_hints(kind)
     unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
     if unknown or missing:
@@ -163,12 +164,12 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return _build(hint, value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"`{where}` must be a list, got {value!r}")
+            raise TypeError(f"`{where}` must be a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"`{where}` must be of type {hint.__name__}, got {value!r}")
+        raise TypeError(f"`{where}` must be of type {hint.__name__}, got {value!r}")
     return value
 
 

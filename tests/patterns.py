@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern import BlockPattern
@@ -181,3 +182,19 @@ def expected(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: floa
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor any operator makes, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            # A view of overlapping windows is as large as what it is a view of.
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -219,14 +218,24 @@ def test_bench_refuses_an_output_that_is_a_file_before_it_measures(tmp_path, cap
     assert "file" in capsys.readouterr().err
 
 
-def test_demo_gets_its_arguments(monkeypatch):
-    seen = []
-    fake: Any = ModuleType("hf_sparse_attn.demo")
-    fake.main = lambda args: seen.append(args)
-    monkeypatch.setitem(sys.modules, "hf_sparse_attn.demo", fake)
-    monkeypatch.setattr(hsa, "demo", fake, raising=False)
-    assert main(["demo"]) == 0
-    assert main(["demo", "--length", "2048", "--output", "there", "--threads", "2", "--json"]) == 0
-    first, second = seen
-    assert (first.length, first.output, first.threads, first.json) == (4096, "./hf_sparse_attn_demo", None, False)
-    assert (second.length, second.output, second.threads, second.json) == (2048, "there", 2, True)
+def test_demo_compares_and_draws(tmp_path, capsys):
+    assert main(["demo", "--length", "1024", "--output", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row for row in told["rows"]}
+    assert told["length"] == 1024 and rows["dense"]["needles"] == 16 and rows["dense"]["density"] == 1.0
+    others = [row for name, row in rows.items() if name != "dense"]
+    assert len(others) == 6 and all(row["density"] < 1 and row["error"] > 0 for row in others)
+    # A window of 64 bytes cannot answer what stands further back.
+    assert rows["sliding_window(window=64, sink=16, block_size=64)"]["needles"] < 8
+    assert (tmp_path / "attention_maps.png").stat().st_size > 50_000
+
+
+def test_demo_prints_a_table(tmp_path, capsys):
+    assert main(["demo", "--length", "640", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("vertical_slash", "needles", "time ratio", "attention_maps.png"))
+
+
+def test_demo_refuses_lengths_beyond_the_model(capsys):
+    assert main(["demo", "--length", "100000"]) == 2
+    assert "`length` must be from 576 to 8192 bytes for the shipped model, got 100000" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from patterns import FEATURES, expected, random_inputs, random_pattern
+from patterns import FEATURES, Largest, expected, random_inputs, random_pattern
 
 from hf_sparse_attn import BlockPattern
 from hf_sparse_attn.dispatch import run_pattern
@@ -128,22 +128,6 @@ def test_one_thread_gives_the_same() -> None:
         assert torch.equal(many, TorchGather.attention(q, k, v, pattern, 0.3)[0])
     finally:
         torch.set_num_threads(threads)
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the largest tensor any operator makes, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            # A view of overlapping windows is as large as what it is a view of.
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
