@@ -143,8 +143,7 @@ def _forward(  # type: ignore[no-untyped-def]
         ragged = (edge < low) | (edge + N > high) | (HAS_KV_ORDER and HAS_RANGE)
         if ragged | (tile != 0):
             cell = tiles + tile * (BLOCK_Q * BLOCK_K) + lane[:, None] * BLOCK_K + inner[None, :]
-            # Tile 0 keeps everything and is not read.
-            keep = tl.load(cell, mask=(valid & (tile != 0))[None, :], other=1) != 0
+            keep = tl.load(cell, mask=valid[None, :], other=1) != 0
             logits = tl.where(keep & valid[None, :], logits, -float("inf"))
         result, peak, total = _accumulate(result, peak, total, logits, values)
 

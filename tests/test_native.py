@@ -120,7 +120,7 @@ def test_from_pretrained_by_name(tmp_path, probe):
     from transformers import AutoModelForCausalLM
 
     FAMILIES["llama"]().save_pretrained(tmp_path)
-    ids = tokens(2, 1100)
+    ids = tokens(2, 2100)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=probe)
     usual = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="attn_implementation"):
@@ -131,7 +131,7 @@ def test_from_pretrained_by_name(tmp_path, probe):
     assert not torch.equal(sparse, dense)
     report = native.report(model)
     assert [(r.layer, r.sparse_calls) for r in report.layers] == [(0, 1), (1, 1)]
-    assert 0.1 < report.density < 0.6
+    assert 0.05 < report.density < 0.6
     model.save_pretrained(tmp_path / "again")
     assert "hsa" not in (tmp_path / "again" / "config.json").read_text()
 
@@ -146,7 +146,7 @@ def test_switching_between_methods(probe):
 
 
 def test_patch_on_a_native_model_and_back(probe):
-    model, usual, ids = FAMILIES["llama"](probe), FAMILIES["llama"]("sdpa"), tokens(2, 1100)
+    model, usual, ids = FAMILIES["llama"](probe), FAMILIES["llama"]("sdpa"), tokens(2, 2100)
     other = type(model)(model.config).eval()
     other.load_state_dict(model.state_dict())
     with hsa.patch(model, "dense") as patch:
