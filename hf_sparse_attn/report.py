@@ -59,11 +59,13 @@ class Report:
 
     def __str__(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
+        # Two experts have layers of the same index each: their names then tell them apart.
+        twice = len({r.layer for r in self.layers}) < len(self.layers)
         rows = []
         for r in self.layers:
             rows.append(
                 (
-                    str(r.layer),
+                    r.name if twice else str(r.layer),
                     str(r.sparse_calls),
                     str(r.dense_calls),
                     ", ".join(r.backends) or "-",

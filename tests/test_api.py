@@ -243,3 +243,16 @@ def test_unknown_parameters_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="must be patched, got a LlamaForCausalLM without a patch"):
         hsa.unpatch(model)
     assert model.__dict__ == before
+
+
+def test_a_report_names_layers_that_share_an_index() -> None:
+    session = Session(hsa.get_method("dense")(), Policy(), "auto", strict=False)
+    made = Patch("wan", session, [torch.nn.Linear(1, 1)], torch.nn.Linear(1, 1))
+    session.record("transformer.blocks.0.attn1", 0)
+    assert "transformer" not in str(made.report())
+    session.record("transformer_2.blocks.0.attn1", 0).dense_reasons["method dense"] += 3
+    text = str(made.report())
+    assert (
+        "transformer.blocks.0.attn1" in text and "transformer_2.blocks.0.attn1" in text and "3x method dense" in text
+    )
+    assert made.report().density == 1.0 and made.report().to_dict()["layers"][1]["dense_calls"] == 3

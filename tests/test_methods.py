@@ -306,3 +306,19 @@ def test_block_topk_ranks_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = method.pattern(q, k, ctx).to_dense()
     monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
     assert torch.equal(method.pattern(q, k, ctx).to_dense(), whole)
+
+
+@pytest.mark.parametrize("name", hsa.list_methods())
+def test_memory_grows_with_the_length_not_with_its_square(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing and running together, at two lengths: the largest tensor of all."""
+    # Scores are made in strips of this many; with the usual size these lengths fit into one strip.
+    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1 << 14)
+    peaks = []
+    for n in (1024, 4096):
+        method = hsa.get_method(name)(**hsa.get_method(name).examples()[0])
+        layout = TokenLayout.video(n // 128, 8, 16) if "video grid" in method.needs else TokenLayout.causal(n)
+        ctx, q, k, v = call(layout, batch=1)
+        with Largest() as seen:
+            hsa.attention(q, k, v, method, ctx)
+        peaks.append(seen.bytes)
+    assert peaks[1] <= 4.5 * peaks[0]
