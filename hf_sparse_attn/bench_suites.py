@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,10 +123,11 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
     if method.static:
         timed(lambda: method.pattern_for(q, k, ctx), device)
         record["cached_call_seconds"] = timed(lambda: method.pattern_for(q, k, ctx), device)[0]
-    record["density"] = found.density("causal" if layout.is_causal else "full")
+    count: Literal["causal", "full"] = "causal" if layout.is_causal else "full"
+    record["density"] = found.density(count)
     record["blocks"], record["bytes"] = found.starts.numel(), found.nbytes
     times: dict[str, list[float]] = {"build": [], "first_run": [], "run": []}
-    attend = record["density"] <= AUTO_MAX_DENSITY
+    attend = record["density"] <= AUTO_MAX_DENSITY[count]
     try:
         # The first round warms up and is not counted.
         begin = time.perf_counter()
@@ -144,7 +145,7 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
         return {**record, "reason": str(error)}
     record["build"] = {"seconds": times["build"][1:], **summary(times["build"][1:])}
     if not attend:
-        record["reason"] = f"attention not timed: density above {AUTO_MAX_DENSITY} runs dense"
+        record["reason"] = f"attention not timed: density above {AUTO_MAX_DENSITY[count]} runs dense"
         return record
     for part in ("first_run", "run"):
         record[part] = {"seconds": times[part][1:], **summary(times[part][1:])}

@@ -32,7 +32,7 @@ def settings(length: int) -> list[tuple[str, dict[str, Any]]]:
     return [
         ("sliding_window", {"window": length // 4, "sink": 16, "block_size": 64}),
         ("sliding_window", {"window": length // 16, "sink": 16, "block_size": 64}),
-        ("vertical_slash", {"vertical": length // 8, "slash": length // 16, "block_size": 64}),
+        ("vertical_slash", {"vertical": length // 16, "slash": 3 * length // 64, "block_size": 64}),
         ("vertical_slash", {"vertical": length // 32, "slash": length // 32, "block_size": 64}),
         ("block_topk", {"density": 0.25, "block_size": 64}),
         ("block_topk", {"density": 0.125, "block_size": 64}),

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -205,13 +205,15 @@ class Policy:
         """Why this pattern is predicted to be slower than dense attention, or None; only with min_tokens="auto"."""
         if self.min_tokens != "auto":
             return None
-        density = pattern.density("causal" if ctx.layout.is_causal else "full")
-        if density > AUTO_MAX_DENSITY:
-            return f"density {density:.2f} above {AUTO_MAX_DENSITY}: dense attention is as fast"
+        count: Literal["causal", "full"] = "causal" if ctx.layout.is_causal else "full"
+        density, limit = pattern.density(count), AUTO_MAX_DENSITY[count]
+        if density > limit:
+            return f"density {density:.2f} above {limit}: dense attention is as fast"
         return None
 
 
 # Fewest keys and highest density at which sparse attention was faster than dense with the estimation of the dynamic
 # methods counted: measured on a CPU (README). CUDA is not measured yet: above every crossover published for prefill.
 AUTO_MIN_TOKENS = {"cpu": 2048, "cuda": 4096}
-AUTO_MAX_DENSITY = 0.5
+# A causal diagonal block costs a whole block and counts half its pairs, so that the limit is lower there.
+AUTO_MAX_DENSITY = {"causal": 0.5, "full": 0.65}
