@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.pattern_ops import key_validity
 from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.selection import merge_by_lse
 
 Array = np.ndarray[Any, Any]
 
@@ -65,6 +66,7 @@ class _Group:
         tiles: int64 [n or 1, blocks], tile of each block, or None where all are whole.
         columns: int64 [n, columns], single key places, kv_len for one that is not there; or None.
         spare: whether any place is at or beyond kv_len, in a short last block or where a row is shorter than another.
+        again: whether the rows were visited before with other keys, so that this result is merged into that one.
     """
 
     rows: Tensor
@@ -72,6 +74,7 @@ class _Group:
     tiles: Tensor | None
     columns: Tensor | None
     spare: bool
+    again: bool = False
 
 
 def _plan(p: BlockPattern, batch: int, head: int, key_bytes: int) -> list[_Group]:
@@ -109,16 +112,31 @@ def _make_groups(p: BlockPattern, batch: int, head: int, key_bytes: int) -> Iter
         if tiles is not None:
             tiles = tiles[:1] if (tiles == tiles[:1]).all() else tiles
             tiles = tiles if tiles.any() else None
+        # Tiles that differ from row to row want a mask of the size of the logits. They mostly stand at the end of a
+        # row: what comes before is run by itself, without a mask.
+        cut = 0 if tiles is None or len(tiles) == 1 else int(tiles.any(0).argmax())
         single = _take(column_keys, column_indptr, rows, p.kv_len) if columns[rows].any() else None
-        spare = places.max(initial=0) > p.kv_len - p.block_k or (single is not None and single.max() == p.kv_len)
-        yield _Group(
-            rows=torch.from_numpy(rows).to(p.device),
-            starts=torch.from_numpy(places).to(p.device),
-            tiles=None if tiles is None else torch.from_numpy(tiles).to(p.device),
-            columns=None if single is None else torch.from_numpy(single).to(p.device),
-            spare=bool(spare),
-        )
+        rest = None if tiles is None else tiles[:, cut:]
+        if cut:
+            yield _group(p, rows, places[:, :cut], None, single)
+            yield _group(p, rows, places[:, cut:], rest, None, again=True)
+        else:
+            yield _group(p, rows, places, rest, single)
         first = last
+
+
+def _group(
+    p: BlockPattern, rows: Array, places: Array, tiles: Array | None, single: Array | None, again: bool = False
+) -> _Group:
+    spare = places.max(initial=0) > p.kv_len - p.block_k or (single is not None and single.max() == p.kv_len)
+    return _Group(
+        rows=torch.from_numpy(rows).to(p.device),
+        starts=torch.from_numpy(np.ascontiguousarray(places)).to(p.device),
+        tiles=None if tiles is None else torch.from_numpy(np.ascontiguousarray(tiles)).to(p.device),
+        columns=None if single is None else torch.from_numpy(single).to(p.device),
+        spare=bool(spare),
+        again=again,
+    )
 
 
 def _take(values: Array, indptr: Array, rows: Array, absent: int) -> Array:
@@ -249,8 +267,12 @@ class _Gather(torch.autograd.Function):
             for group in groups:
                 query = queries[b, h].index_select(0, group.rows)[None]
                 o, s = _fused(query, *head.gather(group), head.mask(group, compute), scale)
-                out[b, h].index_copy_(0, group.rows, o[0])
-                lse[b, h].index_copy_(0, group.rows, s[0])
+                o, s = o[0], s[0]
+                if group.again:
+                    before = out[b, h].index_select(0, group.rows), lse[b, h].index_select(0, group.rows)
+                    o, s = merge_by_lse(before, (o, s))
+                out[b, h].index_copy_(0, group.rows, o)
+                lse[b, h].index_copy_(0, group.rows, s)
         out, lse = _tokens(out, p, q.shape[2]), _tokens(lse, p, q.shape[2])
         # Rows that no group has visited are queries without keys, too; their output was never written.
         none = lse < _NO_KEY
@@ -289,7 +311,7 @@ class _Gather(torch.autograd.Function):
                 key, value = head.gather(group)
                 mask, fused = head.mask(group, compute), grad_lse is None
                 one, two, three = _fused_backward(query, grad, o, s, c, key, value, mask, ctx.scale, fused)
-                dq[b, h].index_copy_(0, group.rows, one[0].to(compute))
+                dq[b, h].index_add_(0, group.rows, one[0].to(compute))
                 places = head.places(group).flatten()
                 key_grad.index_add_(0, places, two.to(compute).flatten(0, 2))
                 value_grad.index_add_(0, places, three.to(compute).flatten(0, 2))
