@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -174,6 +174,12 @@ def test_auto_keeps_short_and_dense_calls_dense() -> None:
     everything = BlockPattern.dense(256, 256, True)
     assert "density 1.00" in str(auto.why_not_worth(everything, short))
     assert forced.why_not_worth(everything, short) is None
+    third = BlockPattern.from_token_mask((torch.arange(256) < 40).expand(1, 1, 256, 256).tril(), 32, 32)
+    with_columns = replace(
+        third, column_indptr=third.indptr * 0 + torch.arange(9), columns=torch.full((8,), 255).int()
+    )
+    assert 0.25 < with_columns.density("causal") < 0.5
+    assert auto.why_not_worth(third, short) is None and "above 0.25" in str(auto.why_not_worth(with_columns, short))
 
 
 def test_registries_are_found_by_discovery() -> None:
