@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,8 +137,6 @@ def attention(
         )
     factor = ctx.softmax_scale if scale is None else scale
     if scale is not None or (ctx.num_heads, ctx.num_kv_heads, ctx.head_dim) != (q.shape[1], k.shape[1], q.shape[3]):
-        from dataclasses import replace
-
         ctx = replace(ctx, scale=factor, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
 
     def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:

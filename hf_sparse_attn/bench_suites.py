@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
     if method.static:
         timed(lambda: method.pattern_for(q, k, ctx), device)
         record["cached_call_seconds"] = timed(lambda: method.pattern_for(q, k, ctx), device)[0]
-    count: Literal["causal", "full"] = "causal" if layout.is_causal else "full"
+    count = layout.density_count
     record["density"] = found.density(count)
     record["blocks"], record["bytes"] = found.starts.numel(), found.nbytes
     times: dict[str, list[float]] = {"build": [], "first_run": [], "run": []}

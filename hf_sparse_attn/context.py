@@ -110,6 +110,11 @@ class TokenLayout:
         return self.kv_len - self.query_start
 
     @property
+    def density_count(self) -> Literal["causal", "full"]:
+        """How densities of patterns over these tokens are counted; see BlockPattern.density."""
+        return "causal" if self.is_causal else "full"
+
+    @property
     def video_part(self) -> tuple[int, Segment] | None:
         """(start, segment) of the only video segment, or None when there is none or more than one."""
         found, start = [], 0

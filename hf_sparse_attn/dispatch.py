@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ class Policy:
         """Why this pattern is predicted to be slower than dense attention, or None; only with min_tokens="auto"."""
         if self.min_tokens != "auto":
             return None
-        count: Literal["causal", "full"] = "causal" if ctx.layout.is_causal else "full"
+        count = ctx.layout.density_count
         density, limit = pattern.density(count), AUTO_MAX_DENSITY[count]
         if pattern.columns is not None and pattern.columns.numel():
             limit = min(limit, AUTO_MAX_DENSITY_WITH_COLUMNS.get(pattern.device.type, limit))

@@ -184,7 +184,7 @@ class Session:
                 raise _NotWorth(reason)
             out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend)
             record.backends[name] += 1
-            densities.append(pattern.density("causal" if ctx.layout.is_causal else "full"))
+            densities.append(pattern.density(ctx.layout.density_count))
             return out, lse
 
         try:

@@ -154,14 +154,9 @@ class BlockPattern:
         real = torch.zeros_like(padded)
         real[..., :q_len, :kv_len] = mask
         keep = real.unflatten(2, (rows, block_q)).unflatten(4, (cols, block_k)).any(-1).any(3)
-        full = torch.ones(1, block_q, block_k, dtype=torch.bool, device=mask.device)
-        tiles, tile_ids = torch.cat([full, blocks[keep]]).flatten(1).unique(dim=0, return_inverse=True)
-        # unique() sorts: the all-true tile comes last, and must become tile 0.
-        tiles, tile_ids = tiles.flip(0), len(tiles) - 1 - tile_ids[1:]
+        tiles, tile_ids = distinct_tiles(blocks[keep])
         starts = keep.nonzero()[:, 3] * block_k
-        return cls.from_rows(
-            keep.sum(-1), starts, block_q, block_k, q_len, kv_len, tile_ids, tiles.unflatten(1, (block_q, block_k))
-        )
+        return cls.from_rows(keep.sum(-1), starts, block_q, block_k, q_len, kv_len, tile_ids, tiles)
 
     @classmethod
     def dense(
@@ -309,6 +304,21 @@ def _indptr(counts: Tensor) -> Tensor:
     """Row offsets of CSR from the number of entries per row; every head starts where the one before it ended."""
     ends = counts.to(torch.int64).flatten().cumsum(0).view_as(counts)
     return torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
+
+
+def distinct_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal tiles stored once, after the all-true one, which is always there.
+
+    Args:
+        tiles: bool [n, block_q, block_k].
+
+    Returns:
+        the table bool [distinct, block_q, block_k], and for each of `tiles` its place in it, int64 [n].
+    """
+    full = tiles.new_ones(1, *tiles.shape[1:])
+    table, place = torch.cat([full, tiles]).flatten(1).unique(dim=0, return_inverse=True)
+    # unique() sorts: the all-true tile comes last, and must become tile 0.
+    return table.flip(0).unflatten(1, tuple(tiles.shape[1:])), (len(table) - 1 - place)[1:]
 
 
 def causal_tiles(distance: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:

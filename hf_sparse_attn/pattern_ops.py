@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern import CHUNK, BlockPattern
+from hf_sparse_attn.pattern import CHUNK, BlockPattern, distinct_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -190,6 +190,8 @@ def to_flex(p: BlockPattern) -> BlockMask:
         raise ValueError("`columns` must be absent for FlexAttention: it reads whole key blocks only")
     if bool((p.starts % p.block_k != 0).any()):
         raise ValueError(f"`starts` must be multiples of block_k = {p.block_k} for FlexAttention")
+    if p.kv_range is not None:
+        raise ValueError("`kv_range` must be absent for FlexAttention: cut the keys to their valid range first")
     cols = -(-p.kv_len // p.block_k)
     flat, block = entry_rows(p.indptr), p.starts.long() // p.block_k
     shape = (p.batch, p.heads, p.rows)
@@ -200,9 +202,6 @@ def to_flex(p: BlockPattern) -> BlockMask:
     # Blocks that are not there get a tile that keeps nothing: the mask alone must be right, too.
     tiles = torch.cat([p.tiles, torch.zeros_like(p.tiles[:1])])
     tile_of = torch.where(tile_of < 0, len(p.tiles), tile_of).view(*shape, cols)
-    valid = key_validity(p)
-    if valid is not None:
-        raise ValueError("`kv_range` must be absent for FlexAttention: cut the keys to their valid range first")
 
     def pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
         number = chosen.sum(-1, dtype=torch.int32).view(shape)
@@ -233,9 +232,7 @@ def reblock(p: BlockPattern, block_q: int, block_k: int) -> BlockPattern:
     flat, lead = entry_rows(p.indptr), p.batch * p.heads
     # Sub-tile (i, j) of tile t has number t * fq * fk + i * fk + j before equal ones are merged.
     sub = p.tiles.unflatten(1, (fq, block_q)).unflatten(3, (fk, block_k)).transpose(2, 3).flatten(0, 2)
-    full = torch.ones(1, block_q, block_k, dtype=torch.bool, device=p.device)
-    tiles, sub_id = torch.cat([full, sub]).flatten(1).unique(dim=0, return_inverse=True)
-    tiles, sub_id = tiles.flip(0).unflatten(1, (block_q, block_k)), (len(tiles) - 1 - sub_id)[1:]
+    tiles, sub_id = distinct_tiles(sub)
     i = torch.arange(fq, device=p.device)[None, :, None]
     j = torch.arange(fk, device=p.device)[None, None, :]
     tile = sub_id[(p.tile_ids.long()[:, None, None] * fq + i) * fk + j]
@@ -291,8 +288,7 @@ def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
     for p in patterns:
         offsets.append(total)
         total += len(p.tiles)
-    tiles, merged = torch.cat([p.tiles for p in patterns]).flatten(1).unique(dim=0, return_inverse=True)
-    tiles, merged = tiles.flip(0).unflatten(1, (block_q, block_k)), len(tiles) - 1 - merged
+    tiles, merged = distinct_tiles(torch.cat([p.tiles for p in patterns]))
     counts, starts, tile_ids, col_counts, columns = [], [], [], [], []
     for b in range(batch):
         for p, offset in zip(patterns, offsets, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern import BlockPattern, distinct_tiles
 
 # Scores held at a time while blocks are ranked: bounds memory at long context.
 _SCORES_AT_A_TIME = 1 << 24
@@ -128,10 +128,7 @@ def pattern_from_rule(
     example = torch.zeros(len(kinds), dtype=torch.int64).scatter_(0, kind, torch.arange(len(row)))
     query = layout.query_start + row[example, None, None] * block_q + torch.arange(block_q)[:, None]
     key = start[example, None, None] + torch.arange(block_k)
-    full = torch.ones(1, block_q, block_k, dtype=torch.bool)
-    tiles, tile_of = torch.cat([full, rule(query, key)]).flatten(1).unique(dim=0, return_inverse=True)
-    # unique() sorts: the all-true tile comes last, and must become tile 0.
-    tiles, tile_of = tiles.flip(0).unflatten(1, (block_q, block_k)), (len(tiles) - 1 - tile_of)[1:]
+    tiles, tile_of = distinct_tiles(rule(query, key))
     tile = tile_of[kind]
     some = tiles.flatten(1).any(1)[tile]
     rows = -(-layout.q_len // block_q)

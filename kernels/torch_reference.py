@@ -29,14 +29,14 @@ class TorchReference:
         group = q.shape[1] // k.shape[1]
         query = q.to(compute).unflatten(1, (k.shape[1], group))
         logits = torch.einsum("bngqd,bnkd->bngqk", query, k.to(compute)).flatten(1, 2) * scale
-        logits = logits.masked_fill(~pattern.to_dense(), -torch.inf)
+        mask = pattern.to_dense()
+        logits = logits.masked_fill(~mask, -torch.inf)
         lse = logits.logsumexp(-1)
         # A row without keys has only -inf logits: subtracting 0 instead of its log-sum-exp gives weights 0, not NaN.
         weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
         # Weight 0 times a NaN or infinite value is NaN: values that nobody reads must not matter.
         value = v.to(compute)
-        read = pattern.to_dense().flatten(2, 2).any(2)
-        read = read.expand(q.shape[0], q.shape[1], -1).unflatten(1, (k.shape[1], group)).any(2)
+        read = mask.any(2).expand(q.shape[0], q.shape[1], -1).unflatten(1, (k.shape[1], group)).any(2)
         value = value.masked_fill(~read[..., None], 0.0)
         out = torch.einsum("bngqk,bnkd->bngqd", weights.unflatten(1, (k.shape[1], group)), value).flatten(1, 2)
         return out.to(q.dtype), lse
