@@ -15,7 +15,9 @@ from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
 from hf_sparse_attn.pattern import BlockPattern
-from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.presets import find_preset
+from hf_sparse_attn.registry import BACKENDS, METHODS
+from hf_sparse_attn.selection import with_sinks
 
 
 def patch(
@@ -27,6 +29,7 @@ def patch(
     dense_layers: int | Sequence[int] | None = None,
     dense_steps: float | tuple[float, float] | None = None,
     min_tokens: int | str = "auto",
+    quality: str | None = None,
     **params: Any,
 ) -> Patch:
     """Makes the self-attention of a pretrained model sparse, in place and reversibly.
@@ -40,6 +43,8 @@ def patch(
         dense_layers: number of first layers kept dense, or the layers themselves.
         dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
+        quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
+            (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.
         **params: the method's parameters.
 
     Returns:
@@ -50,14 +55,22 @@ def patch(
         ValueError: an unknown name, a value out of range, a method that does not apply to the family, or a model that
             is patched already. The model is then untouched.
     """
+    if backend != "auto":
+        BACKENDS.get(backend)
+    if quality is not None:
+        if not isinstance(method, str):
+            raise TypeError(f"`quality` chooses parameters: `method` must then be a name, got {method!r}")
+        METHODS.get(method)
+        chosen = find_preset(*find_family(model), method, quality)
+        params = {**chosen.params, **params}
+        dense_layers = chosen.dense_layers if dense_layers is None else dense_layers
+        dense_steps = chosen.dense_steps if dense_steps is None else dense_steps
     made = make_method(method, params)
     policy = Policy(
         dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
-    if backend != "auto":
-        BACKENDS.get(backend)
     name, family, modules = find_family(model)
     lacking = sorted(made.needs - family.provides)
     if lacking:
@@ -102,6 +115,8 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention as a function.
 
@@ -114,6 +129,8 @@ def attention(
         scale: factor on the logits; None means that of `ctx`, else dim ** -0.5.
         backend: "auto", or a backend by name, which then never falls back.
         return_lse: also return the log-sum-exp of the logits, [batch, heads, q_len].
+        softcap: the scaled logits x become softcap * tanh(x / softcap); None means that of `ctx`, else 0: no cap.
+        sinks: one more logit per query head whose value is 0, [heads] (gpt-oss), or None.
 
     Returns:
         output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for.
@@ -124,10 +141,25 @@ def attention(
         BackendUnavailable: the backend asked for cannot run the call.
     """
     check_tensors(q, k, v)
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
+    cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
+    if not cap >= 0:
+        raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
     if isinstance(method, BlockPattern):
         factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
-        out, lse, _ = run_pattern(q, k, v, method, factor, backend)
-        return (out, lse) if return_lse else out
+        out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)
+    else:
+        out, lse = _by_method(q, k, v, method, ctx, scale, backend, cap)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+def _by_method(
+    q: Tensor, k: Tensor, v: Tensor, method: str | Method, ctx: Context | None, scale: float | None, backend: str,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     made = make_method(method, {})
     ctx = Context.for_tensors(q, k) if ctx is None else ctx
     if (ctx.layout.q_len, ctx.layout.kv_len) != (q.shape[2], k.shape[2]):
@@ -136,16 +168,18 @@ def attention(
             f"got {ctx.layout.q_len} and {ctx.layout.kv_len}"
         )
     factor = ctx.softmax_scale if scale is None else scale
-    if scale is not None or (ctx.num_heads, ctx.num_kv_heads, ctx.head_dim) != (q.shape[1], k.shape[1], q.shape[3]):
-        ctx = replace(ctx, scale=factor, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
+    sizes = (q.shape[1], k.shape[1], q.shape[3])
+    if (factor, softcap, *sizes) != (ctx.scale, ctx.softcap, ctx.num_heads, ctx.num_kv_heads, ctx.head_dim):
+        heads, kv_heads, dim = sizes
+        ctx = replace(ctx, scale=factor, softcap=softcap, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
 
     def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-        return run_pattern(q, k, v, pattern, factor, backend)[:2]
+        return run_pattern(q, k, v, pattern, factor, backend, softcap)[:2]
 
     done = made.attention(q, k, v, ctx, run)
     if isinstance(done, Decline):
         raise MethodDoesNotApply(f"`method` {made.name!r} does not apply: {done.reason}")
-    return done if return_lse else done[0]
+    return done
 
 
 def default_device() -> torch.device:

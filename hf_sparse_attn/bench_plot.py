@@ -7,28 +7,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.bench import DENSE
-from hf_sparse_attn.catalog import Table, markdown
+from hf_sparse_attn.bench_kernels import DENSE
+from hf_sparse_attn.bench_tables import NOTES, TITLES, tables
+from hf_sparse_attn.catalog import markdown
 from hf_sparse_attn.report import table
-
-_TITLES = {
-    "kernels": "Kernels: one attention call on random block patterns, against dense attention",
-    "patterns": "Patterns: building them, beside the sparse attention that they lead to",
-    "model": "Whole tiny models with random weights, against the same model without a patch",
-}
-_NOTES = {
-    "kernels": "Median of the rounds with the fastest and the slowest; speed-up over the best dense contestant; the "
-    "limit is 1 / achieved density. First call: compiling and planning included, not part of the median.",
-    "patterns": "Share: time per call over the attention time (cached call for static methods, build for dynamic "
-    "ones); with plan: what the kernel prepares once per new pattern counted as well.",
-    "model": "Parameters that count tokens are scaled to the length; density is over all calls, a dense one counts 1.",
-}
-
-
-def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Columns and rows of each suite that ran."""
-    make = {"kernels": _kernels, "patterns": _patterns, "model": _model}
-    return {name: made(result[name]) for name, made in make.items() if name in result}
 
 
 def header(result: dict[str, Any]) -> str:
@@ -46,15 +28,15 @@ def render(result: dict[str, Any], width: int = 110) -> str:
     """The result as text tables."""
     parts = [header(result)]
     for name, (columns, rows) in tables(result).items():
-        parts.append(_TITLES[name])
-        if columns[0] not in ("shape", "model"):
+        parts.append(TITLES[name])
+        if columns[0] not in ("shape", "model") or name == "auto":
             parts.append(table(columns, rows, width=width).strip("\n"))
         else:
             # What all rows of a point share stands above them: the terminal has no room to repeat it.
             for point in dict.fromkeys(row[0] for row in rows):
                 own = [row[1:] for row in rows if row[0] == point]
                 parts.append(table(columns[1:], own, point, width).strip("\n"))
-        parts.append(textwrap.fill(_NOTES[name], width))
+        parts.append(textwrap.fill(NOTES[name], width))
     return "\n\n".join(parts)
 
 
@@ -63,7 +45,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     options = ", ".join(f"{k} {_plain(v)}" for k, v in result["options"].items() if v is not None)
     parts = ["# hf-sparse-attn bench", f"Machine: {header(result)}", f"Options: {options}"]
     for name, (columns, rows) in tables(result).items():
-        parts += [f"## {_TITLES[name]}", _NOTES[name], markdown(columns, rows)]
+        parts += [f"## {TITLES[name]}", NOTES[name], markdown(columns, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,7 +75,11 @@ def plot(result: dict[str, Any], path: Path) -> str:
     measured = [r for r in result["kernels"] if "speedup" in r and not r["contestant"].startswith(DENSE)]
     if not measured:
         return "no speedup.png: no sparse contestant ran"
-    panels = list(dict.fromkeys((r["tokens"], r["dim"], r["dtype"]) for r in measured))
+
+    def panel_of(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["tokens"], r["dim"], r["dtype"], r["pass"]
+
+    panels = list(dict.fromkeys(map(panel_of, measured)))
     names = sorted({r["contestant"] for r in measured})
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
@@ -108,9 +94,7 @@ def plot(result: dict[str, Any], path: Path) -> str:
         ax.axhline(1.0, color="0.4", linewidth=1, label="dense attention")
         for number, name in enumerate(names):
             own = [r for r in measured if r["contestant"] == name]
-            own = sorted(
-                (r for r in own if (r["tokens"], r["dim"], r["dtype"]) == panel), key=lambda r: r["achieved_density"]
-            )
+            own = sorted((r for r in own if panel_of(r) == panel), key=lambda r: r["achieved_density"])
             if not own:
                 continue
             x, y = [r["achieved_density"] for r in own], [r["speedup"] for r in own]
@@ -119,7 +103,8 @@ def plot(result: dict[str, Any], path: Path) -> str:
             high = [r["speedup"] * (r["median"] / r["min"] - 1) for r in own]
             style = {"color": f"C{number}", "marker": "osD^v"[number % 5], "markersize": 4, "capsize": 2}
             ax.errorbar(x, y, yerr=[low, high], linewidth=1.2, label=name, **style)
-        ax.set_title(f"{panel[0]:,} tokens, dim {panel[1]}, {panel[2]}", fontsize=9)
+        passes = "" if panel[3] == "forward" else f"\n{panel[3]}"
+        ax.set_title(f"{panel[0]:,} tokens, dim {panel[1]}, {panel[2]}{passes}", fontsize=9)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
@@ -138,92 +123,6 @@ def plot(result: dict[str, Any], path: Path) -> str:
     )
     figure.savefig(path, dpi=150)
     return f"wrote {path}"
-
-
-def _kernels(records: list[dict[str, Any]]) -> Table:
-    columns = ("shape", "contestant", "density", "median", "min..max", "rounds", "first call", "speed-up",
-               "share of limit", "why not")  # fmt: skip
-    rows = []
-    for r in records:
-        kind = "causal" if r["causal"] else "bidirectional"
-        rows.append(
-            (
-                f"{r['heads']} heads x {r['tokens']} tokens x {r['dim']}, {r['dtype']}, block {r['block']}, {kind}",
-                r["contestant"],
-                f"{r['achieved_density']:.4f}",
-                *_times(r),
-                _seconds(r.get("warmup_seconds")),
-                _ratio(r.get("speedup")),
-                _number(r.get("share_of_limit")),
-                r["reason"] or "",
-            )
-        )
-    return columns, rows
-
-
-def _patterns(records: list[dict[str, Any]]) -> Table:
-    columns = ("method", "tokens", "density", "build", "cached", "attention", "plan", "share", "with plan", "remark")
-    rows = []
-    for r in records:
-        rows.append(
-            (
-                r["method"],
-                str(r["tokens"]),
-                _number(r.get("density"), 3),
-                _seconds(r.get("first_build_seconds") if r["static"] else r.get("build", {}).get("median")),
-                _seconds(r.get("cached_call_seconds")),
-                _seconds(r.get("run", {}).get("median")),
-                _seconds(r.get("plan_seconds")),
-                _percent(r.get("share_of_attention")),
-                _percent(r.get("share_with_plan")),
-                r["reason"] or ("static" if r["static"] else "dynamic"),
-            )
-        )
-    return columns, rows
-
-
-def _model(records: list[dict[str, Any]]) -> Table:
-    columns = ("model", "contestant", "median", "min..max", "rounds", "speed-up", "density", "remark")
-    rows = []
-    for r in records:
-        remark = r["reason"] or "; ".join([*r.get("backends", ()), *r.get("dense_because", ())])
-        rows.append(
-            (
-                f"{r['model']}, {r['tokens']} tokens, {r['heads']} heads x {r['dim']}, {r['dtype']}",
-                r["contestant"],
-                *_times(r),
-                _ratio(r.get("speedup")),
-                _number(r.get("density"), 3),
-                remark,
-            )
-        )
-    return columns, rows
-
-
-def _times(r: dict[str, Any]) -> tuple[str, str, str]:
-    """Median, spread in one unit, and rounds."""
-    if "median" not in r:
-        return "-", "-", "-"
-    factor, unit = (1.0, "s") if r["max"] >= 1 else (1e3, "ms")
-    return _seconds(r["median"]), f"{r['min'] * factor:.3g}..{r['max'] * factor:.3g} {unit}", str(r["rounds"])
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value * 100:.2f} %"
 
 
 def _plain(value: Any) -> str:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.dispatch import AUTO_ORDER
+from hf_sparse_attn.presets import QUALITIES
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 
 # Columns and rows.
@@ -53,10 +53,16 @@ def families() -> list[dict[str, Any]]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """One record per backend of this package, those that cannot be imported here included: name, summary, auto."""
-    known = [{"name": n, "summary": _summary(b.__doc__)} for n, b in BACKENDS.items() if _is_own(b)]
-    records = sorted(known + _unread(BACKENDS, {}), key=lambda r: str(r["name"]))
-    return [{**r, "auto": AUTO_ORDER.index(r["name"]) + 1 if r["name"] in AUTO_ORDER else None} for r in records]
+    """One record per backend of this package, those that cannot be imported here included.
+
+    Each has name, summary and `auto_rank` by device type (see backend.Backend).
+    """
+    known = [
+        {"name": n, "summary": _summary(b.__doc__), "auto_rank": dict(b.auto_rank)}
+        for n, b in BACKENDS.items()
+        if _is_own(b)
+    ]
+    return sorted(known + _unread(BACKENDS, {"auto_rank": {}}), key=lambda r: str(r["name"]))
 
 
 def methods_table(third_party: bool = False) -> Table:
@@ -85,8 +91,24 @@ def families_table() -> Table:
 
 def backends_table() -> Table:
     """Columns and rows of the backends."""
-    columns = ("backend", "what it does", 'order in "auto"')
-    return columns, [(r["name"], r["summary"], str(r["auto"] or "by name only")) for r in backends()]
+    columns = ("backend", "what it does", 'taken by "auto" on')
+    return columns, [
+        (r["name"], r["summary"], ", ".join(r["auto_rank"]) or "nothing: by name only") for r in backends()
+    ]
+
+
+def presets_table() -> Table:
+    """Columns and rows of the presets, by family and method; families with the same presets share their rows."""
+    columns = ("family", "method", "quality", "models", "values", "source")
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, family in FAMILIES.items():
+        for p in getattr(family, "presets", ()) if _is_own(family) else ():
+            values = [f"{key}={value}" for key, value in p.params.items()]
+            values += [f"dense_layers={p.dense_layers}"] if p.dense_layers is not None else []
+            values += [f"dense_steps={p.dense_steps:.3g}"] if p.dense_steps is not None else []
+            found.setdefault((p.method, p.quality, p.size, ", ".join(values), p.source), []).append(name)
+    rows = [(", ".join(names), *row) for row, names in found.items()]
+    return columns, sorted(rows, key=lambda r: (r[0], r[1], r[3], QUALITIES.index(r[2])))
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

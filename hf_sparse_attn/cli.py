@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, doctor, bench. Tables go to stdout, logs to stderr."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench. Tables go to stdout, logs to stderr."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -80,11 +81,21 @@ def _parser() -> _Parser:
     methods = command("methods", _methods, "list the sparse attention methods")
     methods.add_argument("--markdown", action="store_true", help="the tables of the README")
 
+    coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
+    coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
+    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every transformers class")
+    coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
+
     doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
     doctor.add_argument("--backends", type=_list(str), metavar="A,B", help="try only these")
 
     bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
-    bench.add_argument("--suite", default="quick", help="kernels, patterns, model, or quick: a little of each")
+    bench.add_argument(
+        "--suite",
+        default="quick",
+        help="kernels, patterns, layers, model, memory, auto (what the dispatcher "
+        "chooses), gpu (all that is promised of one), or quick: a little of three",
+    )
     bench.add_argument("--tokens", type=_list(int), metavar="N,N", help="8192,32768; quick: 4096")
     bench.add_argument("--dims", type=_list(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
     bench.add_argument("--dtypes", type=_list(str), metavar="T,T", help="float32,bfloat16; quick: float32")
@@ -92,6 +103,7 @@ def _parser() -> _Parser:
     bench.add_argument("--heads", type=int, metavar="N", help="8")
     bench.add_argument("--block", type=int, metavar="N", help="tokens in a block: 128")
     bench.add_argument("--causal", action=argparse.BooleanOptionalAction, help="kernels under a causal mask; off")
+    bench.add_argument("--backward", action=argparse.BooleanOptionalAction, help="kernels with their backward; off")
     bench.add_argument("--backends", type=_list(str), metavar="A,B", help="all but torch_reference")
     bench.add_argument("--repeats", type=int, metavar="N", help="rounds over the contestants: 5; quick: 3")
     bench.add_argument(
@@ -100,6 +112,11 @@ def _parser() -> _Parser:
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     bench.add_argument("--device", help="cuda where there is one, else cpu")
     bench.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and speedup.png there")
+    bench.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure what attention costs on this device, and let min_tokens='auto' decide by that from now on",
+    )
     return parser
 
 
@@ -128,18 +145,42 @@ def _methods(args: argparse.Namespace) -> int:
     from hf_sparse_attn.report import table
 
     if args.json:
-        _print_json({"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()})
+        parts = {"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()}
+        columns, rows = catalog.presets_table()
+        _print_json({**parts, "presets": [dict(zip(columns, row, strict=True)) for row in rows]})
     elif args.markdown:
         tables = {
             "methods": catalog.methods_table(),
             "families": catalog.families_table(),
             "backends": catalog.backends_table(),
+            "presets": catalog.presets_table(),
         }
         print("\n\n".join(f"<!-- generated: {n} -->\n{catalog.markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
     else:
         # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
         columns, rows = catalog.methods_table(third_party=True)
         print(table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width()))
+        print("\n" + table(*catalog.presets_table(), title="Presets (quality=)", width=_width()))
+    return 0
+
+
+def _coverage(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import catalog
+    from hf_sparse_attn.coverage import coverage_counts, coverage_summary, coverage_table
+    from hf_sparse_attn.coverage_run import coverage_of, versions
+    from hf_sparse_attn.report import table
+
+    found = coverage_of(args.library, args.verify)
+    columns, rows = coverage_table(found)
+    used = versions(found)
+    if args.json:
+        classes = [{**asdict(c), "status": c.status} for c in found]
+        _print_json({"versions": used, "counts": coverage_counts(found), "classes": classes})
+        return 0
+    print(catalog.markdown(columns, rows) if args.markdown else table(columns, rows, width=_width()))
+    print("\n" + "\n".join(f"- {line}" if args.markdown else line for line in coverage_summary(found)))
+    said = ", ".join(f"{name} {version}" for name, version in used.items())
+    print(f"\nWith {said}." if args.markdown else f"With {said}.")
     return 0
 
 
@@ -157,7 +198,9 @@ def _doctor(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from hf_sparse_attn import bench, bench_plot
 
-    apart = ("run", "command", "json", "debug", "output")
+    if args.calibrate:
+        return _calibrate(args)
+    apart = ("run", "command", "json", "debug", "output", "calibrate")
     given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
     options = bench.make_options(**given)
     if args.output is not None:
@@ -172,6 +215,34 @@ def _bench(args: argparse.Namespace) -> int:
         print(bench_plot.render(result, _width()))
     for note in notes:
         print(note, file=sys.stderr)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import torch
+
+    from hf_sparse_attn import bench, calibrate, cost
+
+    own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
+    other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
+    if other:
+        raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
+    device = bench.Options(threads=args.threads, device=args.device).where
+    # With --output for the package or another machine, else for this user.
+    path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    try:
+        found = calibrate.measure(device)
+    finally:
+        torch.set_num_threads(before)
+    calibrate.write(found, path)
+    if args.json:
+        _print_json(found)
+    else:
+        print(calibrate.render(found, _width()))
+    print(f"wrote {path}", file=sys.stderr)
     return 0
 
 

@@ -26,11 +26,16 @@ class Segment:
         kind: "text" or "video" (an image is a video of one frame).
         length: number of tokens.
         grid: (frames, height, width) in tokens, for video; tokens are in raster order, frame by frame.
+        clip: number of the image or video these frames belong to, from 0; None where nothing counts them. Segments of
+            one clip are its frames in order, with text (timestamps) between them.
+        frame: number, within the clip, of the first frame of the segment.
     """
 
     kind: Literal["text", "video"]
     length: int
     grid: tuple[int, int, int] | None = None
+    clip: int | None = None
+    frame: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("text", "video"):
@@ -46,8 +51,13 @@ class Segment:
                 raise ValueError(
                     f"`length` must be frames * height * width = {frames * height * width}, got {self.length}"
                 )
+            check_int("frame", self.frame, 0)
+            if self.clip is not None:
+                check_int("clip", self.clip, 0)
         elif self.grid is not None:
             raise ValueError(f"`grid` must be None for a text segment, got {self.grid!r}")
+        elif self.clip is not None or self.frame:
+            raise ValueError(f"`clip` and `frame` must be left out for text, got {self.clip!r} and {self.frame!r}")
 
 
 @dataclass(frozen=True)
@@ -128,8 +138,43 @@ class TokenLayout:
         """The same keys with only those from `query_start` on as queries (chunked prefill, decoding)."""
         return replace(self, query_start=query_start)
 
+    def cut(self, start: int, stop: int) -> TokenLayout | None:
+        """The keys from `start` to `stop`, all of them queries; None where that cuts through a video segment."""
+        kept, place = [], 0
+        for part in self.parts:
+            length = min(stop, place + part.length) - max(start, place)
+            place += part.length
+            if length == part.length:
+                kept.append(part)
+            elif length > 0 and part.kind == "text":
+                kept.append(Segment("text", length))
+            elif length > 0:
+                return None
+        return TokenLayout(tuple(kept), self.is_causal)
+
+    def coordinates(self) -> torch.Tensor:
+        """Where every key is: int64 [keys, 4] with its clip, frame in the clip, row and column; -1 for text.
+
+        Segments without a clip number count as clips of their own, numbered after the others.
+        """
+        known = [p.clip for p in self.parts if p.clip is not None]
+        spare, columns = max(known, default=-1) + 1, []
+        for part in self.parts:
+            if part.grid is None:
+                columns.append(torch.full((4, part.length), -1))
+                continue
+            clip, spare = (spare, spare + 1) if part.clip is None else (part.clip, spare)
+            axes = [torch.tensor([clip]), *(torch.arange(n) for n in part.grid)]
+            axes[1] = axes[1] + part.frame
+            columns.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
+        return torch.cat(columns, 1).T
+
     def __str__(self) -> str:
-        parts = " + ".join("x".join(map(str, p.grid)) if p.grid else f"{p.length} text" for p in self.parts)
+        named = ["x".join(map(str, p.grid)) if p.grid else f"{p.length} text" for p in self.parts]
+        # A video with text between its frames has hundreds of segments, and this is part of reasons that are counted.
+        if len(named) > 7:
+            named = [*named[:3], f"{len(named) - 4} more", named[-1]]
+        parts = " + ".join(named)
         start = f", queries from {self.query_start}" if self.query_start else ""
         return f"{'causal' if self.is_causal else 'bidirectional'} {parts}{start}"
 
@@ -148,6 +193,7 @@ class Context:
         num_kv_heads: key and value heads; divides `num_heads`.
         head_dim: size of a query and key vector.
         scale: factor on the logits; None means head_dim ** -0.5.
+        softcap: the scaled logits x become softcap * tanh(x / softcap) (Gemma 2); 0 leaves them.
         branch: name of the guidance branch ("cond", "uncond"), or None.
     """
 
@@ -160,6 +206,7 @@ class Context:
     num_kv_heads: int = 8
     head_dim: int = 64
     scale: float | None = None
+    softcap: float = 0.0
     branch: str | None = None
 
     def __post_init__(self) -> None:
@@ -167,6 +214,8 @@ class Context:
             raise TypeError(f"`layout` must be a TokenLayout, got {type(self.layout).__name__}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"`num_kv_heads` must divide `num_heads` = {self.num_heads}, got {self.num_kv_heads}")
+        if not self.softcap >= 0:
+            raise ValueError(f"`softcap` must be 0 or more, got {self.softcap}")
 
     @property
     def softmax_scale(self) -> float:

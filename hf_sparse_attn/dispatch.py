@@ -7,42 +7,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.backend import Backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
-
-# Tried in this order by backend="auto": the reference is the specification, not a way to run models.
-AUTO_ORDER = ("triton_block_sparse", "torch_gather")
-
-
-class Backend(Protocol):
-    """Runs attention over a BlockPattern. One file in kernels/, one class, registered by name."""
-
-    @staticmethod
-    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
-        """Why this call cannot run here, or None. `pattern` None asks about the device and sizes alone."""
-
-    @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention over the keys of the pattern.
-
-        Args:
-            q: [batch, heads, q_len, dim].
-            k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads.
-            v: [batch, kv_heads, kv_len, value dim].
-            pattern: batch 1 or batch, heads 1 or heads, on the device of `q`.
-            scale: factor on the logits.
-
-        Returns:
-            output [batch, heads, q_len, value dim] in the dtype of `q` (0 where a query has no key), and log-sum-exp
-            [batch, heads, q_len] in float32 (float64 for float64), natural logarithm, -inf where a query has no key.
-        """
 
 
 class BackendUnavailable(RuntimeError):
@@ -78,8 +52,20 @@ def check_pattern(pattern: BlockPattern, q: Tensor, k: Tensor) -> None:
             raise ValueError(f"`pattern` must have {name} 1 or {limit}, got {size}")
 
 
+def auto_order(device_type: str) -> list[str]:
+    """Names of the backends that backend="auto" tries on a device type, in that order."""
+    ranks = {name: getattr(found, "auto_rank", {}).get(device_type) for name, found in BACKENDS.items()}
+    return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
+
+
 def choose_backend(
-    backend: str, pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool
+    backend: str,
+    pattern: BlockPattern | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    needs_grad: bool,
+    softcap: float = 0.0,
 ) -> tuple[str, type[Backend]]:
     """Name and class of the backend that runs the call.
 
@@ -89,17 +75,14 @@ def choose_backend(
     """
     if backend != "auto":
         found = BACKENDS.get(backend)
-        reason = found.why_not(pattern, q, k, v, needs_grad)
+        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
         if reason is not None:
             raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason}")
         return backend, found
     reasons = []
-    for name in AUTO_ORDER:
-        # Triton on the CPU is its interpreter: right, for tests, and far too slow to be chosen.
-        if name not in BACKENDS or (name.startswith("triton") and q.device.type == "cpu"):
-            continue
+    for name in auto_order(q.device.type):
         found = BACKENDS.get(name)
-        reason = found.why_not(pattern, q, k, v, needs_grad)
+        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
         if reason is None:
             return name, found
         reasons.append(f"{name}: {reason}")
@@ -107,14 +90,18 @@ def choose_backend(
 
 
 def run_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, backend: str = "auto", softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, str]:
     """Output, log-sum-exp and the name of the backend that ran; see Backend.attention for shapes."""
     check_pattern(pattern, q, k)
+    if torch.compiler.is_compiling():
+        from hf_sparse_attn import compiled
+
+        return (*compiled.attend(q, k, v, pattern.to(q.device), scale, softcap, backend), backend)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     pattern = pattern.to(q.device)
-    name, chosen = choose_backend(backend, pattern, q, k, v, needs_grad)
-    out, lse = chosen.attention(q, k, v, pattern, scale)
+    name, chosen = choose_backend(backend, pattern, q, k, v, needs_grad, softcap)
+    out, lse = chosen.attention(q, k, v, pattern, scale, softcap)
     return out, lse, name
 
 
@@ -153,7 +140,8 @@ class Policy:
         dense_layers: number of first layers, or the layers themselves; None means none.
         dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares; each that is more
             than 0 keeps at least one step, so that a 4-step run still starts dense.
-        min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay.
+        min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay (cost.py
+            and worth.py; here only what no pattern can change is looked at).
         min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
     """
 
@@ -196,28 +184,12 @@ class Policy:
             return "dense_steps"
         if ctx.layout.q_len < self.min_queries:
             return f"decoding: fewer than {self.min_queries} queries"
-        fewest = AUTO_MIN_TOKENS.get(device.type, 4096) if self.min_tokens == "auto" else int(self.min_tokens)
+        if self.min_tokens == "auto":
+            from hf_sparse_attn.worth import fewest_keys
+
+            fewest = fewest_keys(ctx, device)
+        else:
+            fewest = int(self.min_tokens)
         if ctx.layout.kv_len < fewest:
             return f"fewer than {fewest} keys (min_tokens={self.min_tokens})"
         return None
-
-    def why_not_worth(self, pattern: BlockPattern, ctx: Context) -> str | None:
-        """Why this pattern is predicted to be slower than dense attention, or None; only with min_tokens="auto"."""
-        if self.min_tokens != "auto":
-            return None
-        count = ctx.layout.density_count
-        density, limit = pattern.density(count), AUTO_MAX_DENSITY[count]
-        if pattern.columns is not None and pattern.columns.numel():
-            limit = min(limit, AUTO_MAX_DENSITY_WITH_COLUMNS.get(pattern.device.type, limit))
-        if density > limit:
-            return f"density {density:.2f} above {limit}: dense attention is as fast"
-        return None
-
-
-# Fewest keys and highest density at which sparse attention was faster than dense with the estimation of the dynamic
-# methods counted: measured on a CPU (README). CUDA is not measured yet: above every crossover published for prefill.
-AUTO_MIN_TOKENS = {"cpu": 2048, "cuda": 4096}
-# A causal diagonal block costs a whole block and counts half its pairs, so that the limit is lower there.
-AUTO_MAX_DENSITY = {"causal": 0.5, "full": 0.65}
-# The CPU gathers single columns one by one: with them the turning point was at about 0.25 at 4,096 tokens.
-AUTO_MAX_DENSITY_WITH_COLUMNS = {"cpu": 0.25}

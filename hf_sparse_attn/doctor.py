@@ -6,17 +6,18 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_sparse_attn import catalog
 from hf_sparse_attn.api import default_device
-from hf_sparse_attn.dispatch import Backend
+from hf_sparse_attn.backend import Backend
+from hf_sparse_attn.cost import cpu_name
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.report import table
@@ -72,17 +73,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def now() -> str:
     """Date and time, UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -118,8 +108,8 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def known_backends() -> list[str]:
-    """Names of all backends; a file that cannot be imported here stands under its file name."""
-    return sorted({*BACKENDS.names(), *BACKENDS.missing})
+    """Names of all backends, those that cannot be imported here included."""
+    return sorted({*BACKENDS.names(), *(r["name"] for r in catalog.backends())})
 
 
 def render(found: dict[str, Any], width: int = 110) -> str:
@@ -226,7 +216,8 @@ def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:
                 record["agrees"] = False
                 continue
             record["seconds"] = time.perf_counter() - begin
-            record["error"], record["allowed"] = _compare(got, inputs, pattern, backward)
+            inexact = getattr(backend, "inexact", 0.0)
+            record["error"], record["allowed"] = _compare(got, inputs, pattern, backward, inexact)
             # A NaN compares false: it disagrees.
             record["agrees"] = record["error"] <= record["allowed"]
     return records
@@ -258,12 +249,18 @@ def _results(backend: type[Backend], inputs: Sequence[Tensor], pattern: BlockPat
 class _Masked:
     """PyTorch's own attention under the pattern's token mask: the measure of what a dtype allows."""
 
+    auto_rank: ClassVar[Mapping[str, int]] = {}
+
     @staticmethod
-    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
         return None
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.to_dense(), scale=scale)
@@ -271,16 +268,16 @@ class _Masked:
 
 
 def _compare(
-    got: list[Tensor], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool
+    got: list[Tensor], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool, inexact: float = 0.0
 ) -> tuple[float, float]:
-    """Largest error against float64 on the CPU, and the largest that counts as rounding."""
+    """Largest error against float64 on the CPU, and the largest allowed: rounding, and `inexact` of the output."""
     pattern = pattern.to("cpu")
     inputs = [t.cpu() for t in inputs]
     exact = _results(BACKENDS.get(_REFERENCE), [t.double() for t in inputs], pattern, backward)
     rough = _results(_Masked, inputs, pattern, backward)
     error, rounding = _distance(got, exact), _distance(rough, exact)
     largest = max(float(t.abs().max()) for t in exact)
-    return error, _ALLOWED * rounding + torch.finfo(inputs[0].dtype).eps * largest
+    return error, _ALLOWED * rounding + (torch.finfo(inputs[0].dtype).eps + inexact) * largest
 
 
 def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

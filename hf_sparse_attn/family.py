@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
@@ -13,7 +15,9 @@ from hf_sparse_attn.patching import Patch
 class Family(Protocol):
     """One file in patches/, one class, registered by name. All its functions are static.
 
-    `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers.
+    `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers;
+    `presets`, where it has some, are what `quality=` of patch() chooses from (presets.py). One with `generic = True`
+    takes what no other family knows.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -41,7 +45,7 @@ def find_family(model: object) -> tuple[str, type[Family], list[nn.Module]]:
     from hf_sparse_attn.registry import FAMILIES
 
     reasons = []
-    for name, family in FAMILIES.items():
+    for name, family in sorted(FAMILIES.items(), key=lambda item: getattr(item[1], "generic", False)):
         found = family.targets(model)
         if not isinstance(found, Decline):
             return name, family, found
@@ -50,3 +54,21 @@ def find_family(model: object) -> tuple[str, type[Family], list[nn.Module]]:
     raise TypeError(
         f"`model` must be a model or pipeline of a known family, got {type(model).__name__} ({'; '.join(reasons)})"
     )
+
+
+def pretrained_models(model: object) -> list[Any]:
+    """The transformers models in a module or a pipeline of transformers, outermost first."""
+    # Where it was never imported there can be no such model, and asking must not cost the import.
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    pipelines = sys.modules.get("transformers.pipelines.base")
+    if pipelines is not None and isinstance(model, pipelines.Pipeline):
+        model = model.model
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+
+
+def has_class(module: object, names: Collection[str]) -> bool:
+    """Whether a module's class, or one it derives from, has one of these names."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)

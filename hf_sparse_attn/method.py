@@ -88,6 +88,14 @@ class Method:
                 return f"{self.name} needs {NEEDS[need]}, got {layout}"
         return None
 
+    def least_density(self, ctx: Context) -> float:
+        """Share of the visible pairs of tokens that the pattern is about to keep at least, known before it is built.
+
+        By it the policy leaves calls dense that cannot pay, without asking the method. 0 where only the call tells.
+        """
+        density = getattr(self, "density", None)
+        return float(density) if isinstance(density, (int, float)) else 0.0
+
     def cache_key(self, ctx: Context) -> tuple[Any, ...]:
         """What a static pattern depends on besides the parameters."""
         return (ctx.layout,)

@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +60,10 @@ def report(model: nn.Module) -> Report:
 def _register_all() -> None:
     from hf_sparse_attn.registry import METHODS
 
+    hook = sys.modules.get("hf_sparse_attn.transformers_hook")
+    if hook is not None and not hasattr(hook, "register"):
+        # It is what imports transformers just now, and calls `install` again when it is complete.
+        return
     for name in METHODS.names():
         register(name)
 
@@ -108,7 +113,9 @@ def _make_state(name: str, module: nn.Module) -> LayerState | None:
     index = int(module.layer_idx)  # type: ignore[arg-type]
     layers = getattr(module.config, "num_hidden_layers", index + 1)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
+    session, module_now = Session(method, Policy(), "auto", False), ref(module)
+    session.in_training = lambda: (now := module_now()) is not None and now.training
+    return LayerState(record, session, layers, default_dense(module))
 
 
 class _Watch(MetaPathFinder):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
-from weakref import ref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.dispatch import Policy, run_pattern
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern import BlockPattern
-from hf_sparse_attn.report import LayerReport, Report
+from hf_sparse_attn.record import KEPT_SHAPES, Done
+from hf_sparse_attn.record import LayerRecord as LayerRecord
+from hf_sparse_attn.report import Report
+from hf_sparse_attn.timing import compare
+from hf_sparse_attn.worth import PAUSED, Judge, Loss
 
 log = logging.getLogger(__name__)
 
@@ -30,36 +34,6 @@ class DenseFallback(RuntimeError):
     """Raised with strict=True where sparse attention had to be given up."""
 
 
-@dataclass
-class LayerRecord:
-    """What one attention layer did so far."""
-
-    name: str
-    index: int
-    sparse_calls: int = 0
-    dense_reasons: Counter[str] = field(default_factory=Counter)
-    backends: Counter[str] = field(default_factory=Counter)
-    density_sum: float = 0.0
-
-    def count_sparse(self, densities: Sequence[float]) -> None:
-        """Counts one sparse call, whose density is the mean over its sequences."""
-        self.sparse_calls += 1
-        self.density_sum += sum(densities) / len(densities)
-
-    def report(self, requested: float | None) -> LayerReport:
-        """The record as it stands."""
-        return LayerReport(
-            layer=self.index,
-            name=self.name,
-            sparse_calls=self.sparse_calls,
-            dense_calls=sum(self.dense_reasons.values()),
-            backends=dict(self.backends),
-            requested_density=requested,
-            density=self.density_sum / self.sparse_calls if self.sparse_calls else None,
-            reasons=dict(self.dense_reasons),
-        )
-
-
 @dataclass(frozen=True)
 class Span:
     """Batch rows whose valid tokens stand at the same places: one sequence without padding or neighbours.
@@ -68,11 +42,13 @@ class Span:
         rows: indices into the batch.
         q: (start, end) among the queries.
         k: (start, end) among the keys; ends where the queries end.
+        layout: the tokens of the sequence; None where they are text like the rest of the row.
     """
 
     rows: tuple[int, ...]
     q: tuple[int, int]
     k: tuple[int, int]
+    layout: TokenLayout | None = None
 
     @property
     def row_index(self) -> slice | list[int]:
@@ -86,6 +62,11 @@ class Span:
         return q[rows, :, slice(*self.q)], k[rows, :, slice(*self.k)], v[rows, :, slice(*self.k)]
 
 
+# All that are alive, by number: what a compiled graph can name.
+SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
 class Session:
     """What the layers of one patch share: the method, the policy, the backend and the records."""
 
@@ -94,11 +75,34 @@ class Session:
         self.policy = policy
         self.backend = backend
         self.strict = strict
+        self.judge = Judge(method, backend)
+        self.in_training: Callable[[], bool] = bool
+        self._steady = 0
         self.records: dict[str, LayerRecord] = {}
+        self.number = next(_NUMBERS)
+        SESSIONS[self.number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         # A copied model goes on with the same counts; copying a session would split them silently.
         return self
+
+    def steady(self, *inputs: Tensor) -> bool:
+        """Whether a call must decide as the same call did before and will again: in training, for recomputation.
+
+        What earlier calls taught is then left aside; prediction by the table is not.
+        """
+        if self._steady > 0 or self.in_training():
+            return True
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    @contextmanager
+    def steadily(self, training: bool) -> Iterator[None]:
+        """Within it, with `training`, calls are steady whatever the state of torch."""
+        self._steady += training
+        try:
+            yield
+        finally:
+            self._steady -= training
 
     def record(self, name: str, index: int) -> LayerRecord:
         """The record of the layer called `name`, made at first use."""
@@ -114,6 +118,31 @@ class Session:
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
         record.dense_reasons[reason] += 1
 
+    def why_dense(
+        self, record: LayerRecord, q: Tensor, ctx: Context, steady: bool = False
+    ) -> tuple[str | Loss, str] | None:
+        """Why a call is dense whatever its content, noted in the record for calls of this shape; or None.
+
+        For hosts without steps, whose layout is known by the shape of `q` and the number of keys; `steady` as in
+        the method of that name.
+        """
+        reason: str | Loss | None = self.policy.why_dense(ctx, q.device)
+        origin, shape = "", (q.shape, ctx.layout.kv_len, q.dtype)
+        if reason is None and self.policy.min_tokens == "auto":
+            reason, origin = self.judge.bound(q, ctx)
+            pause = 0 if reason is not None or steady else self.judge.take_pause(record.name, q, ctx)
+            if pause:
+                if len(record.paused) >= KEPT_SHAPES:
+                    record.paused.clear()
+                record.paused[shape] = pause - 1
+                return PAUSED, origin
+        if reason is None:
+            return None
+        if len(record.always_dense) >= KEPT_SHAPES:
+            record.always_dense.clear()
+        found = record.always_dense[shape] = reason, origin
+        return found
+
     def sparse(
         self,
         record: LayerRecord,
@@ -122,6 +151,7 @@ class Session:
         v: Tensor,
         ctx: Context,
         spans: Sequence[Span] | None = None,
+        dense: Callable[[], object] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Sparse attention of one call, or None where the host must run its own dense attention; counted either way.
 
@@ -131,28 +161,40 @@ class Session:
             k, v: [batch, kv_heads, kv_len, dim].
             ctx: where the call is; its layout is that of a whole row.
             spans: the valid sequences in the batch; None means that every row is one. Places outside get output 0.
+            dense: runs the host's own dense attention on the same inputs; without it no gain is measured.
 
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        dense = "method dense" if self.method.name == "dense" else self.policy.why_dense(ctx, q.device)
-        if dense is not None:
-            record.dense_reasons[dense] += 1
+        reason = "method dense" if self.method.name == "dense" else self.policy.why_dense(ctx, q.device)
+        if reason is not None:
+            record.dense_reasons[reason] += 1
             return None
-        if not spans or (len(spans) == 1 and _is_whole(spans[0], q, k)):
-            done = self._attend(record, q, k, v, ctx)
+
+        def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
+            if spans and not (len(spans) == 1 and _is_whole(spans[0], q, k)):
+                return self._attend_spans(record, q, k, v, ctx, spans)
+            own = replace(ctx, layout=spans[0].layout) if spans and spans[0].layout is not None else ctx
+            done = self._attend(record, q, k, v, own)
             if done is None:
                 return None
-            record.count_sparse([done.density])
+            record.count_sparse([done])
             return done.out, done.lse
-        return self._attend_spans(record, q, k, v, ctx, spans)
+
+        result = sparse(record)
+        if record.to_measure and result is not None and dense is not None:
+            record.to_measure -= 1
+            # The runs that are timed count for a record of nobody.
+            again = LayerRecord(record.name, record.index, on_trial=True)
+            record.measured.append(compare(lambda: sparse(again), dense, q.device))
+        return result
 
     def _attend_spans(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span]
     ) -> tuple[Tensor, Tensor] | None:
         """Each sequence of the batch by itself; None where none of them is sparse."""
         contexts = [replace(ctx, layout=_span_layout(ctx.layout, s)) for s in spans]
-        results: list[_Done | None] = []
+        results: list[Done | None] = []
         for span, own in zip(spans, contexts, strict=True):
             short = self.policy.why_dense(own, q.device)
             if short is not None:
@@ -166,45 +208,53 @@ class Session:
             if done is None:
                 layout = own.layout
                 pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
-                one, two, _ = run_pattern(*span.cut(q, k, v), pattern, own.softmax_scale)
+                one, two, _ = run_pattern(*span.cut(q, k, v), pattern, own.softmax_scale, softcap=own.softcap)
             else:
                 one, two = done.out, done.lse
             rows = span.row_index
             out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
-        record.count_sparse([done.density for done in results if done is not None])
+        record.count_sparse([done for done in results if done is not None])
         return out, lse
 
-    def _attend(self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> _Done | None:
+    def _attend(self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Done | None:
         """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
-        densities: list[float] = []
+        densities: list[float | Tensor] = []
+        auto = self.policy.min_tokens == "auto" and not record.on_trial
+        # First what was found for this shape before: a short call that stays dense must pay for no more than that.
+        loss, origin = self.judge.bound(q, ctx) if auto else (None, "")
+        if loss is not None:
+            record.count_dense(loss, origin)
+            return None
+        learns = not record.on_trial and not self.steady(q, k, v)
+        call = self.judge.call(record.name, q, ctx)
+        skip = call.why_not_ask(learns) if auto else None
+        if skip is not None:
+            record.count_dense(skip, call.table.origin)
+            return None
 
         def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-            reason = self.policy.why_not_worth(pattern, ctx)
-            if reason is not None:
-                raise _NotWorth(reason)
-            out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend)
+            prediction = call.found(pattern, q, k, v)
+            if auto and not prediction.pays:
+                raise _NotWorth
+            out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend, ctx.softcap)
             record.backends[name] += 1
-            densities.append(pattern.density(ctx.layout.density_count))
+            densities.append(pattern.density_later(ctx.layout.density_count))
             return out, lse
 
+        if learns:
+            call.start()
         try:
             done = self.method.attention(q, k, v, ctx, run)
-        except _NotWorth as not_worth:
-            record.dense_reasons[str(not_worth)] += 1
+        except _NotWorth:
+            record.count_dense(call.rejected(learns), call.table.origin)
             return None
         if isinstance(done, Decline):
             self.give_up(record, done.reason)
             return None
+        if learns:
+            call.done()
         # Several passes of one method read disjoint keys, so that their densities add up.
-        return _Done(*done, sum(densities))
-
-
-class _Done(NamedTuple):
-    """What one sequence gave: output, log-sum-exp and density."""
-
-    out: Tensor
-    lse: Tensor
-    density: float
+        return Done(*done, sum(densities), call.dense / call.sparse if call.sparse else 0.0)
 
 
 class _NotWorth(Exception):
@@ -216,7 +266,9 @@ def _is_whole(span: Span, q: Tensor, k: Tensor) -> bool:
 
 
 def _span_layout(layout: TokenLayout, span: Span) -> TokenLayout:
-    """The layout of one sequence in a batch of text; only text can be padded or packed at this point."""
+    """The layout of one sequence in a batch: its own, else that of text."""
+    if span.layout is not None:
+        return span.layout
     n = span.k[1] - span.k[0]
     whole = TokenLayout.causal(n) if layout.is_causal else TokenLayout.bidirectional(n)
     return whole.continued(n - (span.q[1] - span.q[0]))
@@ -235,6 +287,8 @@ class Patch:
         self._removed = False
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
+        watched = [ref(module) for module in self.modules]
+        session.in_training = lambda: any(m.training for one in watched if (m := one()) is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         return self
@@ -273,8 +327,26 @@ class Patch:
         """What every patched layer did so far."""
         session = self.session
         requested = session.method.params().get("density")
-        layers = [r.report(requested) for r in sorted(session.records.values(), key=lambda r: (r.index, r.name))]
+        layers = [
+            r.report(requested) for r in sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
+        ]
         return Report(session.method.name, session.method.params(), self.family, layers)
+
+    def measure(self, calls: int = 1) -> None:
+        """Has the next sparse calls of each layer measured: the model's own dense attention is run beside them.
+
+        Each measured call runs both attentions a few times more, in turns and without gradients; its output stays the
+        sparse one. `report()` then shows the gain. A layer whose host does not say how it runs dense shows none.
+
+        Args:
+            calls: how many sparse calls of each layer.
+
+        Raises:
+            ValueError, TypeError: `calls` is not a number from 0 on.
+        """
+        check_int("calls", calls, 0)
+        for record in self.session.records.values():
+            record.to_measure = calls
 
     def remove(self) -> None:
         """Puts back everything that was replaced. A second call does nothing."""

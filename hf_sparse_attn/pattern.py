@@ -226,13 +226,22 @@ class BlockPattern:
         Args:
             count: "full" divides by q_len * kv_len; "causal" by the pairs of a causal mask (last query at last key).
         """
+        # Read once: static patterns live on in a cache and are asked at every call.
+        known: float | Tensor = self.density_later(count)
+        if isinstance(known, Tensor):
+            known = self.__dict__["_density"][count] = float(known)
+        return known
+
+    def density_later(self, count: Literal["full", "causal"] = "full") -> float | Tensor:
+        """`density` without waiting for a GPU: a 0-d tensor there until it was read, a number elsewhere."""
         from hf_sparse_attn.pattern_ops import density
 
-        # Counted once: static patterns live on in a cache and are asked at every call.
-        known = self.__dict__.setdefault("_density", {})
+        # Counted once, too.
+        known: dict[str, float | Tensor] = self.__dict__.setdefault("_density", {})
         if count not in known:
-            known[count] = density(self, count)
-        return float(known[count])
+            found = density(self, count)
+            known[count] = found if isinstance(found, Tensor) and found.device.type != "cpu" else float(found)
+        return known[count]
 
     def to_dense(self) -> Tensor:
         """Token mask, bool [batch, heads, q_len, kv_len], in token order. O(q_len x kv_len): small sizes and tests."""

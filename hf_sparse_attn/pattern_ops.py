@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-def entry_rows(indptr: Tensor) -> Tensor:
+def entry_rows(indptr: Tensor, entries: int | None = None) -> Tensor:
     """For each CSR entry the flat index of its row over [batch, heads, rows], int64 [entries]."""
     counts = indptr.diff(dim=-1).flatten()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=indptr.device), counts)
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=indptr.device), counts, output_size=entries)
 
 
 def key_validity(p: BlockPattern) -> Tensor | None:
@@ -118,17 +118,17 @@ def _mark(
             out[b, h, r, c // p.block_k] = True
 
 
-def density(p: BlockPattern, count: Literal["full", "causal"]) -> float:
-    """See BlockPattern.density."""
+def density(p: BlockPattern, count: Literal["full", "causal"]) -> float | Tensor:
+    """See BlockPattern.density_later."""
     if count not in ("full", "causal"):
         raise ValueError(f"`count` must be 'full' or 'causal', got {count!r}")
     batch, heads = _full_batch(p)
     valid = key_validity(p)
-    kept = 0.0
+    kept: float | Tensor = 0.0
     if valid is None:
         kept = _kept_without_range(p) * (batch * heads) / (p.batch * p.heads)
         if p.column_indptr is not None:
-            kept += _kept_columns(p) * (batch * heads) / (p.column_indptr.shape[0] * p.column_indptr.shape[1])
+            kept = kept + _kept_columns(p) * (batch * heads) / (p.column_indptr.shape[0] * p.column_indptr.shape[1])
     else:
         kept = _kept_with_range(p, _expand(valid, batch, heads))
     total = p.q_len * p.kv_len
@@ -144,19 +144,20 @@ def _row_sizes(p: BlockPattern) -> Tensor:
     return (p.q_len - torch.arange(p.rows, device=p.device) * p.block_q).clamp(max=p.block_q)
 
 
-def _kept_columns(p: BlockPattern) -> float:
+def _kept_columns(p: BlockPattern) -> Tensor:
     assert p.column_indptr is not None
-    return float((p.column_indptr.diff(dim=-1) * _row_sizes(p)).sum())
+    return (p.column_indptr.diff(dim=-1) * _row_sizes(p)).sum().double()
 
 
-def _kept_without_range(p: BlockPattern) -> float:
+def _kept_without_range(p: BlockPattern) -> Tensor:
     """Kept pairs of the blocks by counting areas: nothing is expanded but the tiles, which are few."""
-    row = entry_rows(p.indptr) % p.rows
+    # The number of blocks is given, or a GPU would be asked for it.
+    row = entry_rows(p.indptr, len(p.starts)) % p.rows
     queries = _row_sizes(p)[row]
     keys = (p.kv_len - p.starts.long()).clamp(min=0, max=p.block_k)
     # area[t, a, b]: kept cells of the first a queries and b keys of tile t.
     area = torch.nn.functional.pad(p.tiles.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
-    return float(area[p.tile_ids.long(), queries, keys].sum())
+    return area[p.tile_ids.long(), queries, keys].sum().double()
 
 
 def _kept_with_range(p: BlockPattern, valid: Tensor) -> float:

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.dispatch import Backend
+    from hf_sparse_attn.backend import Backend
     from hf_sparse_attn.family import Family
     from hf_sparse_attn.method import Method
 
@@ -100,7 +100,7 @@ class Registry(Generic[T]):
                 # Only an absent third-party package is a reason to go on without the file.
                 if error.name is None or error.name.split(".")[0] == "hf_sparse_attn":
                     raise
-                self.missing[file.name] = f"needs the package {error.name}"
+                self.missing[file.name] = f"needs the package {error.name.split('.')[0]}"
                 log.debug("%s %s is not available: %s", self.kind, file.name, error)
         for point in entry_points(group=self._group) if self._group else ():
             if point.name not in self._entries:
@@ -124,6 +124,7 @@ def _check_backend(name: str, entry: object) -> None:
     for needed in ("why_not", "attention"):
         if not callable(getattr(entry, needed, None)):
             raise TypeError(f"backend {name!r} must have a method {needed}(), got {entry!r}")
+    entry.name = name  # type: ignore[attr-defined]
 
 
 def _check_family(name: str, entry: object) -> None:

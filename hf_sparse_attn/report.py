@@ -23,7 +23,12 @@ class LayerReport:
         backends: kernel runs by backend.
         requested_density: the density asked for, where the method takes one.
         density: mean density of the sparse calls (of the causal half where causal), or None.
+        predicted_gain: dense over sparse seconds of attention as predicted, mean over the sparse calls, or None.
+        measured_gain: dense over sparse seconds of the calls that were measured (Patch.measure), pattern building
+            counted; None where none was.
         reasons: dense calls by reason.
+        exact_calls: calls that computed all there is to compute, in fewer runs than the model alone would take.
+        segments: the separate runs of tokens (frames, windows) in them, each of which would be a run of its own.
     """
 
     layer: int
@@ -33,7 +38,11 @@ class LayerReport:
     backends: dict[str, int]
     requested_density: float | None
     density: float | None
+    predicted_gain: float | None
+    measured_gain: float | None
     reasons: dict[str, int]
+    exact_calls: int = 0
+    segments: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Report:
 
     @property
     def density(self) -> float:
-        """Mean density over all calls, a dense call counting 1; 1.0 before the first call."""
+        """Mean density over all calls but the exact ones, a dense call counting 1; 1.0 before the first call."""
         calls = sum(r.sparse_calls + r.dense_calls for r in self.layers)
         if not calls:
             return 1.0
@@ -61,6 +70,7 @@ class Report:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
         # Two experts have layers of the same index each: their names then tell them apart.
         twice = len({r.layer for r in self.layers}) < len(self.layers)
+        exact = any(r.exact_calls for r in self.layers)
         rows = []
         for r in self.layers:
             rows.append(
@@ -71,12 +81,16 @@ class Report:
                     ", ".join(r.backends) or "-",
                     "-" if r.requested_density is None else f"{r.requested_density:.3f}",
                     "-" if r.density is None else f"{r.density:.3f}",
+                    "-" if r.predicted_gain is None else f"{r.predicted_gain:.2f}x",
+                    "-" if r.measured_gain is None else f"{r.measured_gain:.2f}x",
                     "; ".join(f"{n}x {reason}" for reason, n in r.reasons.items()) or "-",
+                    *([f"{r.exact_calls} ({r.segments} segments)" if r.exact_calls else "-"] if exact else []),
                 )
             )
-        columns = ("layer", "sparse", "dense", "backend", "requested", "density", "dense because")
+        columns = ["layer", "sparse", "dense", "backend", "requested", "density", "predicted", "measured"]
+        columns += ["dense because", *(["exact"] if exact else [])]
         title = f"{self.method}({params}) on {self.family}: mean density {self.density:.3f}"
-        return table(columns, rows, title)
+        return table(columns, rows, title, width=140)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 110) -> str:

@@ -83,18 +83,27 @@ def top_blocks(
     return torch.cat(strips, dim=-1)
 
 
+def text_tokens(layout: TokenLayout) -> Tensor:
+    """Which keys are text beside a video, bool [keys]: these are always kept.
+
+    All false without a video and for a causal layout: there the text is no condition but the sequence itself.
+    """
+    is_text = torch.zeros(layout.kv_len, dtype=torch.bool)
+    if not layout.is_causal and any(p.kind == "video" for p in layout.parts):
+        start = 0
+        for part in layout.parts:
+            is_text[start : start + part.length] = part.kind == "text"
+            start += part.length
+    return is_text
+
+
 def text_blocks(layout: TokenLayout, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     """Query blocks and key blocks that hold a text token of a layout with video: these are always kept.
 
     Returns:
         bool [query blocks] and bool [key blocks]; all false for a layout without video.
     """
-    is_text = torch.zeros(layout.kv_len, dtype=torch.bool)
-    if any(p.kind == "video" for p in layout.parts):
-        start = 0
-        for part in layout.parts:
-            is_text[start : start + part.length] = part.kind == "text"
-            start += part.length
+    is_text = text_tokens(layout)
 
     def any_in(tokens: Tensor, size: int) -> Tensor:
         pad = -len(tokens) % size
@@ -136,6 +145,20 @@ def pattern_from_rule(
     return BlockPattern.from_rows(
         counts, start[some], block_q, block_k, layout.q_len, layout.kv_len, tile[some], tiles
     )
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with one more logit per head, whose value is 0, from the attention without it (gpt-oss: `s_aux`).
+
+    Args:
+        out: [batch, heads, tokens, dim].
+        lse: log-sum-exp [batch, heads, tokens].
+        sinks: the logits [heads].
+    """
+    sink = sinks.to(lse.dtype).view(1, -1, 1)
+    # The sink takes exp(sink) / (exp(lse) + exp(sink)) of the weight.
+    kept = torch.sigmoid(lse - sink)
+    return (out * kept[..., None]).to(out.dtype), torch.logaddexp(lse, sink.expand_as(lse))
 
 
 def merge_by_lse(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from hf_sparse_attn import native
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.patching import LayerRecord, Session, Span
+from hf_sparse_attn.selection import with_sinks
+from hf_sparse_attn.transformers_compile import CompiledLayer
 from hf_sparse_attn.transformers_mask import MaskSpec, Plan
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.vision_layout import Tokens
 
 # Attribute of a patched attention module that holds its LayerState; plain, so that it is not in the state dict.
 STATE_ATTRIBUTE = "_hsa_layer"
+# Keyword arguments that a family's hooks add to a call: what the tokens are (vision_layout.Tokens), and which runs of
+# them see only themselves (vision_segments.Segments).
+TOKENS, SEGMENTS = "hsa_tokens", "hsa_segments"
 NATIVE_PREFIX = "hsa:"
 # The implementation that was replaced is part of the name: a copied or shared config still tells what to fall back to.
 PATCHED_PREFIX = "hsa:patched+"
@@ -38,15 +47,26 @@ class LayerState:
         session: the session of the patch.
         num_layers: layers of the model.
         dense: name of the implementation that runs where the call stays dense.
+        compiled: what stands for the module in compiled graphs, or None, which breaks them.
     """
 
     record: LayerRecord
     session: Session
     num_layers: int
     dense: str
+    compiled: CompiledLayer | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         return self
+
+
+def make_state(module: nn.Module, record: LayerRecord, session: Session, num_layers: int, dense: str) -> LayerState:
+    """The state of a patched module, compiled graphs included; see LayerState."""
+    kind: Any = type(module)
+    home, eager = _home(kind)
+    function = home["ALL_ATTENTION_FUNCTIONS"].get_interface(dense, home.get(eager))
+    state = LayerState(record, session, num_layers, dense)
+    return replace(state, compiled=CompiledLayer(state, module, function))
 
 
 def is_text_attention(module: nn.Module) -> bool:
@@ -59,6 +79,14 @@ def is_text_attention(module: nn.Module) -> bool:
         and getattr(config, "is_causal", True) is not False
         and not getattr(module, "is_cross_attention", False)
         and "ALL_ATTENTION_FUNCTIONS" in _names(inspect.unwrap(type(module).forward))
+    )
+
+
+def is_segment_attention(module: nn.Module) -> bool:
+    """Whether a module is attention of a vision tower that is told by `cu_seqlens` where its segments end."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ()) and "cu_seqlens" in getattr(
+        code, "co_varnames", ()
     )
 
 
@@ -131,7 +159,6 @@ def why_not_sparse(module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: d
     if not isinstance(kwargs.get("scaling"), (int, float, type(None))):
         return f"scaling given as a {type(kwargs['scaling']).__name__}"
     for name, what in (
-        ("softcap", "soft cap on the logits"),
         ("position_bias", "position bias"),
         ("cache", "paged cache"),
     ):
@@ -141,7 +168,14 @@ def why_not_sparse(module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: d
 
 
 def attend_sparse(
-    state: LayerState, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+    state: LayerState,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+    tokens: Tokens | None = None,
 ) -> Output | None:
     """Sparse attention of one layer, or None where it must run dense; counted either way.
 
@@ -162,6 +196,10 @@ def attend_sparse(
     if kv_len < q_len:
         session.give_up(record, f"{q_len} queries for {kv_len} keys")
         return None
+    # Decoding and short texts pay nothing for the patch: no look at the mask, and none at what is known of the shape.
+    steady = session.steady(q, k, v)
+    if record.dense_at_once((q.shape, kv_len, q.dtype), steady):
+        return None
     ctx = Context(
         TokenLayout.causal(kv_len).continued(kv_len - q_len),
         layer=record.index,
@@ -170,11 +208,11 @@ def attend_sparse(
         num_kv_heads=k.shape[1],
         head_dim=q.shape[3],
         scale=kwargs.get("scaling"),
+        softcap=kwargs.get("softcap") or 0.0,
     )
-    # First, because it needs no look at the mask: decoding and short texts pay nothing for the patch.
-    reason = session.policy.why_dense(ctx, q.device)
-    if reason is not None:
-        record.dense_reasons[reason] += 1
+    known = session.why_dense(record, q, ctx, steady)
+    if known is not None:
+        record.count_dense(*known)
         return None
     reason = why_not_sparse(module, q, k, mask, kwargs)
     if reason is not None:
@@ -191,16 +229,22 @@ def attend_sparse(
         session.give_up(record, plan.reason)
         return None
     ctx = replace(ctx, layout=TokenLayout.causal(plan.kv_end).continued(plan.kv_end - q_len))
-    k, v = k[:, :, : plan.kv_end], v[:, :, : plan.kv_end]
-    done = session.sparse(record, q, k, v, ctx, plan.spans)
+    spans = plan.spans
+    if tokens is not None:
+        if tokens.unknown is not None and "video grid" in session.method.needs:
+            session.give_up(record, f"vision tokens unknown: {tokens.unknown}")
+            return None
+        spans = tokens.describe(plan.spans, plan.kv_end)
+    keys, values = k[:, :, : plan.kv_end], v[:, :, : plan.kv_end]
+    done = session.sparse(
+        record, q, keys, values, ctx, spans, lambda: run_dense(state.dense, module, q, k, v, mask, kwargs)
+    )
     if done is None:
         return None
     out, lse = done
     sinks = kwargs.get("s_aux")
     if sinks is not None:
-        # A sink is one more logit with value 0: it takes exp(sink) / (exp(lse) + exp(sink)) of the weight.
-        kept = torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1))
-        out = (out * kept[..., None]).to(out.dtype)
+        out = with_sinks(out, lse, sinks)[0]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -231,14 +275,20 @@ def register(name: str, original: str | None, find: Callable[[nn.Module], LayerS
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Output:
+        tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
         state = find(module)
+        if state is not None and state.compiled is not None and torch.compiler.is_compiling():
+            return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
         if state is None:
             dense = original or default_dense(module)
         else:
-            done = attend_sparse(state, module, query, key, value, attention_mask, kwargs)
+            done = attend_sparse(state, module, query, key, value, attention_mask, kwargs, tokens)
             if done is not None:
                 return done
             dense = state.dense
+        if segments is not None:
+            one = partial(run_dense, dense, module, mask=attention_mask, kwargs=kwargs)
+            return segments.attend(one, dense, query, key, value), None
         return run_dense(dense, module, query, key, value, attention_mask, kwargs)
 
     def mask(**wanted: Any) -> Any:
@@ -249,3 +299,7 @@ def register(name: str, original: str | None, find: Callable[[nn.Module], LayerS
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+
+
+# Where this file was the first to import transformers, the names of the methods are still to be registered.
+native.install()

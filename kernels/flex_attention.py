@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,11 +39,17 @@ class FlexAttention:
     measured: anything on a GPU.
     """
 
+    auto_rank: ClassVar[Mapping[str, int]] = {}
+
     @staticmethod
-    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
-        """See dispatch.Backend."""
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        """See backend.Backend."""
         if q.dtype not in _DTYPES:
             return f"needs float16, bfloat16 or float32, got {str(q.dtype).removeprefix('torch.')}"
+        if softcap:
+            return f"it has no soft cap on the logits, and {softcap} is wanted"
         from torch._dynamo import config
 
         if getattr(config, "disable", False):
@@ -63,8 +69,10 @@ class FlexAttention:
         return None
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-        """See dispatch.Backend."""
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See backend.Backend."""
         q, k, v = _ordered(q, k, v, pattern)
         out, lse = _run(q, k, v, pattern, scale, with_lse=q.is_cuda)
         if lse is None:

@@ -7,146 +7,108 @@ are nearly equal; the keys gathered for it are few enough to stay in cache, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hf_sparse_attn.backend import KernelBackend
+from hf_sparse_attn.kernels.torch_gather_plan import Group, plan_of
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.pattern_ops import key_validity
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import merge_by_lse
 
-Array = np.ndarray[Any, Any]
-
 # Added to logits that are masked. Finite, because all keys of a query may be masked, and the fused operator gives
 # a row of -inf a log-sum-exp of 0; a log-sum-exp below _NO_KEY tells such a query instead.
 _MASKED = -1e30
 _NO_KEY = -1e29
-# Keys and values gathered for one call, in bytes: about a second-level cache, so that the copy is read from there.
-_CACHE_BYTES = 2 << 20
-_MOST_ROWS = 16
-# A row joins the group of a longer one if it is shorter by at most this share; the rest of it is masked.
-_PADDING = 1 / 16
 
 
 @BACKENDS.register("torch_gather")
-class TorchGather:
+class TorchGather(KernelBackend):
     """Skips blocks with PyTorch operators alone, forward and backward, on any device and in any float type."""
 
+    # Elsewhere than on the CPU it is the last resort: it materialises the logits of a group.
+    auto_rank: ClassVar[Mapping[str, int]] = {"cpu": 10, "cuda": 90, "mps": 90, "xpu": 90}
+
     @staticmethod
-    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
-        """See dispatch.Backend: there is no call it cannot run."""
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        """See backend.Backend: there is no call it cannot run."""
         return None
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-        """See dispatch.Backend."""
-        dim, value_dim = q.shape[3], v.shape[3]
-        # The fused operator wants one size for keys and values; zeros change neither the logits nor the kept output.
-        if value_dim < dim:
-            v = torch.nn.functional.pad(v, (0, dim - value_dim))
-        elif dim < value_dim:
-            q, k = (torch.nn.functional.pad(x, (0, value_dim - dim)) for x in (q, k))
-        out, lse = _Gather.apply(q, k, v, pattern, scale)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """See backend.KernelBackend."""
+        p, value_dim = pattern, v.shape[3]
+        q, k, v = _one_dim(q, k, v)
+        batch, heads = q.shape[:2]
+        compute = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(batch, heads, p.rows, p.block_q, q.shape[3])
+        lse = torch.full(out.shape[:4], _MASKED, dtype=compute, device=q.device)
+        queries = _rows(q, p)
+        for b, h, head, groups in _heads(p, k, v, batch, heads):
+            for group in groups:
+                query = queries[b, h].index_select(0, group.rows)[None]
+                o, s = _fused(query, *head.gather(group), head.mask(group, compute), scale, softcap)
+                o, s = o[0], s[0]
+                if group.again:
+                    before = out[b, h].index_select(0, group.rows), lse[b, h].index_select(0, group.rows)
+                    o, s = merge_by_lse(before, (o, s))
+                out[b, h].index_copy_(0, group.rows, o)
+                lse[b, h].index_copy_(0, group.rows, s)
+        out, lse = _tokens(out, p, q.shape[2]), _tokens(lse, p, q.shape[2])
+        # Rows that no group has visited are queries without keys, too; their output was never written.
+        none = lse < _NO_KEY
+        if bool(none.any()):
+            out = out.masked_fill(none[..., None], 0.0)
+            lse = lse.masked_fill(none, -torch.inf)
         return out[..., :value_dim], lse
 
-
-@dataclass(frozen=True)
-class _Group:
-    """Rows of one head that run in one call.
-
-    Args:
-        rows: int64 [n], rows of the pattern.
-        starts: int64 [n, blocks], first key place of each block; kv_len stands for a block that is not there.
-        tiles: int64 [n or 1, blocks], tile of each block, or None where all are whole.
-        columns: int64 [n, columns], single key places, kv_len for one that is not there; or None.
-        spare: whether any place is at or beyond kv_len, in a short last block or where a row is shorter than another.
-        again: whether the rows were visited before with other keys, so that this result is merged into that one.
-    """
-
-    rows: Tensor
-    starts: Tensor
-    tiles: Tensor | None
-    columns: Tensor | None
-    spare: bool
-    again: bool = False
-
-
-def _plan(p: BlockPattern, batch: int, head: int, key_bytes: int) -> list[_Group]:
-    """The groups of one head of the pattern, longest rows first; kept with the pattern, which may be static."""
-    plans = p.__dict__.setdefault("_gather_plans", {})
-    at = (min(batch, p.batch - 1), min(head, p.heads - 1), key_bytes)
-    if at not in plans:
-        plans[at] = list(_make_groups(p, *at))
-    return plans[at]
-
-
-def _make_groups(p: BlockPattern, batch: int, head: int, key_bytes: int) -> Iterator[_Group]:
-    # Planned in numpy: the arrays are small and many, and its operators cost a tenth of torch's for them.
-    indptr, starts, tile_ids = (x.cpu().numpy() for x in (p.indptr[batch, head], p.starts, p.tile_ids))
-    blocks, tiled = np.diff(indptr), len(p.tiles) > 1
-    columns, column_indptr, column_keys = np.zeros_like(blocks), indptr, starts
-    if p.columns is not None and p.column_indptr is not None:
-        at = min(batch, p.column_indptr.shape[0] - 1), min(head, p.column_indptr.shape[1] - 1)
-        column_indptr, column_keys = p.column_indptr[at].cpu().numpy(), p.columns.cpu().numpy()
-        columns = np.diff(column_indptr)
-    # Rows run together have nearly equal numbers of blocks and of columns.
-    order = np.argsort(-(blocks * (p.kv_len + 1) + columns), kind="stable")
-    keys = (blocks * p.block_k + columns)[order]
-    blocks_in_order = blocks[order]
-    first, end = 0, int((keys > 0).sum())
-    while first < end:
-        most = min(_MOST_ROWS, max(1, _CACHE_BYTES // int(keys[first] * key_bytes)))
-        window = slice(first, min(first + most, end))
-        near = (keys[window] >= (1 - _PADDING) * keys[first]) & (keys[window] <= keys[first])
-        near &= blocks_in_order[window] >= (1 - _PADDING) * blocks_in_order[first]
-        last = first + (len(near) if near.all() else int(near.argmin()))
-        rows = order[first:last]
-        places = _take(starts, indptr, rows, p.kv_len)
-        tiles = _take(tile_ids, indptr, rows, 0) if tiled else None
-        if tiles is not None:
-            tiles = tiles[:1] if (tiles == tiles[:1]).all() else tiles
-            tiles = tiles if tiles.any() else None
-        # Tiles that differ from row to row want a mask of the size of the logits. They mostly stand at the end of a
-        # row: what comes before is run by itself, without a mask.
-        cut = 0 if tiles is None or len(tiles) == 1 else int(tiles.any(0).argmax())
-        single = _take(column_keys, column_indptr, rows, p.kv_len) if columns[rows].any() else None
-        rest = None if tiles is None else tiles[:, cut:]
-        if cut:
-            yield _group(p, rows, places[:, :cut], None, single)
-            yield _group(p, rows, places[:, cut:], rest, None, again=True)
-        else:
-            yield _group(p, rows, places, rest, single)
-        first = last
-
-
-def _group(
-    p: BlockPattern, rows: Array, places: Array, tiles: Array | None, single: Array | None, again: bool = False
-) -> _Group:
-    spare = places.max(initial=0) > p.kv_len - p.block_k or (single is not None and single.max() == p.kv_len)
-    return _Group(
-        rows=torch.from_numpy(rows).to(p.device),
-        starts=torch.from_numpy(np.ascontiguousarray(places)).to(p.device),
-        tiles=None if tiles is None else torch.from_numpy(np.ascontiguousarray(tiles)).to(p.device),
-        columns=None if single is None else torch.from_numpy(single).to(p.device),
-        spare=bool(spare),
-        again=again,
-    )
-
-
-def _take(values: Array, indptr: Array, rows: Array, absent: int) -> Array:
-    """The entries of some rows as a rectangle, int64 [rows, longest], `absent` where a row is shorter."""
-    begin, counts = indptr[rows], indptr[rows + 1] - indptr[rows]
-    lane = np.arange(counts.max())
-    if counts.min() == len(lane):
-        return values[begin[:, None] + lane].astype(np.int64)
-    inside = lane < counts[:, None]
-    return np.where(inside, values[np.where(inside, begin[:, None] + lane, 0)], absent).astype(np.int64)
+    @staticmethod
+    def backward(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        pattern: BlockPattern, scale: float, softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See backend.KernelBackend."""
+        p, dim, value_dim = pattern, q.shape[3], v.shape[3]
+        q, k, v = _one_dim(q, k, v)
+        grad_out, out = (_widened(x, q.shape[3]) for x in (grad_out, out))
+        compute = torch.promote_types(q.dtype, torch.float32)
+        # A query without keys has log-sum-exp -inf; a large one instead makes its weights exp(logit - lse) zero.
+        lse = lse.masked_fill(lse == -torch.inf, -_MASKED)
+        # d(logit) = weight * (d(weight) - sum(grad_out * out) + grad_lse).
+        shift = (grad_out.to(compute) * out.to(compute)).sum(-1)
+        if grad_lse is not None:
+            shift = shift - grad_lse.to(compute)
+        padded = [_rows(x, p) for x in (q, grad_out, out, lse, shift)]
+        dq = torch.zeros(*padded[0].shape, dtype=compute, device=q.device)
+        dk, dv = (torch.zeros(x.shape, dtype=compute, device=q.device) for x in (k, v))
+        batch, heads = q.shape[:2]
+        group_size = heads // k.shape[1]
+        fused = grad_lse is None and not softcap
+        for b, h, head, groups in _heads(p, k, v, batch, heads):
+            key_grad, value_grad = (
+                torch.zeros(len(x), x.shape[1], dtype=compute, device=q.device) for x in (head.keys, head.values)
+            )
+            for group in groups:
+                query, grad, o, s, c = (x[b, h].index_select(0, group.rows)[None] for x in padded)
+                key, value = head.gather(group)
+                mask = head.mask(group, compute)
+                one, two, three = _fused_backward(query, grad, o, s, c, key, value, mask, scale, softcap, fused)
+                dq[b, h].index_add_(0, group.rows, one[0].to(compute))
+                places = head.places(group).flatten()
+                key_grad.index_add_(0, places, two.to(compute).flatten(0, 2))
+                value_grad.index_add_(0, places, three.to(compute).flatten(0, 2))
+            head.add_back(key_grad, dk[b, h // group_size])
+            head.add_back(value_grad, dv[b, h // group_size])
+        dq = _tokens(dq, p, q.shape[2])
+        return dq[..., :dim].to(q.dtype), dk[..., :dim].to(k.dtype), dv[..., :value_dim].to(v.dtype)
 
 
 class _Scratch:
@@ -194,14 +156,14 @@ class _Head:
         # Keys outside the valid range are zeroed, not only masked: weight 0 times NaN would be NaN.
         return laid if self.as_it_is else laid.masked_fill_(~self.here[:, None], 0.0)
 
-    def places(self, group: _Group) -> Tensor:
+    def places(self, group: Group) -> Tensor:
         """Key places of a group, int64 [n, keys]."""
         n = len(group.rows)
         lane = torch.arange(self.pattern.block_k, device=group.starts.device)
         places = (group.starts[:, :, None] + lane).view(n, -1)
         return places if group.columns is None else torch.cat([places, group.columns], dim=1)
 
-    def gather(self, group: _Group) -> tuple[Tensor, Tensor]:
+    def gather(self, group: Group) -> tuple[Tensor, Tensor]:
         """Keys and values of a group, [1, n, keys, dim] each."""
         whole = group.columns is None
         index = (group.starts if whole else self.places(group)).flatten()
@@ -219,7 +181,7 @@ class _Head:
         tokens, dim = x.shape
         return x.as_strided((tokens - block + 1, block * dim), (dim, 1))
 
-    def mask(self, group: _Group, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, group: Group, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits of a group, [1, n or 1, block_q or 1, keys], or None."""
         p = self.pattern
         mask = None
@@ -253,76 +215,19 @@ def _tile_bias(p: BlockPattern, dtype: torch.dtype) -> Tensor:
     return found
 
 
-class _Gather(torch.autograd.Function):
-    """Forward and backward over the same groups."""
+def _one_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one head size, as the fused operator wants them: zeros change neither logits nor kept output."""
+    dim = max(q.shape[3], v.shape[3])
+    return _widened(q, dim), _widened(k, dim), _widened(v, dim)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-        batch, heads = q.shape[:2]
-        compute = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(batch, heads, p.rows, p.block_q, q.shape[3])
-        lse = torch.full(out.shape[:4], _MASKED, dtype=compute, device=q.device)
-        queries = _rows(q, p)
-        for b, h, head, groups in _heads(p, k, v, batch, heads):
-            for group in groups:
-                query = queries[b, h].index_select(0, group.rows)[None]
-                o, s = _fused(query, *head.gather(group), head.mask(group, compute), scale)
-                o, s = o[0], s[0]
-                if group.again:
-                    before = out[b, h].index_select(0, group.rows), lse[b, h].index_select(0, group.rows)
-                    o, s = merge_by_lse(before, (o, s))
-                out[b, h].index_copy_(0, group.rows, o)
-                lse[b, h].index_copy_(0, group.rows, s)
-        out, lse = _tokens(out, p, q.shape[2]), _tokens(lse, p, q.shape[2])
-        # Rows that no group has visited are queries without keys, too; their output was never written.
-        none = lse < _NO_KEY
-        if bool(none.any()):
-            out = out.masked_fill(none[..., None], 0.0)
-            lse = lse.masked_fill(none, -torch.inf)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pattern, ctx.scale = p, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        p: BlockPattern = ctx.pattern
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        compute = torch.promote_types(q.dtype, torch.float32)
-        # A query without keys has log-sum-exp -inf; a large one instead makes its weights exp(logit - lse) zero.
-        lse = lse.masked_fill(lse == -torch.inf, -_MASKED)
-        # d(logit) = weight * (d(weight) - sum(grad_out * out) + grad_lse).
-        shift = (grad_out.to(compute) * out.to(compute)).sum(-1)
-        if grad_lse is not None:
-            shift = shift - grad_lse.to(compute)
-        padded = [_rows(x, p) for x in (q, grad_out, out, lse, shift)]
-        dq = torch.zeros(*padded[0].shape, dtype=compute, device=q.device)
-        dk, dv = (torch.zeros(x.shape, dtype=compute, device=q.device) for x in (k, v))
-        batch, heads = q.shape[:2]
-        group_size = heads // k.shape[1]
-        for b, h, head, groups in _heads(p, k, v, batch, heads):
-            key_grad, value_grad = (
-                torch.zeros(len(x), x.shape[1], dtype=compute, device=q.device) for x in (head.keys, head.values)
-            )
-            for group in groups:
-                query, grad, o, s, c = (x[b, h].index_select(0, group.rows)[None] for x in padded)
-                key, value = head.gather(group)
-                mask, fused = head.mask(group, compute), grad_lse is None
-                one, two, three = _fused_backward(query, grad, o, s, c, key, value, mask, ctx.scale, fused)
-                dq[b, h].index_add_(0, group.rows, one[0].to(compute))
-                places = head.places(group).flatten()
-                key_grad.index_add_(0, places, two.to(compute).flatten(0, 2))
-                value_grad.index_add_(0, places, three.to(compute).flatten(0, 2))
-            head.add_back(key_grad, dk[b, h // group_size])
-            head.add_back(value_grad, dv[b, h // group_size])
-        return _tokens(dq, p, q.shape[2]).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+def _widened(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[3] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[3]))
 
 
 def _heads(
     p: BlockPattern, k: Tensor, v: Tensor, batch: int, heads: int
-) -> Iterator[tuple[int, int, _Head, list[_Group]]]:
+) -> Iterator[tuple[int, int, _Head, list[Group]]]:
     """(batch item, query head, its keys and values, its groups); the heads of a group share what is laid out."""
     size = heads // k.shape[1]
     own_order = p.kv_order is not None and p.kv_order.shape[1] > 1
@@ -330,7 +235,7 @@ def _heads(
     scratch = _Scratch(k)
     for b in range(batch):
         for first in range(0, heads, size):
-            plans = [_plan(p, b, h, key_bytes) for h in range(first, first + size)]
+            plans = [plan_of(p, b, h, key_bytes) for h in range(first, first + size)]
             spare = any(group.spare for plan in plans for group in plan)
             head: _Head | None = None
             for h, plan in enumerate(plans, first):
@@ -364,31 +269,42 @@ def _has_fused(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Attention [1, n, queries, dim] over [1, n, keys, dim] and its log-sum-exp."""
-    if _has_fused(q.device):
+    if _has_fused(q.device) and not softcap:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    logits = _logits(q, k, mask, scale)
+    logits = _logits(q, k, scale, softcap)[0]
+    logits = logits if mask is None else logits + mask
     lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return ((logits - lse[..., None]).exp().to(v.dtype) @ v), lse
 
 
 def _fused_backward(
     q: Tensor, grad: Tensor, out: Tensor, lse: Tensor, shift: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    scale: float, fused: bool,
+    scale: float, softcap: float, fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v of one call; the fused operator where the log-sum-exp has no gradient of its own."""
+    """Gradients of q, k and v of one call.
+
+    The fused operator where the log-sum-exp has no gradient of its own and the logits no cap.
+    """
     if fused and _has_fused(q.device):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
-    weight = (_logits(q, k, mask, scale) - lse[..., None]).exp()
+    logits, slope = _logits(q, k, scale, softcap)
+    weight = ((logits if mask is None else logits + mask) - lse[..., None]).exp()
     grad, v = grad.to(weight.dtype), v.to(weight.dtype)
-    d_logit = weight * (grad @ v.mT - shift[..., None]) * scale
+    d_logit = weight * (grad @ v.mT - shift[..., None]) * slope
     return d_logit @ k.to(weight.dtype), d_logit.mT @ q.to(weight.dtype), weight.mT @ grad
 
 
-def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _logits(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Logits before the mask, and their derivative by the product of query and key."""
     compute = torch.promote_types(q.dtype, torch.float32)
     logits = q.to(compute) @ k.to(compute).mT * scale
-    return logits if mask is None else logits + mask
+    if not softcap:
+        return logits, scale
+    bounded = torch.tanh(logits / softcap)
+    return softcap * bounded, scale * (1 - bounded * bounded)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,19 +19,27 @@ _MAX_LOGITS = 1 << 31
 class TorchReference:
     """Dense logits and a mask: slow, O(q_len x kv_len) memory, right. Differentiable; float64 stays float64."""
 
+    auto_rank: ClassVar[Mapping[str, int]] = {}
+
     @staticmethod
-    def why_not(pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> str | None:
-        """See dispatch.Backend."""
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        """See backend.Backend."""
         logits = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return f"{logits} logits do not fit in memory (limit {_MAX_LOGITS})" if logits > _MAX_LOGITS else None
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-        """See dispatch.Backend. Computes in float32, or float64 for float64 input."""
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See backend.Backend. Computes in float32, or float64 for float64 input."""
         compute = torch.promote_types(q.dtype, torch.float32)
         group = q.shape[1] // k.shape[1]
         query = q.to(compute).unflatten(1, (k.shape[1], group))
         logits = torch.einsum("bngqd,bnkd->bngqk", query, k.to(compute)).flatten(1, 2) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         mask = pattern.to_dense()
         logits = logits.masked_fill(~mask, -torch.inf)
         lse = logits.logsumexp(-1)

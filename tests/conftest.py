@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
 
 import pytest
 import torch
@@ -17,6 +21,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_own_costs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever runs the tests may have calibrated the machine: the tests use the table that is shipped."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none, and says so."""
     if torch.cuda.is_available():
@@ -24,3 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _interpret() -> None:
+    os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process whose Triton interprets: Triton decides that when it is imported, and here it may have been."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_interpret) as pool:
+        yield pool

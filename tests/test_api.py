@@ -11,8 +11,7 @@ from patterns import random_inputs, random_pattern
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Method, Segment, TokenLayout
-from hf_sparse_attn.dispatch import Policy, choose_backend
-from hf_sparse_attn.kernels.torch_gather import TorchGather
+from hf_sparse_attn.dispatch import Policy, auto_order, choose_backend
 from hf_sparse_attn.patching import Patch, Session
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.selection import merge_by_lse
@@ -84,6 +83,8 @@ def test_merging_two_halves_is_the_whole() -> None:
             "`pattern` must be for 64 queries and 64 keys, got 64 and 65",
         ),
         ({"method": random_pattern(64, 64, heads=3)}, ValueError, "`pattern` must have heads 1 or 4, got 3"),
+        ({"softcap": -1.0}, ValueError, "`softcap` must be 0 or more, got -1.0"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be one logit per query head \[4\], got shape \[3\]"),
         ({"k": torch.zeros(1, 2, 60, 16), "v": torch.zeros(1, 2, 60, 16)}, ValueError, "at least as many tokens"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -94,6 +95,42 @@ def test_bad_calls_are_named(change: dict, error: type[Exception], message: str)
         hsa.attention(**{"q": q, "k": k, "v": v, "method": "dense", **change})
 
 
+@pytest.mark.parametrize("backend", ["torch_reference", "torch_gather"])
+def test_softcap_and_sinks(backend: str) -> None:
+    q, k, v = (x.double() for x in qkv())
+    sinks = torch.linspace(-1, 2, q.shape[1], dtype=torch.float64)
+    pattern = random_pattern(q.shape[2], k.shape[2], heads=q.shape[1], columns=5)
+    out, lse = hsa.attention(q, k, v, pattern, backend=backend, softcap=0.7, sinks=sinks, return_lse=True)
+    group = q.shape[1] // k.shape[1]
+    logits = 0.7 * torch.tanh(q @ k.repeat_interleave(group, 1).mT * q.shape[3] ** -0.5 / 0.7)
+    logits = logits.masked_fill(~pattern.to_dense(), -torch.inf)
+    logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    assert torch.allclose(lse, logits.logsumexp(-1), atol=1e-12)
+    assert torch.allclose(out, logits.softmax(-1)[..., :-1] @ v.repeat_interleave(group, 1), atol=1e-12)
+
+
+def test_softcap_gradients() -> None:
+    pattern = random_pattern(20, 33, block_q=16, block_k=16, heads=2, columns=5)
+    tensors = [
+        torch.randn(1, h, n, 5, dtype=torch.float64, requires_grad=True) for h, n in ((2, 20), (1, 33), (1, 33))
+    ]
+
+    def both(q, k, v):
+        return hsa.attention(q, k, v, pattern, backend="torch_gather", softcap=0.7, return_lse=True)
+
+    assert torch.autograd.gradcheck(
+        lambda *x: both(*x)[0].square() + both(*x)[1][..., None].nan_to_num(0, 0, 0), tensors
+    )
+
+
+def test_softcap_of_the_context_is_used() -> None:
+    q, k, v = qkv()
+    ctx = replace(hsa.Context.for_tensors(q, k), softcap=0.1)
+    capped = hsa.attention(q, k, v, "dense", softcap=0.1)
+    assert torch.equal(hsa.attention(q, k, v, "dense", ctx), capped)
+    assert not torch.equal(hsa.attention(q, k, v, "dense", ctx, softcap=0.0), capped)
+
+
 def test_an_explicit_backend_never_falls_back() -> None:
     q, k, v = qkv()
     with pytest.raises(hsa.BackendUnavailable, match="`backend` 'triton_block_sparse' cannot run this call: "):
@@ -101,8 +138,10 @@ def test_an_explicit_backend_never_falls_back() -> None:
 
 
 def test_auto_names_every_reason_when_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TorchGather, "why_not", staticmethod(lambda *a: "switched off"))
-    with pytest.raises(hsa.BackendUnavailable, match="no backend can run this call: torch_gather: switched off"):
+    for name in auto_order("cpu"):
+        monkeypatch.setattr(BACKENDS.get(name), "why_not", staticmethod(lambda *a: "switched off"))
+    both = "no backend can run this call: cpp_block_sparse: switched off; torch_gather: switched off"
+    with pytest.raises(hsa.BackendUnavailable, match=both):
         choose_backend("auto", None, *qkv(), needs_grad=False)
 
 
@@ -165,21 +204,13 @@ def test_dense_layers(layers, dense: set[int]) -> None:
     assert {c.layer for c in contexts if policy.why_dense(c, CPU) == "dense_layers"} == dense
 
 
-def test_auto_keeps_short_and_dense_calls_dense() -> None:
+def test_auto_keeps_short_calls_dense_and_decoding_always_is() -> None:
     auto, forced = Policy(), Policy(min_tokens=0)
-    short = Context(TokenLayout.causal(512))
+    short = Context(TokenLayout.causal(64))
     assert "fewer than" in str(auto.why_dense(short, CPU)) and forced.why_dense(short, CPU) is None
+    assert auto.why_dense(Context(TokenLayout.causal(9000)), CPU) is None
     decode = Context(TokenLayout.causal(9000).continued(8999))
     assert "decoding" in str(forced.why_dense(decode, CPU))
-    everything = BlockPattern.dense(256, 256, True)
-    assert "density 1.00" in str(auto.why_not_worth(everything, short))
-    assert forced.why_not_worth(everything, short) is None
-    third = BlockPattern.from_token_mask((torch.arange(256) < 40).expand(1, 1, 256, 256).tril(), 32, 32)
-    with_columns = replace(
-        third, column_indptr=third.indptr * 0 + torch.arange(9), columns=torch.full((8,), 255).int()
-    )
-    assert 0.25 < with_columns.density("causal") < 0.5
-    assert auto.why_not_worth(third, short) is None and "above 0.25" in str(auto.why_not_worth(with_columns, short))
 
 
 def test_registries_are_found_by_discovery() -> None:

@@ -141,6 +141,28 @@ def test_doctor_lists_a_backend_whose_package_is_missing(capsys, monkeypatch):
     assert "needs the package nowhere" in capsys.readouterr().out
 
 
+def test_doctor_does_not_list_a_file_that_only_helps(monkeypatch):
+    monkeypatch.setitem(BACKENDS.missing, "triton_common", "needs the package triton")
+    monkeypatch.setitem(BACKENDS.missing, "triton_int8", "needs the package triton")
+    monkeypatch.delitem(BACKENDS._entries, "triton_int8", raising=False)
+    known = doctor.known_backends()
+    assert "triton_int8" in known and "triton_common" not in known
+
+
+@pytest.mark.parametrize(("inexact", "code"), [(0.0, 1), (0.5, 0)], ids=["exact", "inexact"])
+def test_doctor_allows_what_a_backend_says_of_itself(inexact, code, capsys, monkeypatch):
+    class Coarse(_Broken):
+        def attention(self, q, k, v, pattern, scale):
+            out = BACKENDS.get("torch_reference").attention(q, k, v, pattern, scale)[0]
+            return out + 0.4 * out.abs().max(), out
+
+    coarse = Coarse("none")
+    coarse.inexact = inexact
+    monkeypatch.setitem(BACKENDS._entries, "coarse", coarse)
+    assert main(["doctor", "--backends", "coarse"]) == code
+    assert ("DISAGREES" in capsys.readouterr().out) == bool(code)
+
+
 def test_versions_of_packages_that_are_not_there(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package"))
     assert doctor.versions()["no-such-package"] is None
@@ -153,7 +175,10 @@ def test_versions_of_packages_that_are_not_there(monkeypatch):
         (["fly"], "invalid choice: 'fly'"),
         (["methods", "--wrong"], "--wrong"),
         (["doctor", "--backends", "cuda_magic"], "must be one of"),
-        (["bench", "--suite", "gpu9"], "`suite` must be one of kernels, patterns, model, quick; got 'gpu9'"),
+        (
+            ["bench", "--suite", "gpu9"],
+            "`suite` must be one of kernels, patterns, layers, model, memory, auto, gpu, quick; got 'gpu9'",
+        ),
         (["bench", "--tokens", "many"], "must be ints separated by commas, got 'many'"),
         (["bench", "--tokens", "3"], "`tokens` must be at least 16, got 3"),
         (["bench", "--dtypes", "int8"], "`dtypes` must be one of"),

@@ -12,6 +12,7 @@ from patterns import Largest, expected, random_inputs
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Decline, TokenLayout
 from hf_sparse_attn.methods.vertical_slash import VerticalSlash, estimate
+from hf_sparse_attn.selection import text_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {
@@ -241,6 +242,44 @@ def test_radial_keeps_text_whole() -> None:
     text = torch.ones(layout.kv_len, dtype=torch.bool)
     text[10 : 10 + 768] = False
     assert bool(mask[text].all()) and bool(mask[:, text].all()) and not bool(mask.all())
+
+
+BESIDE_VIDEO = {
+    "before": TokenLayout.video(3, 9, 11, text_before=9),
+    "after": TokenLayout.video(7, 5, 7, text_after=1),
+    "both": TokenLayout.video(3, 9, 11, text_before=40, text_after=71),
+}
+
+
+@pytest.mark.parametrize("layout", BESIDE_VIDEO)
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        pytest.param(name, params, id=f"{name}-{i}")
+        for name in hsa.list_methods()
+        for i, params in enumerate(hsa.get_method(name).examples())
+        if hsa.get_method(name)(**params).why_not(Context(BESIDE_VIDEO["both"])) is None
+    ],
+)
+def test_text_beside_a_video_is_exact(name: str, params: dict, layout: str) -> None:
+    """Its rows and columns are kept by every method: text attends to all and all to it."""
+    tokens = BESIDE_VIDEO[layout]
+    ctx, q, k, _ = call(tokens)
+    found = hsa.get_method(name)(**params).pattern_for(q, k, ctx)
+    assert isinstance(found, BlockPattern), found
+    mask, is_text = found.to_dense(), text_tokens(tokens)
+    assert int(is_text.sum()) == sum(p.length for p in tokens.parts if p.kind == "text")
+    assert bool(mask[:, :, is_text].all()) and bool(mask[..., is_text].all())
+
+
+@pytest.mark.parametrize("layout", BESIDE_VIDEO)
+def test_sliding_window_keeps_text_to_the_token(layout: str) -> None:
+    tokens = BESIDE_VIDEO[layout]
+    i, text = torch.arange(tokens.kv_len), text_tokens(tokens)
+    for params in hsa.get_method("sliding_window").examples():
+        mask = hsa.get_method("sliding_window")(**params).pattern(None, None, Context(tokens)).to_dense()[0, 0]
+        near = (i[:, None] - i).abs() < params["window"]
+        assert torch.equal(mask, near | (i < params["sink"]) | text[:, None] | text)
 
 
 def test_static_causal_windows_are_the_same_in_chunks() -> None:

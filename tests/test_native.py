@@ -181,3 +181,13 @@ def test_vision_tower_of_a_native_model_runs_its_own_attention():
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, usual(**inputs).logits)
     assert len(native.report(model).layers) == 2
+
+
+def test_names_are_registered_whoever_imports_transformers_first():
+    code = (
+        "import hf_sparse_attn.transformers_hook;"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as known;"
+        "assert 'hsa:vertical_slash' in known"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "could not be registered" not in done.stderr, done.stderr

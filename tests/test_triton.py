@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,14 @@ import pytest
 import torch
 from patterns import FEATURES, expected, random_inputs, random_pattern
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sparse_attn.pattern import BlockPattern
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 kernel = pytest.importorskip("hf_sparse_attn.kernels.triton_block_sparse")
+parts = pytest.importorskip("hf_sparse_attn.kernels.triton_block_sparse_parts")
+common = pytest.importorskip("hf_sparse_attn.kernels.triton_common")
 
 Outputs = tuple[Tensor, Tensor]
 Attention = Callable[..., Outputs]
@@ -79,9 +82,7 @@ def poisoned() -> Iterator[None]:
 def _run_in_worker(payload: bytes) -> bytes:
     """Runs in the process that interprets: (q, k, v, pattern, scale, pieces) -> (out, lse), both pickled."""
     q, k, v, pattern, scale, pieces = pickle.loads(payload)
-    with pytest.MonkeyPatch.context() as patch, poisoned():
-        if pieces:
-            patch.setattr(kernel, "_launch", lambda *_: kernel.Launch(*pieces, 4, 1))
+    with parts.forced("forward", parts.Launch(*pieces, 4, 1)) if pieces else nullcontext(), poisoned():
         return pickle.dumps(kernel.TritonBlockSparse.attention(q, k, v, pattern, scale))
 
 
@@ -226,17 +227,17 @@ def tiny(dim: int = 16, value_dim: int = 16, dtype: torch.dtype = torch.float32)
     return tuple(torch.zeros(1, 1, 32, d, dtype=dtype) for d in (dim, dim, value_dim))  # type: ignore[return-value]
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None = None, grad: bool = False) -> str | None:
-    return kernel.TritonBlockSparse.why_not(pattern, q, k, v, grad)  # type: ignore[no-any-return]
+def why_not(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None = None) -> str | None:
+    return kernel.TritonBlockSparse.why_not(pattern, q, k, v, True, 2.0)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def as_if_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "runs_interpreted", lambda: True)
+    monkeypatch.setattr(common, "runs_interpreted", lambda: True)
 
 
 def test_refuses_the_cpu_where_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "runs_interpreted", lambda: False)
+    monkeypatch.setattr(common, "runs_interpreted", lambda: False)
     assert "needs a CUDA or ROCm GPU" in why_not(*tiny())
     assert "on the CPU only Triton's interpreter" in why_not(*tiny())
 
@@ -248,20 +249,19 @@ def test_refuses_a_device_of_another_kind() -> None:
 
 @pytest.mark.usefixtures("as_if_interpreted")
 @pytest.mark.parametrize(
-    ("inputs", "pattern", "grad", "reason"),
+    ("inputs", "pattern", "reason"),
     [
-        pytest.param({}, None, True, "forward only", id="gradient"),
-        pytest.param({"dtype": torch.float64}, None, False, "got float64", id="float64"),
-        pytest.param({"dim": 257}, None, False, "a dim from 1 to 256, got 257", id="dim"),
-        pytest.param({"value_dim": 300}, None, False, "a value dim from 1 to 256, got 300", id="value_dim"),
-        pytest.param({"value_dim": 0}, None, False, "a value dim from 1 to 256, got 0", id="no_value"),
-        pytest.param({}, (8, 16), False, "`block_q` to be a power of two from 16 on, got 8", id="small_block"),
-        pytest.param({}, (16, 48), False, "`block_k` to be a power of two from 16 on, got 48", id="odd_block"),
+        pytest.param({"dtype": torch.float64}, None, "got float64", id="float64"),
+        pytest.param({"dim": 257}, None, "a dim from 1 to 256, got 257", id="dim"),
+        pytest.param({"value_dim": 300}, None, "a value dim from 1 to 256, got 300", id="value_dim"),
+        pytest.param({"value_dim": 0}, None, "a value dim from 1 to 256, got 0", id="no_value"),
+        pytest.param({}, (8, 16), "`block_q` to be a power of two from 16 on, got 8", id="small_block"),
+        pytest.param({}, (16, 48), "`block_k` to be a power of two from 16 on, got 48", id="odd_block"),
     ],
 )
-def test_refuses(inputs: dict[str, Any], pattern: tuple[int, int] | None, grad: bool, reason: str) -> None:
+def test_refuses(inputs: dict[str, Any], pattern: tuple[int, int] | None, reason: str) -> None:
     blocks = pattern and random_pattern(32, 32, block_q=pattern[0], block_k=pattern[1])
-    assert reason in str(why_not(*tiny(**inputs), blocks, grad))
+    assert reason in str(why_not(*tiny(**inputs), blocks))
 
 
 @pytest.mark.usefixtures("as_if_interpreted")
@@ -276,7 +276,7 @@ def test_refuses_tensors_on_different_devices() -> None:
 @pytest.mark.skipif(torch.version.hip is not None, reason="ROCm has no compute capability")
 def test_refuses_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(kernel, "runs_interpreted", lambda: False)
+    monkeypatch.setattr(common, "runs_interpreted", lambda: False)
     q = SimpleNamespace(device=torch.device("cuda:0"))
     assert "needs compute capability 8.0 or more, cuda:0 has 7.5" in why_not(q, q, q)
 
@@ -295,61 +295,235 @@ def test_empty_batch_gives_an_empty_output() -> None:
 
 # ---- launching
 
-
-@pytest.mark.parametrize("shared", [65_536, 101_376, 166_912, 232_448], ids=["rocm", "ada", "a100", "h100"])
-@pytest.mark.parametrize("itemsize", [2, 4], ids=["half", "float32"])
-@pytest.mark.parametrize("dim", [16, 64, 128, 256])
-def test_launch_divides_the_blocks(dim: int, itemsize: int, shared: int) -> None:
-    for block_q in (16, 64, 128, 512):
-        for block_k in (16, 64, 128, 512):
-            launch = kernel.choose_launch(block_q, block_k, dim, dim, itemsize, shared)
-            assert block_q % launch.queries == 0 and block_k % launch.keys == 0
-            assert min(launch.queries, launch.keys) >= 16 and launch.stages >= 1 and launch.warps in (4, 8)
-            assert itemsize * launch.queries * dim + itemsize * launch.keys * 2 * dim <= shared
-
-
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, 166_912),
-    "sm_90": ("cuda", 90, 32, 232_448),
-    "gfx942": ("hip", "gfx942", 64, 65_536),
+LIMITS = {
+    "rocm": parts.Limits(65_536, 0),
+    "ada": parts.Limits(101_376, 89),
+    "a100": parts.Limits(166_912, 80),
+    "h100": parts.Limits(232_448, 90),
+    "rtx_50": parts.Limits(101_376, 120),
 }
 
 
-@pytest.mark.skipif(kernel.runs_interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("itemsize", [2, 4], ids=["half", "float32"])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_launch_divides_the_blocks_and_fits(dim: int, itemsize: int, limits: Any) -> None:
+    for name in parts.KERNELS:
+        for block_q in (16, 64, 128, 512):
+            for block_k in (16, 64, 128, 512):
+                shape = (name, block_q, block_k, dim, dim, itemsize, limits)
+                launches = parts.candidates(*shape)
+                assert launches[0] == parts.choose_launch(*shape) and len(set(launches)) == len(launches)
+                for launch in launches:
+                    assert block_q % launch.queries == 0 and block_k % launch.keys == 0
+                    assert min(launch.queries, launch.keys) >= 16 and launch.stages >= 1 and launch.warps in (4, 8)
+                    fits = parts.shared_bytes(name, launch, dim, dim, itemsize, limits) <= limits.shared
+                    # By the estimate float32 at dim 256 has no room on ROCm; the smallest launch is tried then.
+                    assert fits or launch == parts.Launch(16, 16, 4, 1)
+
+
+def test_hopper_takes_larger_pieces_than_ada() -> None:
+    h100, ada = (parts.choose_launch("forward", 128, 128, 128, 128, 2, LIMITS[n]) for n in ("h100", "ada"))
+    assert h100.queries * h100.keys > ada.queries * ada.keys
+
+
+def test_smaller_launches_end() -> None:
+    launch, seen = parts.Launch(128, 128, 8, 3), []
+    while launch is not None:
+        seen.append(launch)
+        launch = parts.smaller(launch)
+    assert len(set(seen)) == len(seen) and seen[-1] == parts.Launch(16, 16, 4, 1)
+
+
+@pytest.fixture
+def as_if_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "runs_interpreted", lambda: False)
+    monkeypatch.setattr(parts, "limits_of", lambda _: LIMITS["h100"])
+    monkeypatch.setattr(parts.torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(parts, "_KNOWN", {})
+
+
+@pytest.mark.usefixtures("as_if_compiled")
+def test_no_room_takes_a_smaller_launch_and_remembers_it(caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[Any] = []
+    q, _, v = tiny()
+
+    def run(launch: Any) -> None:
+        tried.append(launch)
+        if len(tried) < 3:
+            raise parts.OutOfResources(300_000, 232_448, "shared memory")
+
+    pattern = random_pattern(128, 128, block_q=128, block_k=128)
+    for _ in range(2):
+        parts.launched("forward", pattern, q, v, run)
+    assert len(tried) == 4 and tried[2] == tried[3] and tried[0] != tried[2]
+    assert caplog.text.count("no room") == 2
+
+
+@pytest.mark.usefixtures("as_if_compiled")
+def test_no_room_at_all_raises() -> None:
+    def run(launch: Any) -> None:
+        raise parts.OutOfResources(300_000, 232_448, "shared memory")
+
+    q, _, v = tiny()
+    with pytest.raises(parts.OutOfResources):
+        parts.launched("forward", random_pattern(32, 32), q, v, run)
+
+
 @pytest.mark.parametrize(
-    ("target", "dtype", "dim", "features"),
-    [("sm_90", "bf16", 128, True), ("sm_80", "fp32", 64, False), ("gfx942", "fp16", 128, True)],
-    ids=["h100_bfloat16_all_features", "a100_float32_plain", "mi300_float16_all_features"],
+    ("entry", "used"),
+    [
+        ({"queries": 32, "keys": 16, "warps": 4, "stages": 5}, True),
+        ({"queries": 48, "keys": 16, "warps": 4, "stages": 5}, False),
+        ({"queries": 8, "keys": 16, "warps": 4, "stages": 5}, False),
+        ({"queries": 32}, False),
+    ],
+    ids=["fits", "does_not_divide", "too_small", "of_another_form"],
 )
-def test_compiles_without_a_gpu(target: str, dtype: str, dim: int, features: bool) -> None:
+@pytest.mark.usefixtures("as_if_compiled")
+def test_a_tuned_launch_is_taken_where_it_fits(
+    entry: dict[str, int], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def lookup(*args: str) -> dict[str, int]:
+        asked.append(args)
+        return entry
+
+    monkeypatch.setattr(parts.tuning, "lookup", lookup)
+    q, _, v = tiny(dim=40, value_dim=7)
+    taken: list[Any] = []
+    for _ in range(2):
+        parts.launched("keys", random_pattern(32, 32), q, v, taken.append)
+    assert (taken[0] == parts.Launch(32, 16, 4, 5)) is used
+    assert asked == [("a GPU", parts.software(), "keys", "float32, dim 64, value dim 16, blocks 32 x 32")]
+
+
+class Calls(TorchDispatchMode):
+    """Names of torch's operators that run, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _recorded(*lengths: int, calls: int = 1) -> tuple[list[str], list[list[str]]]:
+    """A forward and backward at these lengths on a GPU that is not there: Triton's kernels are not run.
+
+    Returns what Triton would compile anew for, one text per kernel of all calls, and torch's operators of each call.
+    """
+    seen, operators = [], []
+    pattern = random_pattern(*lengths, block_q=16, block_k=16, columns=3, q_order=(1, 1), kv_order=(1, 1))
+    pattern = replace(pattern, kv_range=torch.tensor([[0, lengths[1]]], dtype=torch.int32))
+    q, k, v = random_inputs(pattern, heads=2, kv_heads=1, dim=16)
+
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    target = CUDABackend(triton.backends.compiler.GPUTarget("cuda", 90, 32))
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = triton.runtime.jit.create_function_from_signature(self.signature, self.params, target)
+        seen.append(f"{self.__name__} {binder(*args, **options)[1]}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", record)
+        patch.setattr(parts, "limits_of", lambda _: LIMITS["h100"])
+        patch.setattr(parts.torch.cuda, "get_device_name", lambda _: "a GPU")
+        for _ in range(calls):
+            with Calls() as found:
+                out, lse = kernel.TritonBlockSparse.forward(q, k, v, pattern, 0.3, 0.0)
+                kernel.TritonBlockSparse.backward(out, lse, q, k, v, out, lse, pattern, 0.3, 0.0)
+            operators.append(found.names)
+    return seen, operators
+
+
+@pytest.mark.skipif(parts.runs_interpreted(), reason="the interpreter compiles nothing")
+def test_no_length_compiles_a_kernel_anew() -> None:
+    """Lengths of 1, of a multiple of 16 and of neither: Triton's key of a compiled kernel is the same."""
+    first, _ = _recorded(100, 100)
+    assert len(first) == 7
+    for lengths in ((16, 16), (1, 16), (160, 320), (77, 1000), (1, 1)):
+        assert _recorded(*lengths)[0] == first
+
+
+@pytest.mark.skipif(parts.runs_interpreted(), reason="the interpreter compiles nothing")
+def test_nobody_waits_for_the_gpu() -> None:
+    """No operator whose result the host reads; and of a pattern seen before only its outputs are allocated."""
+    _, (new, known) = _recorded(100, 200, calls=2)
+    waits = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::_unique2", "aten::is_nonzero"}
+    assert not waits & {*new, *known}
+    # With columns, orders and a range; most of it is the transposition, which only a backward pays.
+    assert len(new) < 115, new
+    assert {name.partition(".")[0] for name in known} <= {"aten::empty", "aten::empty_like", "aten::new_empty",
+                                                          "aten::_to_copy"}, known  # fmt: skip
+    assert len(known) < 12
+
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, LIMITS["a100"]),
+    "sm_89": ("cuda", 89, 32, LIMITS["ada"]),
+    "sm_90": ("cuda", 90, 32, LIMITS["h100"]),
+    "gfx942": ("hip", "gfx942", 64, LIMITS["rocm"]),
+}
+
+
+@pytest.mark.skipif(parts.runs_interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("name", "target", "dtype", "dim", "features"),
+    [
+        pytest.param("forward", "sm_90", "bf16", 128, False, id="forward_h100_bfloat16"),
+        pytest.param("queries", "sm_90", "bf16", 128, False, id="queries_h100_bfloat16"),
+        pytest.param("keys", "sm_90", "bf16", 128, False, id="keys_h100_bfloat16"),
+        pytest.param("forward", "sm_89", "fp16", 64, True, id="forward_ada_float16_all_features"),
+        pytest.param("queries", "sm_80", "fp32", 64, False, id="queries_a100_float32"),
+        pytest.param("keys", "sm_80", "bf16", 64, True, id="keys_a100_bfloat16_all_features"),
+        pytest.param("forward", "gfx942", "fp16", 64, False, id="forward_mi300_float16"),
+        pytest.param("keys", "gfx942", "fp16", 64, False, id="keys_mi300_float16"),
+    ],
+)
+def test_compiles_without_a_gpu(name: str, target: str, dtype: str, dim: int, features: bool) -> None:
     """Down to machine code by Triton's own assemblers; says nothing about speed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kind, arch, warp, shared = TARGETS[target]
-    launch = kernel.choose_launch(128, 128, dim, dim, 4 if dtype == "fp32" else 2, shared)
+    from hf_sparse_attn.kernels import triton_block_sparse_backward as backward
+
+    kind, arch, warp, limits = TARGETS[target]
+    function = {"forward": kernel._forward, "queries": backward._queries, "keys": backward._keys}[name]
+    names = function.arg_names
+    launch = parts.choose_launch(name, 128, 128, dim, dim, 4 if dtype == "fp32" else 2, limits)
     constants: dict[str, Any] = {
         "DIM": dim, "DIM_PAD": dim, "VALUE_DIM": dim, "VALUE_PAD": dim, "BLOCK_Q": 128, "BLOCK_K": 128,
-        "M": launch.queries, "N": launch.keys, "UPCAST": False, "q_dim": 1, "k_dim": 1, "v_dim": 1,
-        **dict.fromkeys(("HAS_COLUMNS", "HAS_Q_ORDER", "HAS_KV_ORDER", "HAS_RANGE"), features),
+        "M": min(launch.queries, 64) if name == "keys" else launch.queries, "N": launch.keys, "UPCAST": False,
+        "WIDE": False, "STAGES": parts.masked_stages(launch), "COLUMNS": False, "ADD": features,
+        **dict.fromkeys(("q_dim", "k_dim", "v_dim", "g_dim", "dq_dim", "dk_dim", "dv_dim"), 1),
+        **dict.fromkeys(("HAS_COLUMNS", "HAS_Q_ORDER", "HAS_KV_ORDER", "HAS_RANGE", "HAS_CAP"), features),
     }  # fmt: skip
+    constants = {n: value for n, value in constants.items() if n in names}
     types = {
-        **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"), "lse": "*fp32", "factor": "fp32",
-        **dict.fromkeys(("indptr", "column_indptr", "q_order", "kv_order"), "*i64"),
-        **dict.fromkeys(("starts", "tile_ids", "columns", "kv_range"), "*i32"),
+        **dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), f"*{dtype}"),
+        **dict.fromkeys(("lse", "delta", "base2"), "*fp32"), **dict.fromkeys(("factor", "cap", "scale"), "fp32"),
+        **dict.fromkeys(("indptr", "column_indptr", "q_order", "kv_order", "lists", "ends", "bits", "places",
+                         "readers_of"), "*i64"),
+        **dict.fromkeys(("starts", "tile_ids", "columns", "kv_range", "order", "wholes", "items", "used"), "*i32"),
         **dict.fromkeys(("tiles", "read"), "*u8"),
     }  # fmt: skip
-    names = kernel._forward.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [
         i
-        for i, name in enumerate(names)
-        if types.get(name, "").startswith("*") or name.endswith(("_batch", "_head", "_token"))
+        for i, n in enumerate(names)
+        if signature[n].startswith("*")
+        or (signature[n] == "i32" and n not in parts.LENGTHS and n.endswith(("_batch", "_head", "_token")))
     ]
-    source = ASTSource(kernel._forward, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     built = triton.compile(source, target=GPUTarget(kind, arch, warp), options=options)
-    assert built.metadata.shared <= shared
+    assert built.metadata.shared <= limits.shared
 
 
 # ---- on a GPU

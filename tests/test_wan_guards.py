@@ -179,11 +179,14 @@ def test_calls_that_do_not_fit_are_dense_and_said() -> None:
         with pytest.raises(RuntimeError):
             run(model, **{**given, "encoder_hidden_states": torch.zeros(1, 9, 31)})
         assert torch.equal(attention(hidden), expected[1])
+    masked = attention.register_forward_pre_hook(lambda m, a: (*a[:2], window_mask(455), a[3]))
+    run(model, **given)
+    masked.remove()
     crop = attention.register_forward_pre_hook(lambda m, a: (a[0][:, :50], None, None))
     pad = attention.register_forward_hook(lambda m, a, out: F.pad(out, (0, 0, 0, 405)))
     run(model, **given)
     first, second = patch.report().layers
-    assert second.sparse_calls == 1 and first.sparse_calls == 0 and list(first.reasons.values()) == [1, 1, 1]
+    assert second.sparse_calls == 2 and first.sparse_calls == 0 and list(first.reasons.values()) == [2, 1, 1]
     reasons = "; ".join(first.reasons)
     for part in ("has a mask", "outside of the transformer's forward", "50 queries and 50 keys do not fit the grid"):
         assert part in reasons
@@ -254,6 +257,7 @@ def test_what_else_diffusers_does_to_a_model(what: str) -> None:
 def test_compiled_blocks_share_their_graphs() -> None:
     """No recompilation from layer to layer or step to step, which dynamo would give up on after eight."""
     model, given = tiny_wan.transformer(num_layers=3), tiny_wan.inputs()
+    torch._dynamo.reset()
     with hsa.patch(model, "sliding_window", dense_steps=0.3, **SPARSE) as patch:
         with model.cache_context("cond", step_index=1, num_inference_steps=3):
             sparse = run(model, **given)

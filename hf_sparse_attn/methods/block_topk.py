@@ -21,8 +21,8 @@ class BlockTopK(Method):
     """Each block of queries keeps the k key blocks whose mean key fits its mean query best; drops the rest.
 
     The block-sparse pattern of MInference (there 64 tokens, k = 100). Kept besides, within k: the first block and the
-    block of the query itself, without which a causal model loses its sink and its neighbourhood; blocks that hold text
-    of a video, for queries and for keys. Ties go to the earlier block.
+    block of the query itself, without which a causal model loses its sink and its neighbourhood; blocks that hold the
+    text beside a video, for queries and for keys (bidirectional only). Ties go to the earlier block.
 
     Deviations: the forced blocks; means of a short last block are over the tokens it has (the published code pads it).
     In chunked prefill the blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the

@@ -12,7 +12,7 @@ from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, pattern_from_rule
+from hf_sparse_attn.selection import check_block_size, pattern_from_rule, text_blocks, text_tokens
 
 
 @METHODS.register("sliding_window")
@@ -20,7 +20,8 @@ from hf_sparse_attn.selection import check_block_size, pattern_from_rule
 class SlidingWindow(Method):
     """Each query keeps the nearest tokens and the first ones; all else is dropped. Exact to the token.
 
-    Causal: query i keeps key j <= i where i - j < window or j < sink. Bidirectional: |i - j| < window or j < sink.
+    Causal: query i keeps key j <= i where i - j < window or j < sink. Bidirectional: |i - j| < window or j < sink, and
+    text beside a video is kept whole, by all queries and for all keys.
     Deviation from the papers: positions are not re-assigned (StreamingLLM re-numbers the tokens of its cache).
 
     Args:
@@ -57,19 +58,41 @@ class SlidingWindow(Method):
         if layout.is_causal:
             sinks = sinks & (block * size <= last[:, None])
         band = (block >= low[:, None] // size) & (block <= high[:, None] // size)
-        row, col = (band | sinks).nonzero().unbind(1)
-        # A tile depends on how far the block lies from the row, up to beyond the window, and on where the sinks end.
+        text, text_row, text_col = text_tokens(layout), *text_blocks(layout, size, size)
+        if layout.is_causal:
+            # Text around the images of a language model is what the window is for.
+            text, text_row, text_col = (torch.zeros_like(t) for t in (text, text_row, text_col))
+        row, col = (band | sinks | text_row[:, None] | text_col).nonzero().unbind(1)
+        # A tile depends on how far the block lies from the row, up to beyond the window, on where the sinks end, and
+        # on where text begins and ends in its rows and in its keys.
         far = self.window + 2 * size
-        alike = torch.stack([(first[row] - col * size).clamp(-far, far), (self.sink - col * size).clamp(0, size)], 1)
+        edges = text.diff(prepend=text[:1]).nonzero()[:, 0]
+        alike = [(first[row] - col * size).clamp(-far, far), (self.sink - col * size).clamp(0, size)]
+        alike += [(edge - start).clamp(0, size) for edge in edges for start in (first[row], col * size)]
 
         def rule(query: Tensor, key: Tensor) -> Tensor:
             near = query - key < self.window
             if not layout.is_causal:
                 near = near & (key - query < self.window)
             kept = near | (key < self.sink)
-            return kept & (key <= query) if layout.is_causal else kept
+            if layout.is_causal:
+                return kept & (key <= query)
+            last = layout.kv_len - 1
+            return kept | text[query.clamp(max=last)] | text[key.clamp(max=last)]
 
-        return pattern_from_rule(row, col * size, alike, rule, size, size, layout)
+        return pattern_from_rule(row, col * size, torch.stack(alike, 1), rule, size, size, layout)
+
+    def least_density(self, ctx: Context) -> float:
+        """The window alone; see Method.least_density."""
+        n = ctx.layout.kv_len
+        window = min(self.window, n)
+        if ctx.layout.query_start:
+            return 0.0
+        # The first queries of a causal window have fewer keys; in one of both sides the last ones do, too.
+        kept, missing = window * n, window * (window - 1) / 2
+        if ctx.layout.is_causal:
+            return (kept - missing) / (n * (n + 1) / 2)
+        return (2 * (kept - missing) - n) / n**2
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

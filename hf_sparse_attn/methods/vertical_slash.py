@@ -69,7 +69,7 @@ class VerticalSlash(Method):
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
         n = k.shape[2]
-        vertical_score, slash_score = estimate(q, k, self.last_queries, ctx.softmax_scale)
+        vertical_score, slash_score = estimate(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
         vertical_score[..., :_FORCED_VERTICALS] = torch.inf
         slash_score[..., :_FORCED_SLASHES] = torch.inf
         vertical = min(n, max(self.vertical, _FORCED_VERTICALS))
@@ -78,6 +78,12 @@ class VerticalSlash(Method):
             rank_descending(vertical_score)[..., :vertical].sort(-1).values,
             rank_descending(slash_score)[..., :slash].sort(-1).values,
         )
+
+    def least_density(self, ctx: Context) -> float:
+        """The diagonals alone, if they were the shortest; see Method.least_density."""
+        n = ctx.layout.kv_len
+        slash = min(n, max(self.slash, _FEWEST_SLASHES))
+        return 0.0 if ctx.layout.query_start else slash * (slash + 1) / (n * (n + 1))
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
@@ -93,7 +99,7 @@ class VerticalSlash(Method):
         return {"vertical": 1 << 20, "slash": 1 << 20, "block_size": 32}
 
 
-def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float) -> tuple[Tensor, Tensor]:
+def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Attention of the last queries summed along columns and along diagonals, in float32.
 
     Args:
@@ -101,6 +107,7 @@ def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float) -> tuple[Ten
         k: [batch, kv_heads, kv_len, dim]; the last query is at the last key.
         last_queries: number of estimating queries; fewer where q is shorter.
         scale: factor on the logits.
+        softcap: cap on the logits as in Context, 0 for none.
 
     Returns:
         score of each column and of each diagonal (0 is the main one), both [batch, heads, kv_len].
@@ -109,17 +116,19 @@ def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float) -> tuple[Ten
     query = q[:, :, -last:].unflatten(1, (k.shape[1], group))
     step = max(1, _WEIGHTS_AT_A_TIME // (q.shape[0] * group * last * k.shape[2]))
     parts = [
-        _strip_sums(query[:, i : i + step].float(), k[:, i : i + step].float(), scale)
+        _strip_sums(query[:, i : i + step].float(), k[:, i : i + step].float(), scale, softcap)
         for i in range(0, k.shape[1], step)
     ]
     vertical, slash = (torch.cat(sums, 1) for sums in zip(*parts, strict=True))
     return vertical, slash
 
 
-def _strip_sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _strip_sums(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Column and diagonal sums of the attention of q [batch, kv_heads, group, last, dim] over k, as in `estimate`."""
     n, last = k.shape[2], q.shape[3]
     logits = torch.einsum("bngqd,bnkd->bngqk", q, k).flatten(1, 2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     position = torch.arange(n - last, n, device=q.device)
     weights = logits.masked_fill_(torch.arange(n, device=q.device) > position[:, None], -torch.inf).softmax(-1)
     # Query i of the strip sees the key at distance o in column n - last + i - o: reversed and padded on the left by

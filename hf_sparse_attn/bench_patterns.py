@@ -1,33 +1,31 @@
-"""The suites of the benchmark that ask the methods: building patterns, and whole tiny models."""
+"""The suite of patterns: what it costs to build each method's, beside the sparse attention that it leads to."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from hf_sparse_attn.api import patch
-from hf_sparse_attn.bench import FEWEST_ROUNDS, Options, in_turns, summary, timed
+from hf_sparse_attn.bench import Options
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.dispatch import AUTO_MAX_DENSITY, BackendUnavailable, run_pattern
+from hf_sparse_attn.dispatch import BackendUnavailable, run_pattern
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.timing import FEWEST_ROUNDS, summary, timed
 
 # Methods come with defaults for long inputs: below this length, parameters that count tokens shrink with it.
 _LENGTH_OF_DEFAULTS = 32768
 # No block is larger; an integer default above it counts tokens.
 _LARGEST_BLOCK = 256
-_LAYERS = 2
-UNPATCHED = "unpatched"
+# Nobody runs a pattern that keeps more than this; its attention is not timed.
+_DENSEST = 0.9
 
 
 def scaled(cls: type[Method], tokens: int) -> Method:
@@ -127,7 +125,7 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
     record["density"] = found.density(count)
     record["blocks"], record["bytes"] = found.starts.numel(), found.nbytes
     times: dict[str, list[float]] = {"build": [], "first_run": [], "run": []}
-    attend = record["density"] <= AUTO_MAX_DENSITY[count]
+    attend = record["density"] <= _DENSEST
     try:
         # The first round warms up and is not counted.
         begin = time.perf_counter()
@@ -145,7 +143,7 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
         return {**record, "reason": str(error)}
     record["build"] = {"seconds": times["build"][1:], **summary(times["build"][1:])}
     if not attend:
-        record["reason"] = f"attention not timed: density above {AUTO_MAX_DENSITY[count]} runs dense"
+        record["reason"] = f"attention not timed: density above {_DENSEST}"
         return record
     for part in ("first_run", "run"):
         record[part] = {"seconds": times[part][1:], **summary(times[part][1:])}
@@ -160,119 +158,3 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
 def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, ctx: Context) -> str:
     """Runs the attention; returns the backend's name."""
     return run_pattern(q, k, v, pattern, ctx.softmax_scale)[2]
-
-
-def model(options: Options) -> list[dict[str, Any]]:
-    """A whole forward of tiny random models, unpatched against every method through `patch()` with its own policy.
-
-    The method "dense" among them shows what the patch itself costs.
-    """
-    records = []
-    for tokens in options.tokens:
-        for name, build in _MODELS.items():
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                built = build(options, tokens)
-            point = {"model": name, "tokens": tokens, "heads": options.heads, "dim": options.dims[0]}
-            point["dtype"] = options.dtypes[0]
-            if isinstance(built, str):
-                records.append({**point, "contestant": UNPATCHED, "reason": built})
-            else:
-                records += list(_model_point(options, point, *built))
-    return records
-
-
-def _model_point(
-    options: Options, point: dict[str, Any], module: nn.Module, forward: Callable[[], Any], tokens: int
-) -> Iterator[dict[str, Any]]:
-    """The records of one model and length."""
-    point = {**point, "tokens": tokens}
-    calls: dict[str, Callable[[], Any]] = {UNPATCHED: forward}
-    reports: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
-    for name, cls in METHODS.items():
-        try:
-            method = scaled(cls, tokens)
-            with patch(module, method):
-                pass
-        except (TypeError, ValueError) as error:
-            reasons[name] = str(error)
-            continue
-        calls[name] = _patched(module, method, forward, name, reports)
-    times, failed = in_turns(calls, options, f"{point['model']} {tokens}")
-    reasons.update(failed)
-    for name in [*times, *reasons]:
-        record = {**point, "contestant": name, **times.get(name, {}), "reason": reasons.get(name)}
-        if name in times and UNPATCHED in times:
-            record["speedup"] = times[UNPATCHED]["median"] / times[name]["median"]
-        if name in times and name in reports:
-            report = reports[name]
-            record.update(density=report.density, params=report.params)
-            record["backends"] = sorted({b for layer in report.layers for b in layer.backends})
-            record["dense_because"] = sorted({r for layer in report.layers for r in layer.reasons})
-        yield record
-
-
-def _patched(
-    module: nn.Module, method: Method, forward: Callable[[], Any], name: str, reports: dict[str, Any]
-) -> Callable[[], Any]:
-    def call() -> None:
-        with patch(module, method) as made:
-            forward()
-            reports[name] = made.report()
-
-    return call
-
-
-def _llama(options: Options, tokens: int) -> tuple[nn.Module, Callable[[], Any], int] | str:
-    from transformers import LlamaConfig, LlamaModel
-
-    width = options.heads * options.dims[0]
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        head_dim=options.dims[0],
-        max_position_embeddings=tokens,
-    )
-    module: Any = LlamaModel(config).eval().to(options.where, options.dtype)
-    ids = torch.randint(3, 256, (1, tokens), device=options.where)
-    return module, lambda: module(input_ids=ids, use_cache=False), tokens
-
-
-def _wan(options: Options, tokens: int) -> tuple[nn.Module, Callable[[], Any], int] | str:
-    if find_spec("diffusers") is None:
-        return "needs the package diffusers"
-    from diffusers import WanTransformer3DModel
-
-    frames, height, width = video_grid(tokens)
-    module: Any = WanTransformer3DModel(
-        num_attention_heads=options.heads,
-        attention_head_dim=options.dims[0],
-        num_layers=_LAYERS,
-        ffn_dim=2 * options.heads * options.dims[0],
-        text_dim=32,
-        rope_max_seq_len=max(64, frames),
-    )
-    module = module.eval().to(options.where)
-    # As from_pretrained(torch_dtype=...) does: the model keeps some of its modules in float32.
-    exact = set(module._keep_in_fp32_modules or ())
-    for name, weight in module.named_parameters():
-        if not exact & set(name.split(".")):
-            weight.data = weight.data.to(options.dtype)
-    # Patches of 1 x 2 x 2: the latents are twice as high and wide as the grid of tokens.
-    inputs = {
-        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width).to(options.where, options.dtype),
-        "timestep": torch.tensor([500], device=options.where),
-        "encoder_hidden_states": torch.randn(1, 16, 32).to(options.where, options.dtype),
-    }
-    return module, lambda: module(**inputs), frames * height * width
-
-
-_MODELS: dict[str, Callable[[Options, int], tuple[nn.Module, Callable[[], Any], int] | str]] = {
-    "llama prefill": _llama,
-    "wan step": _wan,
-}

@@ -1,0 +1,117 @@
+"""What a backend is, and how one with a backward of its own becomes differentiable."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_sparse_attn.pattern import BlockPattern
+
+
+class Backend(Protocol):
+    """Runs attention over a BlockPattern. One file in kernels/, one class, registered by name.
+
+    `auto_rank` says on which device types backend="auto" may take it: the lowest rank that can run a call is taken.
+    A device type that is not named is one where it is right but no way to run models.
+    """
+
+    auto_rank: ClassVar[Mapping[str, int]]
+
+    @staticmethod
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        """Why this call cannot run here, or None. `pattern` None asks about the device and sizes alone."""
+
+    @staticmethod
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the keys of the pattern; differentiable where `why_not` lets a gradient pass.
+
+        Args:
+            q: [batch, heads, q_len, dim].
+            k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads.
+            v: [batch, kv_heads, kv_len, value dim].
+            pattern: batch 1 or batch, heads 1 or heads, on the device of `q`.
+            scale: factor on the logits.
+            softcap: the logits x, scaled, become softcap * tanh(x / softcap) (Gemma 2); 0 leaves them.
+
+        Returns:
+            output [batch, heads, q_len, value dim] in the dtype of `q` (0 where a query has no key), and log-sum-exp
+            [batch, heads, q_len] in float32 (float64 for float64), natural logarithm, -inf where a query has no key.
+        """
+
+
+class KernelBackend(ABC):
+    """A backend that gives its forward and its backward; `attention` is made from them, and so are the operators
+    that stand for it under torch.compile (compiled.py)."""
+
+    name: ClassVar[str]
+    auto_rank: ClassVar[Mapping[str, int]] = {}
+
+    @staticmethod
+    @abstractmethod
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        """See Backend."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """See Backend.attention; no gradient is recorded."""
+
+    @staticmethod
+    @abstractmethod
+    def backward(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        pattern: BlockPattern, scale: float, softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v, in their shapes and dtypes.
+
+        Args:
+            grad_out: gradient of the output, in any layout of memory.
+            grad_lse: gradient of the log-sum-exp, or None.
+            q, k, v, out, lse: inputs and results of the forward.
+            pattern, scale, softcap: as in the forward.
+        """
+
+    @classmethod
+    def attention(
+        cls, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See Backend.attention."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _Attention.apply(q, k, v, pattern, scale, softcap, cls)
+        return cls.forward(q, k, v, pattern, scale, softcap)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float,
+        backend: type[KernelBackend],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = backend.forward(q, k, v, pattern, scale, softcap)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = pattern, scale, softcap
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = ctx.backend.backward(grad_out, grad_lse, q, k, v, out, lse, *ctx.rest)
+        return (*grads, None, None, None, None)

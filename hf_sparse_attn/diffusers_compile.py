@@ -1,0 +1,54 @@
+"""Patched transformers of diffusers in compiled graphs: what their operators do when the graph runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from torch import Tensor, nn
+
+from hf_sparse_attn.diffusers_model import Asked, Layer, Tokens
+from hf_sparse_attn.patching import LayerRecord
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.diffusers_hook import DiffusersHooks
+
+
+class CompiledModel:
+    """Stands for a patched transformer in compiled graphs; see opaque.Model."""
+
+    def __init__(self, hooks: DiffusersHooks, transformer: nn.Module) -> None:
+        self.hooks = hooks
+        self.transformer = ref(transformer)
+
+    def begin(self, given: list[Tensor], sizes: list[int]) -> int:
+        """See opaque.Model."""
+        return self.hooks.begin(self.transformer(), given[0] if given else None, Tokens.of_sizes(sizes))
+
+
+class CompiledLayer:
+    """Stands for a patched attention in compiled graphs; see opaque.Layer."""
+
+    def __init__(self, hooks: DiffusersHooks, layer: Layer) -> None:
+        self.hooks = hooks
+        self.layer = layer
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int], options: list[float],
+        reason: str, training: bool, again: bool,
+    ) -> Tensor:  # fmt: skip
+        """See opaque.Layer."""
+        hooks, layer, scale = self.hooks, self.layer, options[0]
+        if again:
+            layer = replace(layer, record=LayerRecord(layer.record.name, layer.index))
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return hooks.dispatch(q, k, v, mask, 0.0, False, scale, backend=layer.backend).transpose(1, 2)
+
+        call = hooks.tickets.get(int(extra["ticket"]))
+        asked = Asked(q, k, v, extra.get("mask"), scale, (), dense)
+        with hooks.session.steadily(training):
+            return hooks.run((layer, call), asked).transpose(1, 2)

@@ -1,0 +1,240 @@
+"""How the models of diffusers are made: their transformers, what their tokens are, and the attention dispatcher."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from hf_sparse_attn.context import Segment, TokenLayout
+from hf_sparse_attn.method import Decline
+from hf_sparse_attn.patching import LayerRecord
+
+log = logging.getLogger(__name__)
+
+_MODELS = "diffusers.models.transformers."
+# Parts of a path that say a module is no self-attention over the main tokens.
+_ASIDE = re.compile(
+    r"attn2|(.*_)?cross_att.*|.*_to_.*_attn|(audio|text|txt|context|face|perceiver|mode)_?.*|.*refiner.*"
+)
+
+PIPELINE_PARTS = ("transformer", "transformer_2")
+# What the dispatcher keeps for a backend: its function, its checks, the arguments it is given.
+DISPATCH_TABLES = ("_backends", "_constraints", "_supported_arg_names")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokens of self-attention are in one forward; their number is known when a layer runs.
+
+    Args:
+        grid: (frames, height, width) in tokens, an image being one frame; None where the order is not known.
+        before, after: text or condition tokens before and after the video; None for one of them means as many as the
+            sequence holds besides.
+    """
+
+    grid: tuple[int, int, int] | None
+    before: int | None = 0
+    after: int | None = 0
+
+    def layout(self, length: int) -> TokenLayout | None:
+        """The layout of a sequence of `length` tokens, or None where it does not fit the grid."""
+        if self.grid is None:
+            return TokenLayout.bidirectional(length)
+        video = Segment("video", self.grid[0] * self.grid[1] * self.grid[2], self.grid)
+        rest = length - video.length - (self.before or 0) - (self.after or 0)
+        before = rest if self.before is None else self.before
+        after = rest if self.after is None else self.after
+        if before + video.length + after != length or rest < 0:
+            return None
+        return TokenLayout.video(*self.grid, text_before=before, text_after=after)
+
+    def sizes(self) -> list[int]:
+        """As whole numbers, -1 for what is not known; see `of_sizes`."""
+        return [-1 if n is None else n for n in (*(self.grid or (-1, -1, -1)), self.before, self.after)]
+
+    @classmethod
+    def of_sizes(cls, sizes: list[int]) -> Tokens:
+        """The inverse of `sizes`."""
+        frames, height, width, *rest = sizes
+        before, after = (None if n < 0 else n for n in rest)
+        return cls(None if frames < 0 else (frames, height, width), before, after)
+
+    def __str__(self) -> str:
+        return str(TokenLayout.video(*self.grid, self.before or 0, self.after or 0)) if self.grid else "of any order"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A self-attention module: its path in the transformer, the index of its layer, and the module."""
+
+    path: str
+    index: int
+    attention: Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One patched attention: its record, its index, how many layers its transformer has, and the backend it had."""
+
+    record: LayerRecord
+    index: int
+    num_layers: int
+    backend: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one forward share; `num_steps` is None where nobody knows it."""
+
+    tokens: Tokens
+    step: int
+    num_steps: int | None
+    branch: str | None
+    # By mask, as most models give one to all layers: to look at its values is to wait for the device.
+    trims: Any = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call of attention, in [batch, heads, tokens, dim].
+
+    Args:
+        q, k, v: what attends to what.
+        mask: as scaled_dot_product_attention takes it, or what else the family makes of it.
+        scale: factor on the logits; None means dim ** -0.5.
+        odd: features of the call, by name, that sparse attention does not have.
+        dense: the model's own attention of q, k, v and a mask.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    scale: float | None
+    odd: tuple[str, ...]
+    dense: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def find_transformers(model: object, classes: Mapping[str, str]) -> list[nn.Module] | Decline:
+    """The transformers of some classes in a module or pipeline; imports nothing: what is not loaded cannot be given.
+
+    Args:
+        model: a module, perhaps wrapped (PEFT, torch.compile), or a pipeline.
+        classes: module file -> class name.
+    """
+    parts = transformer_parts(model)
+    if isinstance(parts, Decline):
+        return parts
+    loaded = [(sys.modules[file], name) for file, name in classes.items() if file in sys.modules]
+    kinds = tuple(getattr(file, name) for file, name in loaded if hasattr(file, name))
+    found = dict.fromkeys(m for part in parts for m in part.modules() if isinstance(m, kinds))
+    return list(found) or Decline(f"{type(model).__name__} holds no {' or '.join(classes.values())}")
+
+
+def transformer_parts(model: object) -> list[nn.Module] | Decline:
+    """The module itself, or the transformers of a pipeline."""
+    kind = type(model).__name__
+    if isinstance(model, nn.Module):
+        return [model]
+    if not any(hasattr(model, name) for name in PIPELINE_PARTS):
+        return Decline(f"{kind} is neither a module nor a pipeline with a `transformer`")
+    held = [getattr(model, name, None) for name in PIPELINE_PARTS]
+    if all(part is None for part in held):
+        return Decline(f"{kind} has no transformer: `transformer` and `transformer_2` are None or absent")
+    return [part for part in held if isinstance(part, nn.Module)]
+
+
+def transformers_of_diffusers(model: object) -> list[nn.Module] | Decline:
+    """The outermost transformer models of diffusers, of any class, in a module or pipeline."""
+    parts = transformer_parts(model)
+    if isinstance(parts, Decline):
+        return parts
+    found: dict[nn.Module, None] = {}
+    inside: set[nn.Module] = set()
+    for part in parts:
+        for module in part.modules():
+            if module not in inside and any(_is_model(base) for base in type(module).__mro__):
+                found[module] = None
+                inside.update(module.modules())
+    return list(found) or Decline(f"{type(model).__name__} holds no transformer model of diffusers")
+
+
+def _is_model(kind: type[Any]) -> bool:
+    return kind.__module__.startswith(_MODELS) and "config_name" in dir(kind)
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """A self-attention module of any model: its path, the module, and how its processor reaches attention."""
+
+    path: str
+    attention: Any
+    way: Literal["dispatcher", "function"] | None
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    """The self-attention modules over the main tokens of a transformer, found by their processors and names.
+
+    Left out: cross-attention, and what works on text, audio or conditions alone.
+    """
+    found = []
+    for path, module in transformer.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None or getattr(module, "is_cross_attention", False) is True:
+            continue
+        if not any(_ASIDE.fullmatch(part) for part in path.split(".")):
+            found.append(SelfAttention(path, module, way_of(processor)))
+    return found
+
+
+def way_of(processor: object) -> Literal["dispatcher", "function"] | None:
+    """How a processor reaches attention: the dispatcher with a backend of its own, PyTorch's function, or neither."""
+    if hasattr(processor, "_attention_backend"):
+        return "dispatcher"
+    kind: Any = type(processor)
+    call = inspect.unwrap(kind.forward if isinstance(processor, nn.Module) else kind.__call__)
+    names = getattr(getattr(call, "__code__", None), "co_names", ())
+    # The dispatcher ends in PyTorch's function unless another backend was set for the whole process.
+    known = "scaled_dot_product_attention" in names or "dispatch_attention_fn" in names
+    return "function" if known else None
+
+
+def forward_parameters(kind: type[Any]) -> list[str]:
+    """Names of the arguments of a class's forward."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def rotary_table(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first rotary table given to an attention layer."""
+    named = [value for name, value in kwargs.items() if any(part in name for part in ("rotary", "rope", "freqs"))]
+    for table in (*named, *(a for a in args if isinstance(a, (tuple, list)))):
+        first = table[0] if isinstance(table, (tuple, list)) and table else table
+        if isinstance(first, Tensor):
+            return first
+    return None
+
+
+def dispatcher() -> tuple[Callable[..., Tensor], Any, Any]:
+    """The dispatch function of diffusers, its backend tables and the type of a backend's name.
+
+    Raises:
+        RuntimeError: they are not where versions 0.36 to 0.42 have them.
+    """
+    import diffusers
+
+    try:
+        from diffusers.models import attention_dispatch as file
+
+        tables = file._AttentionBackendRegistry
+        if all(isinstance(getattr(tables, name), dict) for name in DISPATCH_TABLES):
+            return file.dispatch_attention_fn, tables, file.AttentionBackendName
+    except (ImportError, AttributeError) as error:
+        log.debug("diffusers %s: %s", diffusers.__version__, error)
+    raise RuntimeError(f"`diffusers` must have the attention dispatcher of 0.36 to 0.42, got {diffusers.__version__}")

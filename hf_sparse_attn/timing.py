@@ -1,0 +1,133 @@
+"""Timing: one call, and several contestants in turns."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+# A point that is slow stops after this many rounds once its time is up.
+FEWEST_ROUNDS = 2
+
+
+class Rounds(Protocol):
+    """How often to measure, and where; bench.Options is one."""
+
+    @property
+    def repeats(self) -> int:
+        """Rounds over the contestants."""
+
+    @property
+    def seconds(self) -> float:
+        """Time after which there is no further round once there were two."""
+
+    @property
+    def where(self) -> torch.device:
+        """The device."""
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call, the work it left on the device included, and what it returned."""
+    synchronize(device)
+    begin = time.perf_counter()
+    made = call()
+    synchronize(device)
+    return time.perf_counter() - begin, made
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """The clock for comparing calls that a busy machine may interrupt: on one CPU thread it is that thread's own."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.thread_time
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes in use on a GPU, from where its peak is counted anew; None elsewhere: torch does not count there."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def in_turns(
+    contestants: dict[Any, Callable[[], Any]], options: Rounds, title: str
+) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
+    """Times all contestants round by round, so that what else the machine does meets them alike.
+
+    Returns:
+        by contestant: `warmup_seconds` (the first call, compiling and planning included), `seconds` (one per round),
+        `rounds`, `median`, `min`, `max`, on CUDA `peak_bytes` of the first call; and the reasons of those that failed.
+    """
+    times: dict[Any, dict[str, Any]] = {}
+    failed: dict[Any, str] = {}
+    with tqdm(total=len(contestants) * (1 + options.repeats), desc=title, leave=False, disable=None) as bar:
+        for name, call in contestants.items():
+            try:
+                before = allocated(options.where)
+                times[name] = {"warmup_seconds": timed(call, options.where)[0], "seconds": []}
+                if before is not None:
+                    times[name]["peak_bytes"] = torch.cuda.max_memory_allocated(options.where) - before
+            # A contestant that breaks must not take the others' numbers with it; it is listed with its error.
+            except Exception as error:
+                log.debug("%s failed", name, exc_info=True)
+                times.pop(name, None)
+                failed[name] = failure(error)
+            bar.update()
+        begin = time.perf_counter()
+        for done in range(options.repeats):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > options.seconds:
+                break
+            for name in times:
+                times[name]["seconds"].append(timed(contestants[name], options.where)[0])
+                bar.update()
+    return {name: {**found, **summary(found["seconds"])} for name, found in times.items()}, failed
+
+
+def compare(
+    first: Callable[[], object], second: Callable[[], object], device: torch.device, rounds: int = 3
+) -> tuple[float, float]:
+    """Median seconds of two calls, run in turns after one of each to warm up, without gradients."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for done in range(rounds + 1):
+            for call, spent in zip((first, second), seconds, strict=True):
+                took = timed(call, device)[0]
+                if done:
+                    spent.append(took)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def failure(error: Exception) -> str:
+    """One line about what a contestant raised."""
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Number of rounds, median and spread."""
+    return {
+        "rounds": len(seconds),
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+    }

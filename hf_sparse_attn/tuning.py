@@ -1,0 +1,114 @@
+"""The fastest launches measured on this machine, on disk, for kernels that can be cut in several ways.
+
+Knows no kernel: a launch is a few named whole numbers. Written by explicit tuning alone, never by a user's call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+# Contents by path and time of change: a call that looks up every time reads the file once.
+_READ: dict[Path, tuple[int, dict[str, Any]]] = {}
+
+
+def path() -> Path:
+    """Where the launches are kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf_sparse_attn" / "tuning.json"
+
+
+def lookup(device: str, software: str, kernel: str, shape: str) -> dict[str, int] | None:
+    """The best launch known, or None.
+
+    Args:
+        device: name of the device.
+        software: versions that decide how fast a launch is.
+        kernel: name of the kernel.
+        shape: name of a class of shapes that share a launch.
+    """
+    found = _load().get(f"{device}, {software}", {}).get(kernel, {}).get(shape)
+    return None if found is None else dict(found["launch"])
+
+
+def store(device: str, software: str, kernel: str, shape: str, launch: Mapping[str, int], milliseconds: float) -> None:
+    """Keeps a launch as the best one, in place of another; the file is replaced as a whole, or left as it was.
+
+    Args:
+        device, software, kernel, shape: as in `lookup`.
+        launch: what the kernel's file makes a launch of.
+        milliseconds: what it took.
+
+    Raises:
+        ValueError: a launch that is not made of whole numbers from 1 on, or a time that is not positive.
+    """
+    entry = {"launch": dict(launch), "milliseconds": milliseconds}
+    if not _is_entry(entry):
+        raise ValueError(f"`launch` must hold whole numbers from 1 on and a positive time, got {entry}")
+    # Read again: another process may have written since.
+    _READ.pop(path(), None)
+    known = _load()
+    known.setdefault(f"{device}, {software}", {}).setdefault(kernel, {})[shape] = entry
+    path().parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path().parent, suffix=".json")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, "launches": known}, file, indent=1, sort_keys=True)
+        os.replace(name, path())
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _READ.pop(path(), None)
+
+
+def _load() -> dict[str, Any]:
+    """Launches by device and versions, kernel, shape; none where the file is not there or broken."""
+    file = path()
+    try:
+        changed = file.stat().st_mtime_ns
+    except OSError:
+        return {}
+    known = _READ.get(file)
+    if known is None or known[0] != changed:
+        _READ[file] = known = changed, _parse(file)
+    return known[1]
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read and is ignored: %s", file, error)
+        return {}
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("launches"), dict):
+        log.warning("%s is not of format %d and is ignored", file, _FORMAT)
+        return {}
+    levels = [found["launches"]]
+    for _ in range(2):
+        if all(isinstance(level, dict) for level in levels):
+            levels = [value for level in levels for value in level.values()]
+    entries = [e for level in levels if isinstance(level, dict) for e in level.values()]
+    if not all(isinstance(level, dict) for level in levels) or not all(map(_is_entry, entries)):
+        log.warning("%s holds something that is no launch and is ignored", file)
+        return {}
+    launches: dict[str, Any] = found["launches"]
+    return launches
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"launch", "milliseconds"}:
+        return False
+    launch, time = entry["launch"], entry["milliseconds"]
+    whole = isinstance(launch, dict) and all(
+        isinstance(k, str) and isinstance(n, int) and not isinstance(n, bool) and n >= 1 for k, n in launch.items()
+    )
+    return whole and isinstance(time, (int, float)) and not isinstance(time, bool) and time > 0

@@ -1,0 +1,130 @@
+"""Compiles cpp_block_sparse.cpp for the machine it runs on, once per dtype and direction, and keeps the libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent
+_STORED = {torch.float32: "float", torch.bfloat16: "BFloat", torch.float16: "Half", torch.float64: "double"}
+_COMPILERS = ("g++", "c++", "clang++")
+# By machine: how a compiler is told to use all that this CPU has.
+_NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-strict-aliasing", "-w")
+# A compiler that takes longer is taken for stuck.
+_SECONDS = 300
+
+
+class CannotBuild(RuntimeError):
+    """There is no library, and why."""
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why no library can be made here, as far as can be told without compiling anything; None where one may be."""
+    if dtype not in _STORED:
+        return f"needs {', '.join(str(d).removeprefix('torch.') for d in _STORED)}, got {str(dtype)[6:]}"
+    if sys.platform != "linux" or platform.machine() not in _NATIVE:
+        return f"needs Linux on {' or '.join(_NATIVE)}, this is {sys.platform} on {platform.machine()}"
+    if compiler() is None:
+        return f"needs a C++ compiler: none of {', '.join(_COMPILERS)} is on the path"
+    return None
+
+
+def library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
+    """The library for a dtype and direction; compiled where it was not yet (seconds, once per machine).
+
+    Raises:
+        CannotBuild: no compiler, or it failed; asked again it is not tried again.
+    """
+    found = _library(dtype, backward)
+    if isinstance(found, str):
+        raise CannotBuild(found)
+    return found
+
+
+@lru_cache(maxsize=1)
+def compiler() -> str | None:
+    """Path of the compiler that is used, or None."""
+    return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+
+
+@cache
+def _library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL | str:
+    reason = why_not(dtype)
+    if reason is not None:
+        return reason
+    try:
+        path = _folder() / f"{_STORED[dtype]}_{'backward' if backward else 'forward'}_{_key()}.so"
+        if not path.exists():
+            _compile(dtype, backward, path)
+        found = ctypes.CDLL(str(path))
+    except subprocess.SubprocessError as error:
+        shown = getattr(error, "stderr", None) or str(error)
+        return f"{compiler()} cannot compile it: {shown.strip().partition(chr(10))[0]}"
+    except OSError as error:
+        return f"its library cannot be made or loaded: {error}"
+    found.hsa_run.restype = ctypes.c_int64
+    found.hsa_call_bytes.restype = ctypes.c_int64
+    return found
+
+
+def _compile(dtype: torch.dtype, backward: bool, path: Path) -> None:
+    log.info("compiling %s, once for this machine", path.name)
+    begin = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        defines = (f"-DSTORED={_STORED[dtype]}", f"-DBACKWARD={int(backward)}")
+        command = (str(compiler()), *_FLAGS, _NATIVE[platform.machine()], *defines)
+        subprocess.run(
+            [*command, str(_SOURCES / "cpp_block_sparse.cpp"), "-o", str(made)],
+            check=True, capture_output=True, text=True, timeout=_SECONDS,
+        )  # fmt: skip
+        # At once: another process may be making the same library, or loading it.
+        made.replace(path)
+    log.info("compiled %s in %.1f s", path.name, time.perf_counter() - begin)
+
+
+@lru_cache(maxsize=1)
+def _folder() -> Path:
+    """Where libraries are kept between runs; a folder of this process alone where the home cannot be written."""
+    kept = Path.home() / ".cache" / "hf_sparse_attn" / "cpp"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kept):
+            return kept
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="hf_sparse_attn_"))
+
+
+@lru_cache(maxsize=1)
+def _key() -> str:
+    """Changes with the sources, the compiler, the flags and the CPU."""
+    parts = [source.read_text() for source in sorted(_SOURCES.glob("cpp_block_sparse*")) if source.suffix != ".py"]
+    version = subprocess.run([str(compiler()), "--version"], check=True, capture_output=True, text=True, timeout=60)
+    parts += [version.stdout, *_FLAGS, _NATIVE[platform.machine()], *sorted(cpu_features())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """What the CPU can do, in the words of Linux; empty where that is not told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(found.partition(":")[2].split())

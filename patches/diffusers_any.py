@@ -1,0 +1,335 @@
+"""Any transformer of diffusers: self-attention that goes through the dispatcher or through PyTorch's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse_attn.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.diffusers_model import (
+    Asked,
+    Call,
+    Layer,
+    Place,
+    Tokens,
+    self_attentions,
+    transformers_of_diffusers,
+)
+from hf_sparse_attn.method import NEEDS, Decline, MethodDoesNotApply
+from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.sdpa_hook import Answer, is_scoped, scoped_class
+
+Inputs = Mapping[str, Any]
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_UNKNOWN = Tokens(None)
+
+
+def _patched(sizes: Iterable[int], patches: Iterable[int]) -> tuple[int, int, int]:
+    """Grid of (frames, height, width) in tokens."""
+    frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
+    return frames, height, width
+
+
+def _video(config: Any, inputs: Inputs) -> Tokens:
+    """Latents [batch, channels, frames, height, width] in patches, text in cross-attention."""
+    return Tokens(_patched(inputs["hidden_states"].shape[2:], config.patch_size))
+
+
+def _ltx(config: Any, inputs: Inputs) -> Tokens:
+    """Tokens come ready made, their grid beside them; anything put after them belongs to no grid."""
+    frames, height, width = (inputs.get(name) or 0 for name in ("num_frames", "height", "width"))
+    known = inputs["hidden_states"].shape[1] == frames * height * width
+    return Tokens((frames, height, width)) if known else _UNKNOWN
+
+
+def _kandinsky5(config: Any, inputs: Inputs) -> Tokens:
+    """Latents [batch, frames, height, width, channels]; its own sparse attention orders the tokens differently."""
+    if inputs.get("sparse_params") is not None:
+        return _UNKNOWN
+    return Tokens(_patched(inputs["hidden_states"].shape[1:4], config.patch_size))
+
+
+def _cogvideox(config: Any, inputs: Inputs) -> Tokens:
+    """Text first; latents [batch, frames, channels, height, width]."""
+    frames, _, height, width = inputs["hidden_states"].shape[1:]
+    patches = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+    return Tokens(_patched((frames, height, width), patches), inputs["encoder_hidden_states"].shape[1])
+
+
+def _video_then_text(config: Any, inputs: Inputs) -> Tokens:
+    """Mochi: the video, then the valid text of the row."""
+    sizes = inputs["hidden_states"].shape[2:]
+    return Tokens(_patched(sizes, (1, config.patch_size, config.patch_size)), after=None)
+
+
+def _image_then_text(config: Any, inputs: Inputs) -> Tokens:
+    """SD3: the image in patches, then text; blocks with a second attention run it on the image alone."""
+    height, width = inputs["hidden_states"].shape[2:]
+    return Tokens((1, height // config.patch_size, width // config.patch_size), after=None)
+
+
+def _hunyuan_image(config: Any, inputs: Inputs) -> Tokens:
+    """Latents in patches, then text."""
+    sizes, patches = inputs["hidden_states"].shape[2:], config.patch_size
+    return Tokens(
+        _patched((1,) * (3 - len(sizes)) + tuple(sizes), (1,) * (3 - len(patches)) + tuple(patches)), after=None
+    )
+
+
+def _qwen_image(config: Any, inputs: Inputs) -> Tokens:
+    """Text first, then the image; with reference images behind it there is more than one grid."""
+    shapes = inputs.get("img_shapes") or []
+    rows = [row if isinstance(row, list) else [row] for row in shapes]
+    if not rows or any(len(row) != 1 or tuple(row[0]) != tuple(rows[0][0]) for row in rows):
+        return _UNKNOWN
+    frames, height, width = rows[0][0]
+    return Tokens((frames, height, width), before=None)
+
+
+def _flux(config: Any, inputs: Inputs) -> Tokens:
+    """Text first, then the image, whose ids are (0, row, column) in raster order; reference images have other ids."""
+    ids, text = inputs.get("img_ids"), inputs["encoder_hidden_states"].shape[1]
+    # A graph of the whole model cannot look at values.
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 3 or torch.compiler.is_compiling():
+        return _UNKNOWN
+    height, width = (int(size) + 1 for size in ids[-1, 1:].tolist())
+    if height * width != len(ids):
+        return _UNKNOWN
+    rows, columns = (torch.arange(size, device=ids.device, dtype=ids.dtype) for size in (height, width))
+    whole = torch.cartesian_prod(rows[:1], rows, columns)
+    return Tokens((1, height, width), before=text) if torch.equal(ids, whole) else _UNKNOWN
+
+
+# What the model classes whose order of tokens is known say about it. All others: tokens of any order.
+TOKENS: dict[str, Callable[[Any, Inputs], Tokens]] = {
+    "AllegroTransformer3DModel": _video_then_text,
+    "ChromaTransformer2DModel": _flux,
+    "ChronoEditTransformer3DModel": _video,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "CosmosTransformer3DModel": _video,
+    "FluxTransformer2DModel": _flux,
+    "HunyuanImageTransformer2DModel": _hunyuan_image,
+    "Kandinsky5Transformer3DModel": _kandinsky5,
+    "LTXVideoTransformer3DModel": _ltx,
+    "LTX2VideoTransformer3DModel": _ltx,
+    "MochiTransformer3DModel": _video_then_text,
+    "QwenImageTransformer2DModel": _qwen_image,
+    "SD3Transformer2DModel": _image_then_text,
+    "SkyReelsV2Transformer3DModel": _video,
+    "WanAnimateTransformer3DModel": _video,
+}
+
+
+# Attention that is none of one sequence among itself, though it is reached.
+_REFUSED = {
+    "AnyFlowFARTransformer3DModel": "chunks of the video see only earlier ones",
+    "Cosmos3OmniTransformer": "two parts of a sequence attend in two ways, one of them causal",
+    "MiniMaxMusic3RVQDepthDecoder": "attention is causal",
+    "PRXTransformer2DModel": "the image attends to text that does not attend to it",
+    "PriorTransformer": "attention is causal",
+    "RFD4ProteinaTransformer": "every pair of tokens has a bias",
+}
+
+
+@FAMILIES.register("diffusers")
+class Diffusers:
+    """Any other transformer of diffusers, bare, wrapped or in a pipeline; see family.Family.
+
+    Self-attention is found by its processor. One that goes through the dispatcher is given a backend; one that calls
+    scaled_dot_product_attention by itself (CogVideoX, Mochi, SD3, ...) is answered within its processor, which ends a
+    graph of torch.compile. Cross-attention is never touched. What reaches neither (linear attention) is declined.
+
+    Where the order of the tokens is known (TOKENS) they are a video or an image of one frame, with text before or
+    after it; else they are bidirectional tokens without a grid, and methods that need one are refused. Steps are
+    learnt as for Wan.
+    """
+
+    generic: ClassVar[bool] = True
+    provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})
+    models: ClassVar[str] = (
+        "diffusers: any other transformer (LTX, CogVideoX, Mochi, Cosmos, Kandinsky, Flux, Qwen-Image, ...)"
+    )
+
+    @staticmethod
+    def targets(model: object) -> list[nn.Module] | Decline:
+        """The transformers in a module or pipeline, if all have self-attention that can be reached."""
+        found = transformers_of_diffusers(model)
+        if isinstance(found, Decline):
+            return found
+        for transformer in found:
+            reason = why_not(transformer)
+            if reason is not None:
+                return Decline(reason)
+        return found
+
+    @staticmethod
+    def install(patch: Patch) -> None:
+        """See family.Family.
+
+        Raises:
+            RuntimeError: this version of diffusers has another dispatcher.
+            MethodDoesNotApply: the method needs a grid and the order of the model's tokens is not known.
+        """
+        for transformer in patch.modules:
+            kind = type(transformer).__name__
+            if "video grid" in patch.method.needs and kind not in TOKENS:
+                raise MethodDoesNotApply(
+                    f"`method` {patch.method.name!r} needs {NEEDS['video grid']}; "
+                    f"the order of tokens in {kind} is not known"
+                )
+        _AnyHooks(patch).install()
+
+    @staticmethod
+    def tiny() -> tuple[Any, dict[str, Any]]:
+        """An LTX transformer of two layers, two heads of 12, and 5 x 7 x 13 tokens."""
+        from diffusers import LTXVideoTransformer3DModel
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sizes: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "num_layers": 2}
+            model: Any = LTXVideoTransformer3DModel(
+                **sizes, attention_head_dim=12, cross_attention_dim=24, caption_channels=16
+            )
+            inputs = {
+                "hidden_states": torch.randn(1, 455, 4),
+                "timestep": torch.tensor([500.0]),
+                "encoder_hidden_states": torch.randn(1, 12, 16),
+                "encoder_attention_mask": torch.ones(1, 12),
+                "num_frames": 5,
+                "height": 7,
+                "width": 13,
+            }
+        return model.eval(), inputs
+
+
+def why_not(transformer: nn.Module) -> str | None:
+    """Why a transformer cannot be patched, or None."""
+    kind = type(transformer).__name__
+    if kind in _REFUSED:
+        return f"{kind}: {_REFUSED[kind]}"
+    found = self_attentions(transformer)
+    if not found:
+        return f"{kind} has no self-attention with a processor"
+    lost = sorted({type(a.attention.processor).__name__ for a in found if a.way is None})
+    if len(lost) == len({type(a.attention.processor).__name__ for a in found}):
+        return f"{kind} computes attention by itself, without the dispatcher or PyTorch's function: {', '.join(lost)}"
+    return None
+
+
+class _AnyHooks(DiffusersHooks):
+    def __init__(self, patch: Patch) -> None:
+        super().__init__(patch)
+        self.scoped: dict[type[Any], type[Any]] = {}
+        self.ways: dict[nn.Module, str] = {}
+        self.context = 0
+        self.again: Call | None = None
+
+    def install(self) -> None:
+        """Besides, blocks note which forward they are in: not every model hands its layers a rotary tensor."""
+        super().install()
+        for transformer, attentions in self.attentions.items():
+            enter, leave = self.enter_block, self.leave_block
+            if any(self.ways[attention] == "function" for attention in attentions):
+                # These end graphs anyway, and a compiled graph has no other way to tell them the forward.
+                enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+            for path in dict.fromkeys(_block_of(found.path) for found in self_attentions(transformer)):
+                block = transformer.get_submodule(path)
+                self.hold(block.register_forward_pre_hook(enter, with_kwargs=True))
+                self.hold(block.register_forward_hook(leave, always_call=True))
+
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the tensors of a block, by which its recomputation in backward is known again."""
+        if torch.compiler.is_compiling():
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if self.call is None:
+            self.again = next((found for t in tensors if (found := self.calls.get(t)) is not None), None)
+        for tensor in tensors if self.call is not None else ():
+            self.calls[tensor] = self.call
+
+    def leave_block(self, *_: object) -> None:
+        """Ends what `enter_block` began."""
+        if not torch.compiler.is_compiling():
+            self.again = None
+
+    def places(self, transformer: Any) -> Iterable[Place]:
+        reached = [a for a in self_attentions(transformer) if a.way is not None]
+        for index, found in enumerate(reached):
+            self.ways[found.attention] = str(found.way)
+            yield Place(found.path, index, found.attention)
+
+    def tokens(self, transformer: Any, inputs: Inputs) -> Tokens:
+        known = TOKENS.get(type(transformer).__name__)
+        return _UNKNOWN if known is None else known(transformer.config, inputs)
+
+    def check_place(self, attention: Any, name: str) -> None:
+        """Found by how it can be taken over."""
+
+    def take_over(self, attention: Any) -> None:
+        processor = attention.processor
+        if self.ways[attention] == "dispatcher":
+            super().take_over(attention)
+        elif not is_scoped(processor):
+            kind = type(processor)
+            scoped = self.scoped.setdefault(kind, scoped_class(kind, self._answer_for))
+            processor.__class__ = scoped
+            self.patch.on_remove(setattr, processor, "__class__", kind)
+
+    def why_lost(self, attention: Any) -> str | None:
+        if self.ways[attention] == "dispatcher":
+            return super().why_lost(attention)
+        processor = attention.processor
+        return None if is_scoped(processor) else f"processor changed after the patch to {type(processor).__name__}"
+
+    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().enter_layer(attention, args, kwargs)
+        if self.active is not None and self.active[1] is None:
+            self.active = self.active[0], self.again
+        inputs = self.by_name(attention, args, kwargs)
+        text, own = inputs.get("encoder_hidden_states"), inputs.get("hidden_states")
+        self.context = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 and text is not own else 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any) -> Tensor:
+        """See DiffusersHooks. Keys that are the text alone are cross-attention under another name."""
+        if self.context and key.shape[1] == self.context:
+            self.active = self.traced = None
+        return super().attend(query, key, value, *args, **given)
+
+    def _answer_for(self, attention: Any) -> Answer | None:
+        """What a scoped processor of this attention gets; None where it is not one of ours, as in a deep copy."""
+        layer = self.layers.get(attention)
+        # A compiled graph sets no `active`; it has begun its forward, though.
+        active, self.active = self.active, None
+        if layer is None:
+            return None
+        if active is None or active[0] is not layer:
+            active = layer, self.call or self.again
+
+        def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return self._answer(active, func, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
+
+        return answer
+
+    def _answer(self, active: tuple[Layer, Call | None], func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+        """One call of scaled_dot_product_attention inside a processor."""
+        q, k, v, mask = (given.pop(name, None) for name in _ARGUMENTS[:4])
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return func(q, k, v, attn_mask=mask, **given)
+
+        if q.ndim != 4 or (self.context and k.shape[2] == self.context):
+            return dense(q, k, v, mask)
+        has = {"dropout": given.get("dropout_p", 0.0) != 0.0, "causal order": given.get("is_causal", False)}
+        odd = tuple(name for name, there in has.items() if there)
+        return self.run(active, Asked(q, k, v, mask, given.get("scale"), odd, dense))
+
+
+def _block_of(path: str) -> str:
+    """The part of an attention's path that names its block, the first member of a list; itself where there is none."""
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])
