@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -27,6 +27,24 @@ class Decline:
     reason: str
 
 
+@dataclass(frozen=True)
+class Knob:
+    """The parameter by which the density of a method is set, so that methods can be compared at equal density.
+
+    Args:
+        name: the parameter.
+        low, high: the range that is searched; the density goes up, or down, all the way from one to the other.
+        log: whether to search the logarithm of the parameter.
+        integer: whether the parameter is an int.
+    """
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+
 class MethodDoesNotApply(ValueError):
     """A method was asked for directly where it does not apply."""
 
@@ -36,7 +54,8 @@ class Method:
     """Base of all methods: a frozen dataclass whose fields are the parameters and whose `pattern` is the method.
 
     A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
-    so that it is built once per layout), whether a gradient may flow (`trainable`), and its `paper`.
+    so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, and the `knob` that
+    sets its density, where it has one.
     """
 
     name: ClassVar[str] = ""
@@ -44,6 +63,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     static: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
+    knob: ClassVar[Knob | None] = None
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
         """Which keys each block of queries reads.
@@ -99,6 +119,16 @@ class Method:
     def cache_key(self, ctx: Context) -> tuple[Any, ...]:
         """What a static pattern depends on besides the parameters."""
         return (ctx.layout,)
+
+    def turned(self, value: float) -> Method:
+        """This method with its knob at `value`; methods whose knob is no single number override it.
+
+        Raises:
+            TypeError: the method has no knob.
+        """
+        if self.knob is None:
+            raise TypeError(f"method {self.name!r} has no parameter that sets its density")
+        return replace(self, **{self.knob.name: round(value) if self.knob.integer else value})
 
     def params(self) -> dict[str, Any]:
         """The parameters by name."""
