@@ -54,6 +54,27 @@ def rank_descending(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
+def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> Tensor:
+    """The fewest elements of each row that hold a share of its sum: forced ones first, then from the highest on.
+
+    Args:
+        scores: float32 [..., n], at least 0, and 0 where not visible.
+        share: in (0, 1]; all that is visible is kept at 1.
+        forced, visible: bool, broadcastable to `scores`; forced ones must be visible.
+
+    Returns:
+        bool like `scores`.
+    """
+    if share == 1:
+        return visible.expand_as(scores)
+    order = rank_descending(scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf))
+    total = scores.gather(-1, order).cumsum(-1)
+    # An element is needed while those before it hold less than the share.
+    before = torch.nn.functional.pad(total[..., :-1], (1, 0))
+    needed = before < share * scores.sum(-1, keepdim=True)
+    return (torch.zeros_like(needed).scatter_(-1, order, needed) & visible) | forced
+
+
 def top_blocks(
     score: Callable[[int, int], Tensor],
     counts: Tensor,

@@ -1,4 +1,4 @@
-"""Strided heads (Sparse Transformer, S2-Attention): neighbours, and every n-th block from an offset of the head's own."""
+"""Strided heads (Sparse Transformer, S2-Attention): neighbours and every n-th block, from an offset by head."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Strided(Method):
     """Each block of queries keeps its neighbours and every n-th block of keys, heads from different offsets.
 
     Row r keeps block c where |r - c| < local, c < sink, or (x + g * head_step + offset) mod stride is 0: x is c where
-    `relative` is false (the same columns for all rows, S2-Attention) and |r - c| where it is true (diagonals, as in the
-    Sparse Transformer, whose strided pair of heads in one is `local` = `stride`, `relative`, `head_step` 0). g is the
-    key/value head. Causal layouts drop what comes after the query; text beside a video is kept whole.
+    `relative` is false (the same columns for all rows, S2-Attention) and |r - c| where it is true (diagonals, as in
+    the Sparse Transformer, whose strided pair of heads in one is `local` = `stride`, `relative`, `head_step` 0). g is
+    the key/value head. Causal layouts drop what comes after the query; text beside a video is kept whole.
 
     Deviations: the heads of a group share one offset and `head_step` counts groups, so that the keys of a group are
     read once (S2-Attention has the option and steps by query heads); blocks in place of the tokens of the Sparse
