@@ -169,10 +169,8 @@ def test_density_rises_with_the_threshold() -> None:
     layout = TokenLayout.causal(1000)
     ctx, (q, k), base = context(layout), inputs(layout), XAttention(stride=8, block_size=32)
     assert base.knob is not None
-    found = [
-        base.turned(x).pattern(q, k, ctx).density("causal")
-        for x in (base.knob.low, 0.2, 0.4, 0.6, 0.8, base.knob.high)
-    ]
+    values = (base.knob.low, 0.2, 0.4, 0.6, 0.8, base.knob.high)
+    found = [base.turned(x).pattern(q, k, ctx).density("causal") for x in values]
     assert found == sorted(set(found)) and found[0] < 0.2 and found[-1] == 1.0
 
 
