@@ -227,20 +227,17 @@ def _window_pattern(tiling: Tiling, window: Sizes, tokens: int, size: int) -> Bl
     tile_of = blocks[:, -1:].repeat(1, pieces).scatter_(1, piece, blocks)
     cuts, cut = piece.unique(dim=0, return_inverse=True)
 
-    # Text, the last number, is at 0 for a read of all and reads from 0 to the end.
-    limits = [
-        (*(torch.cat([edge[at], edge.new_tensor([end])]) for edge, end in zip(edges, (0, len(edges[0])))), at)
-        for edges, at in zip(tiling.reads(window), tiling.coordinates.unbind(1), strict=True)
-    ]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     step = max(1, CHUNK // (rows * pieces**2))
     for first in range(0, rows, step):
         query, key = tile_of[first : first + step, None, :, None], tile_of[:, None, :]
-        kept = torch.ones((), dtype=torch.bool)
-        for start, stop, at in limits:
-            place = torch.cat([at, at.new_zeros(1)])[key]
-            kept = kept & (start[query] <= place) & (place < stop[query])
-        kept = (kept | (key == text)).flatten(2)
+        kept = (query == text) | (key == text)
+        near = torch.ones_like(kept)
+        for (start, stop), at in zip(tiling.reads(window), tiling.coordinates.unbind(1), strict=True):
+            # Text has no place of its own: any will do, as it is kept anyway.
+            at = torch.nn.functional.pad(at, (0, 1))
+            near &= (start[at[query]] <= at[key]) & (at[key] < stop[at[query]])
+        kept = (kept | near).flatten(2)
         row, col = kept.any(-1).nonzero().unbind(1)
         found.append((row + first, col, kept[row, col]))
     row, col, kept = (torch.cat(part) for part in zip(*found, strict=True))
