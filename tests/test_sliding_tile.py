@@ -129,8 +129,8 @@ def test_tiles_of_equal_size_follow_one_another() -> None:
     """Tokens of a tile stay together, in the order of the video; the ragged tiles come last."""
     layout = TokenLayout.video(2, 2, 5, text_before=1, text_after=1)
     pattern = pattern_of(SlidingTile(window=(1, 1, 1), tile=(1, 2, 2)), layout)
-    tiles = [[1, 2, 6, 7], [3, 4, 8, 9], [11, 12, 16, 17], [13, 14, 18, 19], [5, 10], [15, 20]]
-    assert pattern.q_order[0, 0].tolist() == [*sum(tiles, []), 0, 21]
+    whole, ragged = [1, 2, 6, 7, 3, 4, 8, 9, 11, 12, 16, 17, 13, 14, 18, 19], [5, 10, 15, 20]
+    assert pattern.q_order[0, 0].tolist() == [*whole, *ragged, 0, 21]
     assert torch.equal(pattern.kv_order, pattern.q_order)
 
 

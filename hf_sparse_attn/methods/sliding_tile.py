@@ -40,8 +40,8 @@ class SlidingTile(Method):
     tokens is kept. So no dimension lags behind, and a larger share keeps all that a smaller one does.
 
     Args:
-        window: (frames, height, width) in tiles, or a share in (0, 1] as a float, for all heads; or a tuple with one of
-            these for each head.
+        window: (frames, height, width) in tiles, or a share in (0, 1] as a float, for all heads; or a tuple with one
+            of these for each head.
         tile: (frames, height, width) of a tile in tokens; larger than the canvas means the canvas.
         block_size: tokens in a block of the pattern, a power of two from 16 to 256; does not change what is kept.
             Best where it divides the tokens of a tile.
@@ -176,7 +176,7 @@ class Tiling(NamedTuple):
         found: Sizes = (1, 1, 1)
         while found != shape:
             dim = min((d for d in range(3) if found[d] < shape[d]), key=lambda d: found[d] / shape[d])
-            frames, height, width = (min(n, e + 2 * (d == dim)) for d, (e, n) in enumerate(zip(found, shape)))
+            frames, height, width = (min(shape[d], found[d] + 2 * (d == dim)) for d in range(3))
             if self.pairs((frames, height, width)) > most:
                 break
             found = frames, height, width

@@ -143,13 +143,11 @@ class Svg(Method):
         start, video = _video(ctx.layout)
         rows = _sample(video.length, self.num_samples, q.device)
         masks = self.profile_masks(ctx.layout, rows)
-        kinds = self._kinds * (q.shape[1] // len(self._kinds))
-        heads = [h for h, kind in enumerate(kinds) if kind == "auto"]
-        error = row_errors(q, k, v, rows + start, masks, heads, ctx.softmax_scale, ctx.softcap)
-        if len(heads) == len(kinds):
-            return error[1] < error[0]
-        temporal = torch.tensor([kind == "temporal" for kind in kinds], device=q.device).repeat(q.shape[0], 1)
-        temporal[:, heads] = error[1] < error[0]
+        error = row_errors(q, k, v, rows + start, masks, ctx.softmax_scale, ctx.softcap)
+        temporal = error[1] < error[0]
+        for head, kind in enumerate(self._kinds if isinstance(self.kind, tuple) else ()):
+            if kind != "auto":
+                temporal[:, head] = kind == "temporal"
         return temporal
 
     def profile_masks(self, layout: TokenLayout, rows: Tensor) -> Tensor:
@@ -235,14 +233,7 @@ class Svg(Method):
 
 
 def row_errors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    rows: Tensor,
-    masks: Tensor,
-    heads: list[int],
-    scale: float,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor | None, rows: Tensor, masks: Tensor, scale: float, softcap: float = 0.0
 ) -> Tensor:
     """Mean squared error of sampled rows of the output under each mask, in float32; a few heads at a time.
 
@@ -252,36 +243,35 @@ def row_errors(
         v: [batch, kv_heads, tokens, value dim], or None for the rows of attention weights in place of the output.
         rows: int64 [rows], the queries.
         masks: bool [masks, rows, tokens], each with a key in every row.
-        heads: the query heads to look at.
         scale: factor on the logits.
         softcap: as in Context.
 
     Returns:
-        float32 [masks, batch, len(heads)].
+        float32 [masks, batch, heads].
     """
-    group = q.shape[1] // k.shape[1]
-    chosen = torch.tensor(heads, device=q.device)
-    step = max(1, _SCORES_AT_A_TIME // masks[0].numel())
-    error = q.new_empty(len(masks), q.shape[0], len(heads), dtype=torch.float32)
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    # Query heads that share keys stand beside their rows: [batch, kv_heads, heads of a group, rows, dim].
+    sampled = q[:, :, rows].float().unflatten(1, (kv_heads, group)) * scale
+    step = max(1, _SCORES_AT_A_TIME // (group * masks[0].numel()))
+    error = q.new_empty(len(masks), q.shape[0], kv_heads, group, dtype=torch.float32)
+    dropped = ~masks
     for item in range(q.shape[0]):
-        for first in range(0, len(heads), step):
-            head = chosen[first : first + step]
-            own = head // group
-            queries = q[item, head[:, None], rows].float() * scale
-            scores = queries @ k[item, own].float().mT
+        for first in range(0, kv_heads, step):
+            own = slice(first, first + step)
+            scores = (sampled[item, own].flatten(1, 2) @ k[item, own].float().mT).unflatten(1, (group, -1))
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            values = None if v is None else v[item, own].float()
+            values = None if v is None else v[item, own, None].float()
 
             def output(scores: Tensor, values: Tensor | None = values) -> Tensor:
                 weights = scores.softmax(-1)
                 return weights if values is None else weights @ values
 
             dense = output(scores)
-            for i, mask in enumerate(masks):
-                near = output(scores.masked_fill(~mask, -torch.inf))
-                error[i, item, first : first + step] = (near - dense).square().mean((1, 2))
-    return error
+            for i, mask in enumerate(dropped):
+                near = output(scores.masked_fill(mask, -torch.inf))
+                error[i, item, own] = (near - dense).square().mean((2, 3))
+    return error.flatten(2)
 
 
 def _video(layout: TokenLayout) -> tuple[int, Segment]:
