@@ -289,16 +289,14 @@ def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...], 
             if not isinstance(item, kinds):
                 kind = type(item).__name__
                 raise TypeError(f"`{name}[{_shortened(key)}]` must be plain values, got {_shortened(item)} of {kind}")
-            if isinstance(item, (int, float)):
+            if isinstance(item, (int, float)) and not isinstance(item, bool):
                 _finite(f"{name}[{_shortened(key)}]", item)
             if isinstance(item, str) and len(item) > 2000:
                 raise ValueError(f"`{name}[{_shortened(key)}]` must be at most 2000 characters, got {len(item)}")
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, (int, float, np.floating, np.integer)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"`{name}` must be a number, got {_shortened(value)} of type {type(value).__name__}")
     # Compared before it is converted: a whole number may be too large for that.
     if not -_HUGE < value < _HUGE:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -315,10 +316,14 @@ def _of_heads(ctx: Context, heads: list[int], kv_heads: list[int]) -> Context:
 
 
 def _part(t: Tensor, heads: list[int]) -> Tensor:
-    """Some heads of [batch, heads, ...]: a view where they follow one another."""
-    if heads[-1] - heads[0] + 1 == len(heads):
-        return t[:, heads[0] : heads[-1] + 1]
-    return t[:, heads]
+    """Some heads of [batch, heads, ...]: a view where they are evenly spaced."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if all(b - a == step for a, b in pairwise(heads)):
+        return t[:, heads[0] : heads[-1] + 1 : step]
+    # Runs of neighbours at once: the heads of a model's own tensors lie between one another in memory.
+    edges = [i for i, (a, b) in enumerate(pairwise(heads), 1) if b - a != 1]
+    runs = zip([0, *edges], [*edges, len(heads)], strict=True)
+    return torch.cat([t[:, heads[i] : heads[j - 1] + 1] for i, j in runs], 1)
 
 
 def _joined(parts: Sequence[tuple[list[int], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -39,12 +39,12 @@ def stack_heads(patterns: Sequence[BlockPattern], order: Sequence[int] | None = 
     if any(p.batch not in (1, batch) for p in patterns):
         raise ValueError(f"`patterns` must have batch 1 or {batch}, got {[p.batch for p in patterns]}")
     # What differs from one row of the batch to the next; the orders and ranges may differ where the blocks do not.
-    own = max(p.batch for p in patterns)
+    own = max(t.shape[0] for p in patterns for t in (p.indptr, p.column_indptr) if t is not None)
     tiles, tile_ids = _one_table(patterns)
     counts, chosen = _chosen([(p.indptr, len(p.starts), h) for p, h in zip(patterns, heads, strict=True)], own, order)
     column_counts, columns = None, None
     if any(p.columns is not None for p in patterns):
-        column_counts, columns = _stack_columns(patterns, heads, order)
+        column_counts, columns = _stack_columns(patterns, heads, own, order)
     out = BlockPattern.from_rows(
         counts, torch.cat([p.starts for p in patterns])[chosen], block_q, block_k, first.q_len, first.kv_len,
         tile_ids[chosen], tiles, column_counts, columns,
@@ -106,7 +106,7 @@ def _chosen(
 
 
 def _stack_columns(
-    patterns: Sequence[BlockPattern], heads: Sequence[int], order: Sequence[int] | None
+    patterns: Sequence[BlockPattern], heads: Sequence[int], batch: int, order: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
     """Counts and columns of all heads; a pattern without columns has none."""
     parts, columns = [], []
@@ -115,7 +115,7 @@ def _stack_columns(
         parts.append(
             (torch.zeros_like(p.indptr[:1]) if p.column_indptr is None else p.column_indptr, len(columns[-1]), h)
         )
-    counts, chosen = _chosen(parts, max(indptr.shape[0] for indptr, _, _ in parts), order)
+    counts, chosen = _chosen(parts, batch, order)
     return counts, torch.cat(columns)[chosen]
 
 
