@@ -23,6 +23,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "layers": {"tokens": (4096,), "dims": (64,), "dtypes": ("float32",)},
     "model": {},
     "memory": {"tokens": (8192,), "dims": (64,), "dtypes": ("float32",)},
+    "mixed": {"dims": (64,), "dtypes": ("float32",), "densities": (0.125,)},
     "auto": {
         "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
         "dims": (64,),
@@ -59,8 +60,8 @@ class Options:
     Args:
         suite: one of SUITES.
         tokens: sequence lengths.
-        dims: head sizes; the suites patterns, layers, model, memory and auto take the first.
-        dtypes: names of dtypes; the suites patterns, layers, model, memory and auto take the first.
+        dims: head sizes; the suites patterns, layers, model, memory, mixed and auto take the first.
+        dtypes: names of dtypes; the suites patterns, layers, model, memory, mixed and auto take the first.
         densities: kept share of the visible pairs of tokens, in (0, 1].
         heads: number of heads.
         block: tokens in a block, a power of two from 16 to 256.
@@ -155,7 +156,7 @@ def run(options: Options) -> dict[str, Any]:
         SUITES; suite "gpu" also gives `targets`. Times are in seconds. A timed contestant has `seconds` (all of them),
         `rounds`, `median`, `min`, `max`; every record has `reason`: None, or why it has no times.
     """
-    from hf_sparse_attn import bench_gpu, bench_kernels, bench_memory, bench_models, bench_patterns
+    from hf_sparse_attn import bench_gpu, bench_kernels, bench_memory, bench_mixed, bench_models, bench_patterns
 
     before = torch.get_num_threads()
     torch.set_num_threads(before if options.threads is None else options.threads)
@@ -165,6 +166,7 @@ def run(options: Options) -> dict[str, Any]:
         "layers": bench_models.layers,
         "model": bench_models.model,
         "memory": bench_memory.memory,
+        "mixed": bench_mixed.mixed,
         "auto": bench_models.auto,
     }
     try:

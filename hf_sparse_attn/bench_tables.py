@@ -14,6 +14,7 @@ TITLES = {
     "layers": "Attention layers with their projections, forced to be sparse, against the same layer unpatched",
     "auto": "Attention layers where the dispatcher chooses: patched over unpatched time",
     "memory": "Memory: the most that one attention call allocates, output included",
+    "mixed": "One layer whose heads run several methods, against one method at the same density",
     "targets": "What is promised of a GPU",
     "model": "Whole tiny models with random weights, against the same model without a patch",
 }
@@ -28,6 +29,8 @@ NOTES = {
     "auto": "Median over the rounds of patched over unpatched time in the same round (lowest..highest), after 6 calls "
     "from which the dispatcher learns, and what it chose at last; every method with its defaults. MISSED: above 1.02.",
     "memory": "Second run; in the first one tables that are kept for a pattern are made besides.",
+    "mixed": "Medians. Pattern: estimation and putting side by side; attention: first run of a new pattern, planning "
+    "included; of one: total over that of one method.",
     "targets": "Every point is listed; what could not be measured says why.",
     "model": "Parameters that count tokens are scaled to the length; density is over all calls, a dense one counts 1.",
 }
@@ -43,6 +46,7 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
         "layers": _layers,
         "model": _model,
         "memory": _memory,
+        "mixed": _mixed,
         "auto": _auto,
     }
     return {name: made(result[name]) for name, made in make.items() if name in result}
@@ -173,6 +177,18 @@ def _memory(records: list[dict[str, Any]]) -> Table:
                 r["reason"] or "",
             )
         )
+    return columns, rows
+
+
+def _mixed(records: list[dict[str, Any]]) -> Table:
+    columns = ("shape", "contestant", "density", "blocks", "pattern", "attention", "total", "of one", "why not")
+    rows = []
+    for r in records:
+        shape = f"{r['heads']} heads x {r['tokens']} tokens x {r['dim']}, {r['dtype']}, causal"
+        times = (_seconds(r.get(name, {}).get("median")) for name in ("pattern", "attention", "total"))
+        block = "-" if "block" not in r else str(r["block"])
+        cells = (_number(r.get("achieved_density"), 3), block, *times, _ratio(r.get("ratio")))
+        rows.append((shape, r["contestant"], *cells, r["reason"] or ""))
     return columns, rows
 
 

@@ -459,3 +459,27 @@ def test_the_time_of_a_lent_machine_is_kept(monkeypatch):
 def test_every_suite_has_a_table_and_every_table_a_note():
     assert set(bench_tables.TITLES) == set(bench_tables.NOTES)
     assert set(bench.SUITES) - {"quick", "gpu"} <= set(bench_tables.TITLES)
+
+
+def test_mixed_heads_are_compared_at_one_density():
+    options = bench.make_options(suite="mixed", tokens=(512,), dims=(16,), heads=4, repeats=2, block=32, device="cpu")
+    records = bench.run(options)["mixed"]
+    assert [r["contestant"] for r in records][0] == "one method" and len(records) == 5
+    assert records[0]["ratio"] == 1 and [r["block"] for r in records] == [32, 32, 32, 16, 16]
+    for r in records:
+        assert r["achieved_density"] == pytest.approx(0.125, abs=0.04)
+        assert r["pattern"]["rounds"] == r["attention"]["rounds"] == 2
+    columns, rows = bench_tables.tables({"mixed": records})["mixed"]
+    assert len(rows) == 5 and all(len(row) == len(columns) for row in rows)
+
+
+def test_mixed_heads_that_no_backend_runs_say_why(monkeypatch):
+    from hf_sparse_attn import bench_mixed
+    from hf_sparse_attn.dispatch import BackendUnavailable
+
+    def fails(*args):
+        raise BackendUnavailable("nothing here")
+
+    monkeypatch.setattr(bench_mixed, "run_pattern", fails)
+    options = bench.make_options(suite="mixed", tokens=(256,), dims=(16,), heads=2, repeats=1, block=32, device="cpu")
+    assert {r["reason"] for r in bench.run(options)["mixed"]} == {"nothing here"}
