@@ -68,7 +68,8 @@ def choose(
         budget: largest mean cost per unit.
         solver: "exact": dynamic programming between Lagrangian bounds, which proves its choice, and "milp" where the
             partial choices become too many (budget_exact.py says how); "milp": scipy's integer programming (HiGHS),
-            exact to its own tolerances; "lagrangian": the best multiplier and greedy repair, fast, with a bound that tells how good it is.
+            exact to its own tolerances; "lagrangian": the best multiplier and greedy repair, fast, with a bound that
+            tells how good it is.
         layers: int [units], the layer of each unit; needed for `max_plans_per_layer`.
         max_plans_per_layer: largest number of distinct candidates in one layer, dense counted; for "lagrangian" the
             multiplier prices whole sets of candidates, and the greedy steps keep within the limit.
@@ -189,8 +190,8 @@ def _choose(damage: Floats, cost: Floats, budgets: ArrayLike, name: str, options
         raise ValueError(f"`{name}` must be 0 or more, got {limits.tolist()}")
     allowed = _checked(damage, cost) & _within(damage, floor)
     units = damage.shape[1]
-    if not allowed.any(1).all():
-        bad = _first(allowed.any(1))
+    if not np.any(allowed, 1).all():
+        bad = _first(np.any(allowed, 1))
         raise ValueError(f"`damage` must allow a candidate for every unit, got none for {bad}")
     total, same = _one_damage(damage, allowed), _labels("groups", groups, units)
     layer = _labels("layers", layers, units)
@@ -265,9 +266,8 @@ def _checked(damage: Floats, cost: Floats) -> NDArray[np.bool_]:
 
 def _within(damage: Floats, floor: Floats | None) -> NDArray[np.bool_]:
     """Which candidates are within the quality floor, [units, candidates]; dense is."""
-    kept: NDArray[np.bool_] = np.ones(damage.shape[1:], bool)
     if floor is None:
-        return kept
+        return np.ones(damage.shape[1:], bool)
     try:
         limit = np.broadcast_to(floor, damage.shape[:2])
     except ValueError:
@@ -275,7 +275,8 @@ def _within(damage: Floats, floor: Floats | None) -> NDArray[np.bool_]:
         raise ValueError(f"`floor` must be a number or one for each unit {units}, got {list(floor.shape)}") from None
     if np.isnan(limit).any() or (limit < 0).any():
         raise ValueError(f"`floor` must be 0 or more, got {limit.min()}")
-    kept[:, 1:] = (damage <= limit[:, :, None]).all(0)[:, 1:]
+    kept = np.asarray((damage <= limit[:, :, None]).all(0))
+    kept[:, 0] = True
     return kept
 
 
