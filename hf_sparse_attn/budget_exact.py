@@ -96,11 +96,19 @@ def _search(problem: Problem, found: Found, most: int, beam: bool) -> Found:
     priced = [problem.by_set(problem.weighted(p)).min(1) for p in prices]
     cheapest = [problem.by_set(np.where(problem.allowed, c, np.inf)).min(1) for c in problem.cost]
     # Blocks with near-equal alternatives come last, so that there are few states for long.
+    left = _survivors(problem, found)
+    open_ = np.maximum.reduceat(left.sum(1), problem.starts) > 1
     order = np.argsort(-_second(problem, excess, values), kind="stable")
+    order = order[open_[order]]
+    # Blocks with one choice left are settled, and counted from the start.
+    settled = ~np.repeat(open_, np.diff(np.r_[problem.starts, len(values)]))
+    x = left.argmax(1)
+    spent = problem.cost[:, np.arange(len(x)), x][:, settled].sum(1)
+    harm = problem.damage[np.arange(len(x)), x][settled].sum()
     rest = np.array([_after(p, order) for p in priced])
     least = np.array([_after(c, order) for c in cheapest])
     ends = np.r_[problem.starts[1:], len(values)]
-    states = _States(np.zeros((len(problem.budget), 1)), np.zeros(1), [])
+    states = _States(spent[:, None], np.array([harm]), [])
     for at, b in enumerate(order):
         grown: list[tuple[Floats, Floats, Ints, NDArray[np.int16]]] = []
         for s in np.flatnonzero(excess[b] <= gap):
@@ -123,9 +131,9 @@ def _search(problem: Problem, found: Found, most: int, beam: bool) -> Found:
                     # What the block's other items add at least counts too, when they use this set.
                     after = problem.damage[u + 1 : ends[b], own]
                     spent = problem.cost[:, u + 1 : ends[b]][:, :, own]
-                    low = [(after + np.tensordot(p, spent, 1)).min(1, initial=np.inf).sum() for p in prices]
+                    low = (after + np.tensordot(prices, spent, 1)).min(2, initial=np.inf).sum(1)
                     bounds = damage + prices @ cost - (prices @ problem.limit)[:, None]
-                    bounds += (rest[:, at + 1] + np.array(low))[:, None]
+                    bounds += (rest[:, at + 1] + low)[:, None]
                     good = (bounds <= found.damage + _tolerance(found)).all(0)
                     good &= (cost + least[:, at + 1, None] <= problem.limit[:, None]).all(0)
                     good = np.flatnonzero(good)
@@ -146,20 +154,24 @@ def _search(problem: Problem, found: Found, most: int, beam: bool) -> Found:
                 raise _Exploded
             good = np.sort(good[np.argsort(damage[good] + prices[0] @ cost[:, good], kind="stable")[:most]])
         states = _States(cost[:, good], damage[good], [*states.trail, (came[good], picks[good])])
-    return _best_of(problem, found, states, order, beam)
+    return _best_of(problem, found, states, order, x, beam)
 
 
-def _best_of(problem: Problem, found: Found, states: _States, order: Ints, beam: bool) -> Found:
+def _best_of(problem: Problem, found: Found, states: _States, order: Ints, settled: Ints, beam: bool) -> Found:
     """The least damage among whole choices and the one known; near-equal ones: the cheaper."""
     assert found.x is not None
     known = problem.total_cost[np.arange(len(found.x)), found.x].sum()
     tolerance = _tolerance(found)
-    total = (states.cost / problem.unit[:, None]).sum(0)
-    least = states.damage.min()
+    # Where all blocks are settled nothing has asked yet whether that is within the budgets.
+    fits = (states.cost <= problem.limit[:, None]).all(0)
+    total = np.where(fits, (states.cost / problem.unit[:, None]).sum(0), np.inf)
+    least = np.where(fits, states.damage, np.inf).min()
     at = int(np.where(states.damage <= least + tolerance, total, np.inf).argmin())
     x, damage = found.x, found.damage
+    if not fits.any():
+        return Found(x, damage, found.bound if beam else damage, found.multipliers)
     if states.damage[at] < damage - tolerance or (states.damage[at] <= damage + tolerance and total[at] < known):
-        x = found.x.copy()
+        x = settled.copy()
         ends = np.r_[problem.starts[1:], len(x)]
         for b, (came, picks) in zip(order[::-1], states.trail[::-1], strict=True):
             x[problem.starts[b] : ends[b]] = picks[at]

@@ -183,8 +183,7 @@ def realistic(seed: int, units: int = 1024, candidates: int = 16) -> tuple[Any, 
     return damage, cost
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("budget", [0.125, 0.25])
+@pytest.mark.parametrize(("seed", "budget"), [(0, 0.125), (1, 0.25), (2, 0.5)])
 def test_lagrangian_is_within_one_per_cent_and_fast(seed: int, budget: float) -> None:
     damage, cost = realistic(seed)
     best = choose(damage, cost, budget)
