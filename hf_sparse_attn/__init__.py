@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.head_profile import HeadProfile
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import DenseFallback, Patch
     from hf_sparse_attn.pattern import BlockPattern
@@ -32,6 +33,7 @@ _WHERE = {
     "Segment": "context",
     "TokenLayout": "context",
     "BackendUnavailable": "dispatch",
+    "HeadProfile": "head_profile",
     "Decline": "method",
     "Method": "method",
     "MethodDoesNotApply": "method",
@@ -47,6 +49,7 @@ __all__ = [
     "Context",
     "Decline",
     "DenseFallback",
+    "HeadProfile",
     "Method",
     "MethodDoesNotApply",
     "Patch",
