@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,7 +224,7 @@ class _Problem:
         figures = {**self.found.figures, "damage": self.found.damage(self.metric)}
         picked = {}
         for name, values in figures.items():
-            every = values[self.lengths].astype(np.float64)
+            every: Floats = np.asarray(values, np.float64)[self.lengths]
             index = np.broadcast_to(choice[None, ..., None], (*every.shape[:-1], 1))
             picked[name] = np.take_along_axis(every, index, -1)[..., 0].mean(0)
             picked[name] = np.where(np.isfinite(picked[name]), picked[name], np.nan).astype(np.float32)
@@ -236,7 +237,7 @@ def _lengths(found: Measurements, steps: Sequence[Steps]) -> NDArray[np.int64]:
     Raises:
         ValueError: a length that was not seen at all step ranges, or ranges that leave a gap.
     """
-    if steps[0][0] != 0 or steps[-1][1] != 1 or any(a[1] != b[0] for a, b in zip(steps, steps[1:], strict=False)):
+    if steps[0][0] != 0 or steps[-1][1] != 1 or any(a[1] != b[0] for a, b in pairwise(steps)):
         raise ValueError(f"`batches` must reach every range of steps from 0 to 1, got calls in {list(steps)} alone")
     by_steps = [[i for i, case in enumerate(found.cases) if case.steps == s] for s in steps]
     if len({len(numbers) for numbers in by_steps}) > 1:
