@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.pattern import BlockPattern, distinct_tiles
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.pattern import BlockPattern, causal_tiles, distinct_tiles
 
 # Scores held at a time while blocks are ranked: bounds memory at long context.
 _SCORES_AT_A_TIME = 1 << 24
@@ -54,6 +54,27 @@ def rank_descending(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
+def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> Tensor:
+    """The fewest elements of each row that hold a share of its sum: forced ones first, then from the highest on.
+
+    Args:
+        scores: float32 [..., n], at least 0, and 0 where not visible.
+        share: in (0, 1]; all that is visible is kept at 1.
+        forced, visible: bool, broadcastable to `scores`; forced ones must be visible.
+
+    Returns:
+        bool like `scores`.
+    """
+    if share == 1:
+        return visible.expand_as(scores)
+    order = rank_descending(scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf))
+    total = scores.gather(-1, order).cumsum(-1)
+    # An element is needed while those before it hold less than the share.
+    before = torch.nn.functional.pad(total[..., :-1], (1, 0))
+    needed = before < share * scores.sum(-1, keepdim=True)
+    return (torch.zeros_like(needed).scatter_(-1, order, needed) & visible) | forced
+
+
 def top_blocks(
     score: Callable[[int, int], Tensor],
     counts: Tensor,
@@ -81,6 +102,71 @@ def top_blocks(
         best = best.masked_fill(unused, cols).sort(-1).values
         strips.append(best[:, :, ~unused])
     return torch.cat(strips, dim=-1)
+
+
+def row_blocks(layout: TokenLayout, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Key blocks in which the first and the last query of each row lie, both int64 [rows].
+
+    They differ where a chunk of a prompt does not begin with a block.
+    """
+    first = layout.query_start + torch.arange(-(-layout.q_len // size), device=device) * size
+    return first // size, (first + size - 1).clamp(max=layout.kv_len - 1) // size
+
+
+def least_of_row_blocks(ctx: Context, size: int) -> float:
+    """Share of the visible pairs of a whole causal prompt that the first block and each row's own block keep."""
+    n = ctx.layout.kv_len
+    if ctx.layout.query_start or not ctx.layout.is_causal:
+        return 0.0
+    blocks, rest = divmod(n, size)
+    own = blocks * size * (size + 1) // 2 + rest * (rest + 1) // 2
+    return (own + max(0, n - size) * size) / (n * (n + 1) / 2)
+
+
+def gather_rows(
+    keep: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], weight: int = 1, strips: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The kept key blocks of a boolean block map that is never there as a whole, a strip of rows at a time.
+
+    Args:
+        keep: (first row, last row) -> bool [batch, heads, rows, key blocks].
+        shape: (batch, heads, rows, key blocks).
+        weight: numbers that `keep` holds for each element of its result.
+        strips: fewest strips; more than one where `keep` is cheaper for early rows.
+
+    Returns:
+        int64 [batch, heads, rows], kept blocks of each row, and int32 [their sum], the blocks, row after row.
+    """
+    batch, heads, rows, cols = shape
+    step = max(1, min(-(-rows // strips), _SCORES_AT_A_TIME // max(1, batch * heads * cols * weight)))
+    parts = []
+    for first in range(0, rows, step):
+        kept = keep(first, min(first + step, rows))
+        block = torch.arange(cols, dtype=torch.int32, device=kept.device)
+        parts.append((kept.sum(-1), block.expand_as(kept).masked_select(kept)))
+    if len(parts) == 1:
+        return parts[0]
+    counts = torch.cat([count for count, _ in parts], 2)
+    # A strip holds rows of all heads; the result goes head by head.
+    begin = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+    blocks = torch.empty(int(counts.sum()), dtype=torch.int32, device=counts.device)
+    for i, (count, found) in enumerate(parts):
+        length = count.flatten()
+        shift = begin[:, :, i * step : i * step + count.shape[2]].flatten() - (length.cumsum(0) - length)
+        at = torch.arange(len(found), device=found.device)
+        blocks[at + torch.repeat_interleave(shift, length, output_size=len(found))] = found
+    return counts, blocks
+
+
+def pattern_of_rows(counts: Tensor, blocks: Tensor, size: int, layout: TokenLayout) -> BlockPattern:
+    """The pattern of aligned blocks of `size` x `size` found by `gather_rows`, cut at the diagonal where causal."""
+    starts = blocks.long() * size
+    tile_ids, tiles = None, None
+    if layout.is_causal:
+        row = torch.arange(counts.shape[2], device=counts.device).expand_as(counts).flatten()
+        own = layout.query_start + torch.repeat_interleave(row, counts.flatten(), output_size=len(starts)) * size
+        tile_ids, tiles = causal_tiles(own - starts, size, size)
+    return BlockPattern.from_rows(counts, starts, size, size, layout.q_len, layout.kv_len, tile_ids, tiles)
 
 
 def text_tokens(layout: TokenLayout) -> Tensor:

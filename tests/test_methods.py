@@ -59,13 +59,24 @@ def call(layout: TokenLayout, batch: int = 2, heads: int = 4, kv_heads: int = 2,
     return ctx, *random_inputs(sizes, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, seed=seed)
 
 
+def chosen(method: hsa.Method, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Context) -> BlockPattern:
+    """The one pattern that the method runs on a call; it may choose by the values, too."""
+    patterns = []
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: BlockPattern):
+        patterns.append(pattern)
+        return torch.zeros(*q.shape[:3], v.shape[3]), torch.zeros(q.shape[:3])
+
+    assert not isinstance(method.attention(q, k, v, ctx, run), Decline)
+    (pattern,) = patterns
+    return pattern
+
+
 def made(name: str, params: dict, layout: str):
     """(method, context, q, k, v, pattern)."""
     method = hsa.get_method(name)(**params)
     ctx, q, k, v = call(LAYOUTS[layout])
-    pattern = method.pattern_for(q, k, ctx)
-    assert isinstance(pattern, BlockPattern)
-    return method, ctx, q, k, v, pattern
+    return method, ctx, q, k, v, chosen(method, q, k, v, ctx)
 
 
 @pytest.mark.parametrize("name, params, layout", CASES)
@@ -94,24 +105,24 @@ def test_full_budget_is_dense(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name, params, layout", CASES)
 def test_a_batch_is_its_items(name: str, params: dict, layout: str) -> None:
-    method, ctx, q, k, _, pattern = made(name, params, layout)
+    method, ctx, q, k, v, pattern = made(name, params, layout)
     for b in range(2):
-        single = method.pattern_for(q[b : b + 1], k[b : b + 1], ctx)
+        single = chosen(method, q[b : b + 1], k[b : b + 1], v[b : b + 1], ctx)
         assert torch.equal(single.to_dense()[0], pattern.to_dense().expand(2, -1, -1, -1)[b])
 
 
 @pytest.mark.parametrize("name, params, layout", CASES)
 def test_grouped_heads_are_repeated_keys(name: str, params: dict, layout: str) -> None:
-    method, ctx, q, k, _, pattern = made(name, params, layout)
-    repeated = method.pattern_for(q, k.repeat_interleave(2, 1), ctx)
+    method, ctx, q, k, v, pattern = made(name, params, layout)
+    repeated = chosen(method, q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), ctx)
     assert torch.equal(repeated.to_dense(), pattern.to_dense())
 
 
 @pytest.mark.parametrize("name, params, layout", CASES)
 def test_heads_are_independent(name: str, params: dict, layout: str) -> None:
-    method, ctx, q, k, _, pattern = made(name, params, layout)
+    method, ctx, q, k, v, pattern = made(name, params, layout)
     order = torch.tensor([1, 0, 3, 2])
-    moved = method.pattern_for(q[:, order], k, ctx).to_dense().expand(2, 4, -1, -1)
+    moved = chosen(method, q[:, order], k, v, ctx).to_dense().expand(2, 4, -1, -1)
     assert torch.equal(moved, pattern.to_dense().expand(2, 4, -1, -1)[:, order])
 
 
@@ -130,7 +141,7 @@ def test_gradients_flow(name: str) -> None:
     layout = LAYOUTS["causal_111"] if "video grid" not in method.needs else LAYOUTS["video"]
     ctx, q, k, v = call(layout)
     tensors = [x.clone().requires_grad_() for x in (q, k, v)]
-    pattern = method.pattern_for(q, k, ctx)
+    pattern = chosen(method, q, k, v, ctx)
     weight = torch.randn(*q.shape[:3], v.shape[3])
     got = torch.autograd.grad((hsa.attention(*tensors, method, ctx) * weight).sum(), tensors)
     mask = pattern.to_dense().expand(2, 4, -1, -1)

@@ -1,0 +1,159 @@
+"""XAttention: key blocks by the sums along the anti-diagonals of the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.method import Decline, Knob, Method
+from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.selection import (
+    check_block_size,
+    check_share,
+    covering,
+    gather_rows,
+    least_of_row_blocks,
+    pattern_of_rows,
+    row_blocks,
+    text_blocks,
+)
+
+# Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
+_FEWEST_STRIPS = 8
+
+
+@METHODS.register("xattention")
+@dataclass(frozen=True, kw_only=True)
+class XAttention(Method):
+    """Each block of queries keeps the fewest key blocks that hold a share of its estimated attention; drops the rest.
+
+    The scores of `stride` x `stride` tokens are estimated by the sum along one anti-diagonal, which every vertical and
+    every diagonal line crosses. A softmax over these sums, added up by blocks, is the attention of a block. Kept are
+    the first block and the query's own (causal only, as published), then the blocks from the highest on until those
+    before hold the share `threshold`. Text beside a video is kept whole (bidirectional). Ties go to the earlier block.
+
+    Deviations from the published code: batches, grouped heads, float32 and any number of tokens (a sum at the end is
+    over the tokens there are; the published code fails where the length is a multiple of its chunks); one threshold
+    for all heads (give heads their own by a profile); at threshold 1 everything is kept. In chunked prefill the
+    blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the whole prompt.
+
+    Args:
+        threshold: share of the estimated attention that is kept, in (0, 1].
+        stride: tokens along an anti-diagonal, at least 1; must divide the block size. Fewer estimate better: the
+            estimate does 1 / `stride` of the products of queries and keys.
+        block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
+
+    Raises:
+        ValueError, TypeError: a parameter out of its range or of the wrong type.
+    """
+
+    paper = "Xu et al. 2025, XAttention (arXiv 2503.16428)"
+    knob = Knob("threshold", 0.01, 1.0)
+
+    threshold: float = 0.9
+    stride: int = 16
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", check_share("threshold", self.threshold))
+        check_block_size(self.block_size)
+        if self.block_size % check_int("stride", self.stride, 1):
+            raise ValueError(f"`stride` must divide `block_size` = {self.block_size}, got {self.stride}")
+
+    def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
+        """The covering blocks of each head; see Method.pattern."""
+        if q is None or k is None:
+            raise TypeError("`q` and `k` must be tensors: xattention chooses by content, got None")
+        layout, size, device = ctx.layout, self.block_size, q.device
+        shape = (q.shape[0], q.shape[1], -(-layout.q_len // size), -(-layout.kv_len // size))
+        low, high = row_blocks(layout, size, device)
+        block = torch.arange(shape[3], device=device)
+        text_row, text_col = (t.to(device) for t in text_blocks(layout, size, size))
+        queries, keys = q.detach(), tiles_of(k.detach(), self.stride, size).flip(3).flatten(3)
+
+        def keep(first: int, last: int) -> Tensor:
+            score = self._scores(queries, keys, first, last, ctx)
+            if not layout.is_causal:
+                forced = text_col.expand(last - first, -1)
+                visible = torch.ones_like(forced)
+            else:
+                begin, end = low[first:last, None], high[first:last, None]
+                visible = block <= end
+                forced = (block == 0) | (block == begin) | (block == end)
+            return covering(score, self.threshold, forced, visible) | text_row[first:last, None]
+
+        tiles = size // self.stride
+        counts, blocks = gather_rows(keep, shape, tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1)
+        return pattern_of_rows(counts, blocks, size, layout)
+
+    def _scores(self, q: Tensor, keys: Tensor, first: int, last: int, ctx: Context) -> Tensor:
+        """Estimated attention of the rows from `first` to `last`: float32 [batch, heads, rows, key blocks].
+
+        Args:
+            q: [batch, heads, q_len, dim].
+            keys: [batch, kv_heads, key tiles, stride * dim], the keys of each tile in reverse.
+            first, last: rows.
+            ctx: the call.
+        """
+        layout, size, stride = ctx.layout, self.block_size, self.stride
+        per_block, blocks = size // stride, keys.shape[2] * stride // size
+        seen = -(-(layout.query_start + last * size) // size) if layout.is_causal else blocks
+        keys = keys[:, :, : min(seen, blocks) * per_block]
+        query = tiles_of(q[:, :, first * size : last * size], stride, size).flatten(3)
+        rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT) * (ctx.softmax_scale / stride)
+        if ctx.softcap:
+            logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
+        logits = logits.view(*query.shape[:3], keys.shape[2])
+        at = layout.query_start + first * size + torch.arange(query.shape[2], device=q.device) * stride
+        key = torch.arange(keys.shape[2], device=q.device) * stride
+        hidden = (key > at[:, None]) if layout.is_causal else (key >= layout.kv_len)
+        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        weights[:, :, at >= layout.kv_len] = 0
+        # Rows first: that adds whole lines of memory.
+        score = weights.unflatten(2, (-1, per_block)).sum(3).unflatten(3, (-1, per_block)).sum(4)
+        return torch.nn.functional.pad(score, (0, blocks - score.shape[3]))
+
+    def least_density(self, ctx: Context) -> float:
+        """The first block and the query's own; see Method.least_density."""
+        return least_of_row_blocks(ctx, self.block_size)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """A low share with long anti-diagonals, a high one with short ones."""
+        return [
+            {"threshold": 0.5, "stride": 16, "block_size": 16},
+            {"threshold": 0.9, "stride": 4, "block_size": 32},
+        ]
+
+    @classmethod
+    def full_budget(cls) -> dict[str, Any]:
+        """The whole attention."""
+        return {"threshold": 1.0, "stride": 8, "block_size": 32}
+
+
+def tiles_of(x: Tensor, stride: int, size: int) -> Tensor:
+    """Tokens in groups of `stride`, with zeros up to a whole block: [batch, heads, tiles, stride, dim].
+
+    Args:
+        x: [batch, heads, tokens, dim].
+        stride: tokens in a tile.
+        size: tokens in a block, a multiple of `stride`.
+    """
+    missing = -x.shape[2] % size
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    return x.unflatten(2, (-1, stride))
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products in float32, [n, rows, dim] times [n, dim, cols]."""
+    # Half precision products added up in float32 are exact enough, and a CUDA device has fast units for them alone.
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and torch.version.hip is None:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
