@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
 from hf_sparse_attn.family import find_family, install
+from hf_sparse_attn.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
 from hf_sparse_attn.pattern import BlockPattern
@@ -22,7 +24,7 @@ from hf_sparse_attn.selection import with_sinks
 
 def patch(
     model: Any,
-    method: str | Method,
+    method: str | Method | HeadProfile | os.PathLike[str],
     *,
     backend: str = "auto",
     strict: bool = False,
@@ -36,7 +38,7 @@ def patch(
 
     Args:
         model: a transformers model, a diffusers transformer, or a diffusers pipeline.
-        method: a name (see `list_methods()`) or a Method.
+        method: a name (see `list_methods()`), a Method, a HeadProfile, or the folder or Hub id of a saved one.
         backend: "auto", or a backend by name, which then never falls back.
         strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
             running dense and reporting why.
@@ -52,11 +54,19 @@ def patch(
 
     Raises:
         TypeError: a model of no known family, or a parameter the method does not have.
-        ValueError: an unknown name, a value out of range, a method that does not apply to the family, or a model that
-            is patched already. The model is then untouched.
+        ValueError: an unknown name, a value out of range, a method that does not apply to the family, a profile of
+            another model, or a model that is patched already. The model is then untouched.
+        OSError: the Hub has no such profile, or cannot be reached.
     """
     if backend != "auto":
         BACKENDS.get(backend)
+    profile = find_profile(method)
+    if profile is not None:
+        if params or quality is not None:
+            given = sorted({*params, *(["quality"] if quality is not None else [])})
+            raise TypeError(f"`method` is a profile, which holds all parameters; got {', '.join(given)} besides")
+        profile.check(model)
+        method = profile.method()
     if quality is not None:
         if not isinstance(method, str):
             raise TypeError(f"`quality` chooses parameters: `method` must then be a name, got {method!r}")
@@ -65,7 +75,7 @@ def patch(
         params = {**chosen.params, **params}
         dense_layers = chosen.dense_layers if dense_layers is None else dense_layers
         dense_steps = chosen.dense_steps if dense_steps is None else dense_steps
-    made = make_method(method, params)
+    made = make_method(method, params)  # type: ignore[arg-type]  # paths are profiles
     policy = Policy(
         dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
         dense_steps=dense_steps,

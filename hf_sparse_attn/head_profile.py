@@ -16,6 +16,7 @@ from hf_sparse_attn.context import Context
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.registry import METHODS
 
 FIGURES = ("density", "seconds", "damage", "output_error_p95", *METRICS)
 # Of profiles that others measured: their figures are in units of their own.
@@ -81,13 +82,15 @@ class HeadProfile:
         _check_steps([p.steps for p in self.plans])
         object.__setattr__(self, "figures", _checked_figures(self.figures, (len(self.plans), *shape)))
         if self.metric not in (*METRICS, PUBLISHED):
-            raise ValueError(f"`metric` must be one of {', '.join((*METRICS, PUBLISHED))}; got {self.metric!r}")
+            raise ValueError(
+                f"`metric` must be one of {', '.join((*METRICS, PUBLISHED))}; got {_shortened(self.metric)}"
+            )
         _check_budget(self.budget)
         _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)), lists=True)
         _check_texts("versions", self.versions, (str,), lists=False)
         object.__setattr__(self, "pareto", tuple((_finite("pareto", a), _finite("pareto", b)) for a, b in self.pareto))
         if not isinstance(self.same_in_group, bool):
-            raise TypeError(f"`same_in_group` must be a bool, got {self.same_in_group!r}")
+            raise TypeError(f"`same_in_group` must be a bool, got {_shortened(self.same_in_group)}")
         if self.measurements is not None:
             found = (len(self.measurements.layers), self.measurements.heads)
             if found != shape:
@@ -188,6 +191,20 @@ class HeadProfile:
         from hf_sparse_attn.head_profile_hub import push
 
         return push(self, repo_id, private, token, kwargs)
+
+
+def find_profile(method: object) -> HeadProfile | None:
+    """The profile that `method` of patch() is, or the folder or Hub id of; None where it is none of these.
+
+    Raises:
+        ValueError, OSError: as from_pretrained.
+    """
+    if isinstance(method, HeadProfile):
+        return method
+    named = isinstance(method, str) and method not in METHODS and ("/" in method or os.path.isdir(method))
+    if isinstance(method, os.PathLike) or named:
+        return HeadProfile.from_pretrained(method, measurements=False)  # type: ignore[arg-type]
+    return None
 
 
 def _mean_over_steps(values: NDArray[np.float32], plans: tuple[StepPlan, ...]) -> float:

@@ -70,12 +70,13 @@ def load(source: str | os.PathLike[str], measurements: bool = True) -> HeadProfi
         file, beside = path / FILE, path / MEASUREMENTS
         if not file.is_file():
             raise FileNotFoundError(f"`source` must be a folder that holds {FILE}, got {path}")
-    elif isinstance(source, str) and not os.path.exists(source):
-        from hf_sparse_attn.head_profile_hub import download
-
-        file, beside = download(source, measurements)
-    else:
+    elif os.path.exists(path):
         raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
+    else:
+        from hf_sparse_attn.head_profile_hub import check_hub_id, download
+
+        # A path object was never meant as the name of a repository.
+        file, beside = download(check_hub_id("source", source), measurements)
     return read(file, beside if measurements and beside.is_file() else None)
 
 
@@ -175,6 +176,9 @@ def from_json(text: str, measurements: Measurements | None = None) -> HeadProfil
         raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {_shortened(found)}")
     _exactly("profile", value, _KEYS)
     _exactly("model", value["model"], _MODEL_KEYS)
+    for key, part in value["model"].items():
+        if not isinstance(part, (str, int)) or (isinstance(part, str) and len(part) > 200):
+            raise ValueError(f"`model.{key}` must be a number or a short text, got {_shortened(part)}")
     model = Fingerprint(**value["model"])
     methods = tuple(_method(i, m) for i, m in enumerate(_list("methods", value["methods"], MOST_METHODS)))
     plans = tuple(_plan(i, p, model) for i, p in enumerate(_list("plans", value["plans"], MOST_PLANS)))
@@ -256,7 +260,9 @@ def _method(index: int, value: Any) -> Method:
         hash(made)
     # The checks of a method were written for its users, who do not try them with just anything.
     except Exception as error:
-        raise ValueError(f"`{name}` must be a method with its parameters, got {_shortened(value)}: {error}") from error
+        raise ValueError(
+            f"`{name}` must be a method with its parameters, got {_shortened(value)}: {str(error)[:500]}"
+        ) from error
     return made
 
 

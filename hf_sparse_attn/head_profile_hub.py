@@ -75,11 +75,15 @@ def push(
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Says what was asked for where the Hub or the network fails."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{what}: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except TypeError:
+        # An argument that the client does not have.
+        raise
+    # The client of the Hub has errors of its own, and the HTTP library below it others.
+    except Exception as error:
         raise OSError(f"{what}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,12 @@ class Decline:
     """A method's answer where it does not apply: the call is dense, and the reason is counted."""
 
     reason: str
+
+
+class PartlyDense(tuple[Tensor, Tensor]):
+    """Output and log-sum-exp where a method applied to some heads alone; `reasons` tell why the others are dense."""
+
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,18 @@ class Method:
         for need in sorted(self.needs):
             if not has[need]:
                 return f"{self.name} needs {NEEDS[need]}, got {layout}"
+        return None
+
+    def dense_here(self, ctx: Context) -> str | None:
+        """Why the method leaves a call to the model's own attention on purpose, which is no fallback; or None."""
+        return None
+
+    def requested_density(self, layer: int) -> float | None:
+        """The density asked for in a layer, for the report; None where the method takes none."""
+        return self.params().get("density")
+
+    def call_key(self, ctx: Context) -> Hashable:
+        """What tells calls over equal tokens apart, for a method that is not the same in all layers and steps."""
         return None
 
     def least_density(self, ctx: Context) -> float:

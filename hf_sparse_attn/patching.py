@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.dispatch import Policy, run_pattern
-from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.record import KEPT_SHAPES, Done
 from hf_sparse_attn.record import LayerRecord as LayerRecord
@@ -126,7 +126,7 @@ class Session:
         For hosts without steps, whose layout is known by the shape of `q` and the number of keys; `steady` as in
         the method of that name.
         """
-        reason: str | Loss | None = self.policy.why_dense(ctx, q.device)
+        reason: str | Loss | None = self.method.dense_here(ctx) or self.policy.why_dense(ctx, q.device)
         origin, shape = "", (q.shape, ctx.layout.kv_len, q.dtype)
         if reason is None and self.policy.min_tokens == "auto":
             reason, origin = self.judge.bound(q, ctx)
@@ -166,7 +166,8 @@ class Session:
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        reason = "method dense" if self.method.name == "dense" else self.policy.why_dense(ctx, q.device)
+        chosen = "method dense" if self.method.name == "dense" else self.method.dense_here(ctx)
+        reason = chosen or self.policy.why_dense(ctx, q.device)
         if reason is not None:
             record.dense_reasons[reason] += 1
             return None
@@ -238,7 +239,9 @@ class Session:
                 raise _NotWorth
             out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend, ctx.softcap)
             record.backends[name] += 1
-            densities.append(pattern.density_later(ctx.layout.density_count))
+            # A method may run some of the heads by themselves.
+            share = q.shape[1] / ctx.num_heads
+            densities.append(pattern.density_later(ctx.layout.density_count) * share)
             return out, lse
 
         if learns:
@@ -251,6 +254,10 @@ class Session:
         if isinstance(done, Decline):
             self.give_up(record, done.reason)
             return None
+        for reason in done.reasons if isinstance(done, PartlyDense) else ():
+            if self.strict:
+                raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
+            record.partly_dense[reason] += 1
         if learns:
             call.done()
         # Several passes of one method read disjoint keys, so that their densities add up.
@@ -326,10 +333,8 @@ class Patch:
     def report(self) -> Report:
         """What every patched layer did so far."""
         session = self.session
-        requested = session.method.params().get("density")
-        layers = [
-            r.report(requested) for r in sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
-        ]
+        records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
+        layers = [r.report(session.method.requested_density(r.index)) for r in records]
         return Report(session.method.name, session.method.params(), self.family, layers)
 
     def measure(self, calls: int = 1) -> None:

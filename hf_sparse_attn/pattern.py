@@ -168,15 +168,19 @@ class BlockPattern:
         return cls.from_block_map(keep, block, block, q_len, kv_len, causal)
 
     @classmethod
-    def stack_heads(cls, patterns: Sequence[BlockPattern]) -> BlockPattern:
+    def stack_heads(cls, patterns: Sequence[BlockPattern], order: Sequence[int] | None = None) -> BlockPattern:
         """One pattern whose heads are those of all `patterns`, in order; blocks are cut to a common size.
 
-        Raises:
-            ValueError: no pattern, or patterns of different lengths, batch sizes or valid ranges.
-        """
-        from hf_sparse_attn.pattern_ops import stack_heads
+        Args:
+            patterns: of equal lengths and valid ranges.
+            order: for each head of the result its number among the heads of all `patterns`; None means all in turn.
 
-        return stack_heads(patterns)
+        Raises:
+            ValueError: no pattern, patterns of different lengths, batch sizes or valid ranges, or no such head.
+        """
+        from hf_sparse_attn.pattern_stack import stack_heads
+
+        return stack_heads(patterns, order)
 
     # ------------------------------------------------------------------ sizes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -262,68 +262,3 @@ def _repeat_columns(p: BlockPattern, factor: int, rows: int) -> tuple[Tensor, Te
     entry = torch.repeat_interleave(torch.arange(counts.numel(), device=p.device), counts.flatten())
     offset = torch.arange(entry.numel(), device=p.device) - indptr[entry]
     return counts, p.columns[first.flatten()[entry] + offset]
-
-
-def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
-    """See BlockPattern.stack_heads."""
-    if not patterns:
-        raise ValueError("`patterns` must hold at least one BlockPattern, got none")
-    first = patterns[0]
-    for p in patterns[1:]:
-        if (p.q_len, p.kv_len) != (first.q_len, first.kv_len):
-            raise ValueError(
-                f"`patterns` must have equal lengths {(first.q_len, first.kv_len)}, got {(p.q_len, p.kv_len)}"
-            )
-        same = p.kv_range is first.kv_range
-        if p.kv_range is not None and first.kv_range is not None:
-            same = torch.equal(p.kv_range, first.kv_range)
-        if not same:
-            raise ValueError("`patterns` must have one `kv_range`: it belongs to the batch, not to a head")
-    block_q = math.gcd(*(p.block_q for p in patterns))
-    block_k = math.gcd(*(p.block_k for p in patterns))
-    patterns = [p.reblock(block_q, block_k) for p in patterns]
-    batch = max(_full_batch(p)[0] for p in patterns)
-    if any(p.batch not in (1, batch) for p in patterns):
-        raise ValueError(f"`patterns` must have batch 1 or {batch}, got {[p.batch for p in patterns]}")
-    offsets, total = [], 0
-    for p in patterns:
-        offsets.append(total)
-        total += len(p.tiles)
-    tiles, merged = distinct_tiles(torch.cat([p.tiles for p in patterns]))
-    counts, starts, tile_ids, col_counts, columns = [], [], [], [], []
-    for b in range(batch):
-        for p, offset in zip(patterns, offsets, strict=True):
-            own = p.indptr[b if p.batch > 1 else 0]
-            chosen = slice(int(own[0, 0]), int(own[-1, -1]))
-            counts.append(own.diff(dim=-1))
-            starts.append(p.starts[chosen])
-            tile_ids.append(merged[p.tile_ids[chosen].long() + offset])
-            if p.column_indptr is not None and p.columns is not None:
-                own = p.column_indptr[b if p.column_indptr.shape[0] > 1 else 0]
-                columns.append(p.columns[int(own[0, 0]) : int(own[-1, -1])])
-                col_counts.append(own.diff(dim=-1))
-            else:
-                col_counts.append(torch.zeros(p.heads, p.rows, dtype=torch.int64, device=p.device))
-
-    def lead(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).unflatten(0, (batch, -1))
-
-    out = BlockPattern.from_rows(
-        lead(counts), torch.cat(starts), block_q, block_k, first.q_len, first.kv_len, torch.cat(tile_ids), tiles,
-        lead(col_counts) if columns else None, torch.cat(columns) if columns else None,
-    )  # fmt: skip
-    return replace(
-        out,
-        kv_range=first.kv_range,
-        q_order=_stack_orders([(p.q_order, p.heads) for p in patterns], batch, first.q_len),
-        kv_order=_stack_orders([(p.kv_order, p.heads) for p in patterns], batch, first.kv_len),
-    )
-
-
-def _stack_orders(orders: Sequence[tuple[Tensor | None, int]], batch: int, length: int) -> Tensor | None:
-    """The orders of all heads together, tokens as they are for heads without one; None where no head has one."""
-    given = [order for order, _ in orders if order is not None]
-    if not given:
-        return None
-    identity = torch.arange(length, device=given[0].device)[None, None]
-    return torch.cat([_expand(identity if order is None else order, batch, heads) for order, heads in orders], dim=1)

@@ -33,6 +33,8 @@ class LayerRecord:
     index: int
     sparse_calls: int = 0
     dense_reasons: Counter[str] = field(default_factory=Counter)
+    # Reasons for which some heads of a sparse call were dense.
+    partly_dense: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
     # A 0-d tensor on a GPU, for which no call waits.
     density_sum: float | Tensor = 0.0
@@ -106,4 +108,5 @@ class LayerRecord:
             reasons=reasons,
             exact_calls=self.exact_calls,
             segments=self.segments,
+            partly_dense=dict(self.partly_dense),
         )

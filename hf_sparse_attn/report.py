@@ -29,6 +29,7 @@ class LayerReport:
         reasons: dense calls by reason.
         exact_calls: calls that computed all there is to compute, in fewer runs than the model alone would take.
         segments: the separate runs of tokens (frames, windows) in them, each of which would be a run of its own.
+        partly_dense: sparse calls in which some heads were dense, by reason.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class LayerReport:
     reasons: dict[str, int]
     exact_calls: int = 0
     segments: int = 0
+    partly_dense: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Report:
                     "-" if r.density is None else f"{r.density:.3f}",
                     "-" if r.predicted_gain is None else f"{r.predicted_gain:.2f}x",
                     "-" if r.measured_gain is None else f"{r.measured_gain:.2f}x",
-                    "; ".join(f"{n}x {reason}" for reason, n in r.reasons.items()) or "-",
+                    "; ".join(f"{n}x {reason}" for reason, n in (*r.reasons.items(), *r.partly_dense.items())) or "-",
                     *([f"{r.exact_calls} ({r.segments} segments)" if r.exact_calls else "-"] if exact else []),
                 )
             )

@@ -117,7 +117,7 @@ class Judge:
 
     def bound(self, q: Tensor, ctx: Context) -> tuple[Loss | None, str]:
         """Why no pattern of the method can pay for queries `q`, or None; and the origin of the table that says so."""
-        key = q.shape, q.dtype, ctx.layout
+        key = q.shape, q.dtype, ctx.layout, self.method.call_key(ctx)
         known = self.bounds.get(key)
         if known is None:
             table = cost.table_for(q.device)
@@ -131,7 +131,7 @@ class Judge:
         """In how many calls from now the method is not to be asked; whoever takes the number keeps to it."""
         if self.method.static or not self.streaks:
             return 0
-        streaks = self.streaks_of(layer, _class_of(cost.shape_of(q, ctx), q.device))
+        streaks = self.streaks_of(layer, self.class_of(cost.shape_of(q, ctx), q.device, ctx))
         pause = max(streak.pause for streak in streaks)
         for streak in streaks:
             streak.pause = 0
@@ -144,6 +144,10 @@ class Judge:
         names = _backends(self.backend, device.type)
         best = min(table.sparse_seconds(name, work, shape, new) for name in names)
         return Prediction(best, table.dense_seconds(shape), least)
+
+    def class_of(self, shape: cost.Shape, device: torch.device, ctx: Context) -> Any:
+        """Calls that share what is learned: of like shape, and alike to the method."""
+        return _class_of(shape, device), self.method.call_key(ctx)
 
     def streaks_of(self, layer: str, shape: Any) -> tuple[_Streak, _Streak]:
         """The streaks of a shape class over all layers, and of this layer."""
@@ -160,7 +164,7 @@ class Call:
         self.table = cost.table_for(q.device)
         self.shape = cost.shape_of(q, ctx)
         self.dense = self.table.dense_seconds(self.shape)
-        self.key = _class_of(self.shape, q.device)
+        self.key = judge.class_of(self.shape, q.device, ctx)
         self.dynamic = not judge.method.static
         self.streaks: Sequence[_Streak] = judge.streaks_of(layer, self.key) if self.dynamic else ()
         self.sparse = self.density = 0.0
@@ -201,7 +205,7 @@ class Call:
     def found(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> Prediction:
         """The prediction for the call, now that (another) pattern is known; stops the clock."""
         self._stop()
-        work = cost.work_of(pattern, self.shape.heads)
+        work = cost.work_of(pattern, q.shape[0] * q.shape[1])
         name = self._backend(pattern, q, k, v)
         self.sparse += self.table.sparse_seconds(name, work, self.shape, self.dynamic)
         kept = work.pairs + work.column_pairs + (0.5 if self.shape.causal else 1.0) * work.tile_pairs
@@ -260,7 +264,7 @@ class Call:
 
 
 def _class_of(shape: cost.Shape, device: torch.device) -> tuple[Any, ...]:
-    """Calls that share what is learned: lengths within a quarter of a power of two, all else equal."""
+    """Calls of like shape: lengths within a quarter of a power of two, all else equal."""
     n = shape.kv_len
     size = (n.bit_length(), n >> max(0, n.bit_length() - 3))
     return (*shape[2:], size, shape.q_len == n, device)
