@@ -106,12 +106,10 @@ def test_the_band_is_the_published_mask_of_the_run() -> None:
     ids=str,
 )
 def test_published_widths(grid: tuple[int, int, int], text: int, density: float, frames: float) -> None:
-    reach = Svg(density=density)._reach(TokenLayout.video(*grid, text_after=text))
-    assert reach == math.ceil(frames * 3600 / 128) * 128
+    layout = TokenLayout.video(*grid, text_after=text)
+    assert Svg(density=density)._reach(layout) == math.ceil(frames * 3600 / 128) * 128
     # In blocks of 16 the width is what was published to within a block.
-    assert (
-        0 <= Svg(density=density, block_size=16)._reach(TokenLayout.video(*grid, text_after=text)) - frames * 3600 < 16
-    )
+    assert 0 <= Svg(density=density, block_size=16)._reach(layout) - frames * 3600 < 16
 
 
 @pytest.mark.parametrize("density", [0.2, 0.25, 0.3])

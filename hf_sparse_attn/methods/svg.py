@@ -1,4 +1,4 @@
-"""Sparse VideoGen: every head of a video model looks along a frame or along time; which of the two is seen per call."""
+"""Sparse VideoGen: every head of a video model looks along frames or along time; which of the two, each call tells."""
 
 from __future__ import annotations
 
