@@ -12,6 +12,8 @@ from hf_sparse_attn.pattern import BlockPattern, causal_tiles, distinct_tiles
 
 # Scores held at a time while blocks are ranked: bounds memory at long context.
 _SCORES_AT_A_TIME = 1 << 24
+# Weights of the last queries held at a time, over heads: bounds memory at long context.
+_WEIGHTS_AT_A_TIME = 1 << 25
 
 
 def check_block_size(size: object, name: str = "block_size") -> int:
@@ -75,6 +77,11 @@ def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> T
     return (torch.zeros_like(needed).scatter_(-1, order, needed) & visible) | forced
 
 
+def at_a_time(numbers: int) -> int:
+    """How many maps of `numbers` scores are held at a time, at least 1."""
+    return max(1, _SCORES_AT_A_TIME // max(1, numbers))
+
+
 def top_blocks(
     score: Callable[[int, int], Tensor],
     counts: Tensor,
@@ -92,7 +99,7 @@ def top_blocks(
     """
     batch, heads, rows, cols = shape
     most = int(counts.max())
-    step = max(1, _SCORES_AT_A_TIME // max(1, batch * heads * cols))
+    step = at_a_time(batch * heads * cols)
     strips = []
     for first in range(0, rows, step):
         last = min(first + step, rows)
@@ -138,7 +145,7 @@ def gather_rows(
         int64 [batch, heads, rows], kept blocks of each row, and int32 [their sum], the blocks, row after row.
     """
     batch, heads, rows, cols = shape
-    step = max(1, min(-(-rows // strips), _SCORES_AT_A_TIME // max(1, batch * heads * cols * weight)))
+    step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
     parts = []
     for first in range(0, rows, step):
         kept = keep(first, min(first + step, rows))
@@ -167,6 +174,63 @@ def pattern_of_rows(counts: Tensor, blocks: Tensor, size: int, layout: TokenLayo
         own = layout.query_start + torch.repeat_interleave(row, counts.flatten(), output_size=len(starts)) * size
         tile_ids, tiles = causal_tiles(own - starts, size, size)
     return BlockPattern.from_rows(counts, starts, size, size, layout.q_len, layout.kv_len, tile_ids, tiles)
+
+
+def last_query_sums(
+    q: Tensor, k: Tensor, last_queries: int, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries summed along columns and along diagonals, in float32.
+
+    Args:
+        q: [batch, heads, q_len, dim].
+        k: [batch, kv_heads, kv_len, dim]; the last query is at the last key.
+        last_queries: number of estimating queries; fewer where q is shorter.
+        scale: factor on the logits.
+        softcap: cap on the logits as in Context, 0 for none.
+
+    Returns:
+        score of each column and of each diagonal (0 is the main one), both [batch, heads, kv_len].
+    """
+    # What is ranked by these sums has no gradient.
+    q, k = q.detach(), k.detach()
+    n, last = k.shape[2], min(last_queries, q.shape[2])
+    query = q[:, :, -last:].unflatten(1, (k.shape[1], -1))
+    per_query = q.shape[0] * query.shape[2] * n
+    heads = max(1, _WEIGHTS_AT_A_TIME // (per_query * last))
+    # Where the queries of one key head are too many, too, they go in strips, which are added up.
+    step = min(last, max(1, _WEIGHTS_AT_A_TIME // per_query))
+    parts = []
+    for i in range(0, k.shape[1], heads):
+        sums = q.new_zeros(2, q.shape[0], min(heads, k.shape[1] - i) * query.shape[2], n, dtype=torch.float32)
+        for j in range(0, last, step):
+            end = min(j + step, last)
+            seen = n - last + end
+            strip = query[:, i : i + heads, :, j:end].float(), k[:, i : i + heads, :seen].float()
+            for total, part in zip(sums, _strip_sums(*strip, scale, softcap), strict=True):
+                total[..., :seen] += part
+        parts.append(sums)
+    vertical, slash = torch.cat(parts, 2)
+    return vertical, slash
+
+
+def _strip_sums(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """As `last_query_sums`, for q [batch, kv_heads, group, last, dim]."""
+    n, last = k.shape[2], q.shape[3]
+    # A line of zeros goes before the first query: see below.
+    logits = torch.einsum("bngqd,bnkd->bngqk", torch.nn.functional.pad(q * scale, (0, 0, 1, 0)), k).flatten(1, 2)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    later = torch.ones(last + 1, last, dtype=torch.bool, device=q.device).triu(0)
+    logits[..., n - last :].masked_fill_(later, -torch.inf)
+    weights = logits.softmax(-1)
+    weights[:, :, 0] = 0
+    # Query i of the strip has distance o in column n - last + i - o. Lines that are read one key longer than they are
+    # put equal distances below each other, the far ones first; what a query lacks there is the end of the line
+    # before, which it must not see and which is 0.
+    batch, heads = weights.shape[:2]
+    strides = (*weights.stride()[:2], n + 1, 1)
+    slash = weights.as_strided((batch, heads, last, n), strides, weights.storage_offset() + n - last + 1).sum(2)
+    return weights.sum(2), slash.flip(-1)
 
 
 def text_tokens(layout: TokenLayout) -> Tensor:

@@ -11,8 +11,8 @@ from patterns import Largest, expected, random_inputs
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Decline, TokenLayout
-from hf_sparse_attn.methods.vertical_slash import VerticalSlash, estimate
-from hf_sparse_attn.selection import text_tokens
+from hf_sparse_attn.methods.vertical_slash import VerticalSlash
+from hf_sparse_attn.selection import last_query_sums, text_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {
@@ -180,7 +180,7 @@ def test_vertical_slash_reproduces_the_published_selection() -> None:
     q, k, v = data["q"], data["k"], data["v"]
     method = VerticalSlash(vertical=40, slash=104)
     ctx = Context(TokenLayout.causal(300), num_heads=1, num_kv_heads=1, head_dim=32)
-    vertical, slash = estimate(q, k, 64, ctx.softmax_scale)
+    vertical, slash = last_query_sums(q, k, 64, ctx.softmax_scale)
     # The stored sums are taken before anything is forced; the published code stores the far diagonals first.
     finite = data["vertical_sums"].isfinite()
     torch.testing.assert_close(vertical[finite], data["vertical_sums"][finite])
@@ -344,9 +344,9 @@ def test_bad_parameters_are_named(name: str, params: dict, error: type[Exception
 
 def test_vertical_slash_estimates_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx, q, k, _ = call(LAYOUTS["causal_300"])
-    whole = estimate(q, k, 64, ctx.softmax_scale)
-    monkeypatch.setattr("hf_sparse_attn.methods.vertical_slash._WEIGHTS_AT_A_TIME", 1)
-    for a, b in zip(whole, estimate(q, k, 64, ctx.softmax_scale), strict=True):
+    whole = last_query_sums(q, k, 64, ctx.softmax_scale)
+    monkeypatch.setattr("hf_sparse_attn.selection._WEIGHTS_AT_A_TIME", 1)
+    for a, b in zip(whole, last_query_sums(q, k, 64, ctx.softmax_scale), strict=True):
         torch.testing.assert_close(a, b)
 
 

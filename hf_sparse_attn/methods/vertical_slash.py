@@ -12,14 +12,12 @@ from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern import BlockPattern, causal_tiles
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, rank_descending
+from hf_sparse_attn.selection import check_block_size, last_query_sums, rank_descending
 
 # First columns and nearest diagonals that are always kept, as in the published run-time code.
 _FORCED_VERTICALS = 30
 _FORCED_SLASHES = 100
 _FEWEST_SLASHES = 50
-# Weights of the last queries held at a time, over heads: bounds memory at long context.
-_WEIGHTS_AT_A_TIME = 1 << 25
 
 
 @METHODS.register("vertical_slash")
@@ -69,7 +67,7 @@ class VerticalSlash(Method):
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
         n = k.shape[2]
-        vertical_score, slash_score = estimate(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
+        vertical_score, slash_score = last_query_sums(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
         vertical_score[..., :_FORCED_VERTICALS] = torch.inf
         slash_score[..., :_FORCED_SLASHES] = torch.inf
         vertical = min(n, max(self.vertical, _FORCED_VERTICALS))
@@ -97,47 +95,6 @@ class VerticalSlash(Method):
     def full_budget(cls) -> dict[str, Any]:
         """All diagonals."""
         return {"vertical": 1 << 20, "slash": 1 << 20, "block_size": 32}
-
-
-def estimate(q: Tensor, k: Tensor, last_queries: int, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries summed along columns and along diagonals, in float32.
-
-    Args:
-        q: [batch, heads, q_len, dim].
-        k: [batch, kv_heads, kv_len, dim]; the last query is at the last key.
-        last_queries: number of estimating queries; fewer where q is shorter.
-        scale: factor on the logits.
-        softcap: cap on the logits as in Context, 0 for none.
-
-    Returns:
-        score of each column and of each diagonal (0 is the main one), both [batch, heads, kv_len].
-    """
-    group, last = q.shape[1] // k.shape[1], min(last_queries, q.shape[2])
-    query = q[:, :, -last:].unflatten(1, (k.shape[1], group))
-    step = max(1, _WEIGHTS_AT_A_TIME // (q.shape[0] * group * last * k.shape[2]))
-    parts = [
-        _strip_sums(query[:, i : i + step].float(), k[:, i : i + step].float(), scale, softcap)
-        for i in range(0, k.shape[1], step)
-    ]
-    vertical, slash = (torch.cat(sums, 1) for sums in zip(*parts, strict=True))
-    return vertical, slash
-
-
-def _strip_sums(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """Column and diagonal sums of the attention of q [batch, kv_heads, group, last, dim] over k, as in `estimate`."""
-    n, last = k.shape[2], q.shape[3]
-    logits = torch.einsum("bngqd,bnkd->bngqk", q, k).flatten(1, 2) * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    position = torch.arange(n - last, n, device=q.device)
-    weights = logits.masked_fill_(torch.arange(n, device=q.device) > position[:, None], -torch.inf).softmax(-1)
-    # Query i of the strip sees the key at distance o in column n - last + i - o: reversed and padded on the left by
-    # what it lacks, all queries have distance o in column o. A skewed view does this without a copy per query.
-    skewed = torch.nn.functional.pad(weights, (last, 0)).flip(-1)
-    batch, heads = skewed.shape[:2]
-    strides = (skewed.stride(0), skewed.stride(1), skewed.stride(2) - 1, 1)
-    slash = skewed.as_strided((batch, heads, last, n), strides, skewed.storage_offset() + last - 1).sum(2)
-    return weights.sum(2), slash
 
 
 def build_pattern(
