@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from hf_sparse_attn.budget_exact import exact, milp
 from hf_sparse_attn.budget_problem import MOST_SETS, Floats, Found, Problem, lagrangian
 
-SOLVERS = {"exact": exact, "milp": milp, "lagrangian": lagrangian}
+SOLVERS: dict[str, Callable[[Problem, float], Found]] = {"exact": exact, "milp": milp, "lagrangian": lagrangian}
 
 
 class BudgetError(ValueError):
@@ -53,6 +54,7 @@ def choose(
     max_plans_per_layer: int | None = None,
     groups: ArrayLike | None = None,
     floor: ArrayLike | None = None,
+    time_limit: float = 60.0,
 ) -> Choice:
     """The candidate of every unit with the least total damage at a mean cost within the budget.
 
@@ -65,14 +67,17 @@ def choose(
         cost: [units, candidates], 0 or more, in the unit of `budget`; infinite where a candidate is not allowed.
         budget: largest mean cost per unit.
         solver: "exact": dynamic programming between Lagrangian bounds, which proves its choice, and "milp" where the
-            partial choices become too many; "milp": scipy's integer programming (HiGHS), exact to its own tolerances;
-            "lagrangian": the best multiplier and greedy repair, fast, with a bound that tells how good it is.
+            partial choices become too many (budget_exact.py says how); "milp": scipy's integer programming (HiGHS),
+            exact to its own tolerances; "lagrangian": the best multiplier and greedy repair, fast, with a bound that
+            tells how good it is.
         layers: int [units], the layer of each unit; needed for `max_plans_per_layer`.
         max_plans_per_layer: largest number of distinct candidates in one layer, dense counted; for "lagrangian" the
             multiplier prices whole sets of candidates, and the greedy steps keep within the limit.
         groups: int [units]; units with the same number get the same candidate.
         floor: largest damage allowed for a unit, a number or [units]; a unit with no sparse candidate within it is
             dense. Dense itself is always allowed.
+        time_limit: seconds that integer programming may take; a choice that is not proven by then is logged as a
+            warning, and its `bound` is below its damage.
 
     Raises:
         BudgetError: the budget cannot be met; the message names the least possible mean cost.
@@ -83,9 +88,9 @@ def choose(
     for name, values in zip(("damage", "cost"), one, strict=True):
         if values.ndim != 2:
             raise ValueError(f"`{name}` must be [units, candidates], got shape {list(values.shape)}")
-    more = {"layers": layers, "max_plans_per_layer": max_plans_per_layer, "groups": groups}
     limits = None if floor is None else np.asarray(floor, np.float64)[None]
-    return _choose(one[0][None], one[1][None], [budget], "budget", solver, floor=limits, **more)
+    options = _Options(solver, layers, max_plans_per_layer, groups, limits, time_limit)
+    return _choose(one[0][None], one[1][None], [budget], "budget", options)
 
 
 def choose_elastic(
@@ -98,6 +103,7 @@ def choose_elastic(
     max_plans_per_layer: int | None = None,
     groups: ArrayLike | None = None,
     floor: ArrayLike | None = None,
+    time_limit: float = 60.0,
 ) -> Choice:
     """One choice for several lengths, within each length's budget (MoA's elastic rule, arXiv 2406.14909).
 
@@ -114,6 +120,7 @@ def choose_elastic(
         solver: as in `choose`; with several budgets "exact" leaves more to integer programming.
         layers, max_plans_per_layer, groups: as in `choose`.
         floor: largest damage allowed for a unit at any length: a number, [lengths, 1] or [lengths, units].
+        time_limit: as in `choose`.
 
     Raises:
         BudgetError, ValueError, ImportError: as in `choose`.
@@ -125,9 +132,9 @@ def choose_elastic(
     limits = np.atleast_1d(np.asarray(budgets, np.float64))
     if limits.shape != many[0].shape[:1]:
         raise ValueError(f"`budgets` must be [{len(many[0])}], one for each length, got shape {list(limits.shape)}")
-    more = {"layers": layers, "max_plans_per_layer": max_plans_per_layer, "groups": groups}
     floor = None if floor is None else np.asarray(floor, np.float64)
-    return _choose(many[0], many[1], limits, "budgets", solver, floor=floor, **more)
+    options = _Options(solver, layers, max_plans_per_layer, groups, floor, time_limit)
+    return _choose(many[0], many[1], limits, "budgets", options)
 
 
 def pareto(
@@ -163,27 +170,29 @@ def pareto(
     return front
 
 
-def _choose(
-    damage: Floats,
-    cost: Floats,
-    budgets: ArrayLike,
-    name: str,
-    solver: str,
-    *,
-    layers: ArrayLike | None,
-    max_plans_per_layer: int | None,
-    groups: ArrayLike | None,
-    floor: Floats | None,
-) -> Choice:
+class _Options(NamedTuple):
+    solver: str
+    layers: ArrayLike | None
+    max_plans_per_layer: int | None
+    groups: ArrayLike | None
+    floor: Floats | None
+    time_limit: float
+
+
+def _choose(damage: Floats, cost: Floats, budgets: ArrayLike, name: str, options: _Options) -> Choice:
+    solver, layers, max_plans_per_layer, groups, floor, time_limit = options
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    if not time_limit > 0:
+        raise ValueError(f"`time_limit` must be more than 0 seconds, got {time_limit}")
     limits = np.asarray(budgets, np.float64)
     if np.isnan(limits).any() or (limits < 0).any():
         raise ValueError(f"`{name}` must be 0 or more, got {limits.tolist()}")
     allowed = _checked(damage, cost) & _within(damage, floor)
     units = damage.shape[1]
-    if not allowed.any(1).all():
-        raise ValueError(f"`damage` must allow a candidate for every unit, got none for {_first(~allowed.any(1))}")
+    if not np.any(allowed, 1).all():
+        bad = _first(np.any(allowed, 1))
+        raise ValueError(f"`damage` must allow a candidate for every unit, got none for {bad}")
     total, same = _one_damage(damage, allowed), _labels("groups", groups, units)
     layer = _labels("layers", layers, units)
     most = _most_plans(max_plans_per_layer, layers)
@@ -202,9 +211,9 @@ def _choose(
         most=most,
     )
     if not np.isfinite(problem.damage).any(1).all():
-        bad = _first(~np.isfinite(problem.damage).any(1)[item])
+        bad = _first(np.isfinite(problem.damage).any(1)[item])
         raise ValueError(f"`groups` must leave a candidate that all units of a group allow, got none for {bad}")
-    found = _solved(problem, solver, name, limits, units)
+    found = _solved(problem, solver, name, limits, units, time_limit)
     assert found.x is not None
     x = found.x[item]
     spent = float(cost[:, np.arange(units), x].mean())
@@ -212,7 +221,7 @@ def _choose(
     return Choice(x, spent, harm, min(found.bound, harm))
 
 
-def _solved(problem: Problem, solver: str, name: str, limits: Floats, units: int) -> Found:
+def _solved(problem: Problem, solver: str, name: str, limits: Floats, units: int, time_limit: float) -> Found:
     if problem.number_of_sets <= MOST_SETS:
         least = tuple(problem.least_cost(i)[1] / units for i in range(len(limits)))
         if (np.array(least) * units > problem.limit).any():
@@ -229,10 +238,10 @@ def _solved(problem: Problem, solver: str, name: str, limits: Floats, units: int
         )
     else:
         least = tuple(float(c.min(1).sum()) / units for c in np.where(problem.allowed, problem.cost, np.inf))
-    found = SOLVERS[solver](problem)
+    found = SOLVERS[solver](problem, time_limit)
     if found.x is None and solver == "lagrangian":
         # Several budgets, each of them possible: whether all of them together are takes more than a heuristic.
-        found = milp(problem)
+        found = milp(problem, time_limit)
     if found.x is None:
         raise BudgetError(
             f"`{name}` must be such that one choice meets all limits; got {_words(limits)}, and the least possible "
@@ -251,15 +260,14 @@ def _checked(damage: Floats, cost: Floats) -> NDArray[np.bool_]:
     for name, values in (("damage", damage), ("cost", cost)):
         if np.isnan(values).any() or (values < 0).any():
             raise ValueError(f"`{name}` must be 0 or more (infinite: not allowed), got {values.min()}")
-    allowed: NDArray[np.bool_] = (np.isfinite(damage) & np.isfinite(cost)).all(0)
+    allowed: NDArray[np.bool_] = np.asarray((np.isfinite(damage) & np.isfinite(cost)).all(0))
     return allowed
 
 
 def _within(damage: Floats, floor: Floats | None) -> NDArray[np.bool_]:
     """Which candidates are within the quality floor, [units, candidates]; dense is."""
-    kept = np.ones(damage.shape[1:], bool)
     if floor is None:
-        return kept
+        return np.ones(damage.shape[1:], bool)
     try:
         limit = np.broadcast_to(floor, damage.shape[:2])
     except ValueError:
@@ -267,7 +275,8 @@ def _within(damage: Floats, floor: Floats | None) -> NDArray[np.bool_]:
         raise ValueError(f"`floor` must be a number or one for each unit {units}, got {list(floor.shape)}") from None
     if np.isnan(limit).any() or (limit < 0).any():
         raise ValueError(f"`floor` must be 0 or more, got {limit.min()}")
-    kept[:, 1:] = (damage <= limit[:, :, None]).all(0)[:, 1:]
+    kept = np.asarray((damage <= limit[:, :, None]).all(0))
+    kept[:, 0] = True
     return kept
 
 
@@ -310,6 +319,7 @@ def _words(values: tuple[float, ...] | Floats) -> str:
     return ", ".join(f"{v:.6g}" for v in values)
 
 
-def _first(bad: NDArray[np.bool_]) -> str:
-    where = np.flatnonzero(bad)
+def _first(good: Any) -> str:
+    """Names the first unit that is not good, and how many others are not."""
+    where = np.flatnonzero(~np.asarray(good, bool))
     return f"unit {where[0]}" + (f" and {len(where) - 1} more" if len(where) > 1 else "")

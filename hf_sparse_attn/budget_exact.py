@@ -1,13 +1,21 @@
-"""The budgeted choice solved exactly: dynamic programming between bounds, and integer programming where it explodes."""
+"""The budgeted choice solved exactly: dynamic programming between bounds, else integer programming."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse_attn.budget_problem import MOST_SETS, Floats, Found, Ints, Problem, lagrangian
+
+log = logging.getLogger(__name__)
 
 # Partial choices kept: in the quick search that only improves the known damage, and in the proof.
 _BEAM = 2_000
@@ -28,8 +36,8 @@ class _States(NamedTuple):
     trail: list[tuple[Ints, NDArray[np.int16]]]
 
 
-def exact(problem: Problem) -> Found:
-    """The best choice, proven: bound and damage are equal.
+def exact(problem: Problem, time_limit: float) -> Found:
+    """The best choice, proven: bound and damage are equal (unless integer programming is needed and out of time).
 
     1. The Lagrangian gives a choice and a lower bound; the gap between them is all that is left to win.
     2. What costs more than the gap by the bound's own prices can be in no better choice: such candidates, and such
@@ -42,7 +50,7 @@ def exact(problem: Problem) -> Found:
     """
     start = lagrangian(problem)
     if start.x is None or problem.number_of_sets > MOST_SETS:
-        return milp(problem, start)
+        return milp(problem, time_limit, start)
     found = start
     for most in (_BEAM, _MOST_STATES):
         if found.damage - found.bound <= _ROUNDING * abs(found.damage):
@@ -50,7 +58,7 @@ def exact(problem: Problem) -> Found:
         try:
             found = _search(problem, found, most, beam=most == _BEAM)
         except _Exploded:
-            return milp(problem, found, _survivors(problem, found))
+            return milp(problem, time_limit, found, _survivors(problem, found))
     return found
 
 
@@ -146,8 +154,7 @@ def _best_of(problem: Problem, found: Found, states: _States, order: Ints, beam:
     assert found.x is not None
     known = problem.total_cost[np.arange(len(found.x)), found.x].sum()
     tolerance = _tolerance(found)
-    unit = np.where(problem.budget > 0, problem.budget, 1.0)
-    total = (states.cost / unit[:, None]).sum(0)
+    total = (states.cost / problem.unit[:, None]).sum(0)
     least = states.damage.min()
     at = int(np.where(states.damage <= least + tolerance, total, np.inf).argmin())
     x, damage = found.x, found.damage
@@ -186,11 +193,14 @@ def _undominated(cost: Floats, damage: Floats) -> Ints:
     return np.sort(order[sorted_ < before])
 
 
-def milp(problem: Problem, known: Found | None = None, left: NDArray[np.bool_] | None = None) -> Found:
+def milp(
+    problem: Problem, time_limit: float, known: Found | None = None, left: NDArray[np.bool_] | None = None
+) -> Found:
     """The best choice by `scipy.optimize.milp` (HiGHS) with no gap allowed, to the solver's own tolerances.
 
     Args:
         problem: what to solve.
+        time_limit: seconds, after which the best choice found counts, with the bound proven so far.
         known: a choice within the budgets, returned where the solver finds none that is better.
         left: candidates to choose from; None means all that are allowed.
 
@@ -214,7 +224,7 @@ def milp(problem: Problem, known: Found | None = None, left: NDArray[np.bool_] |
     ones = np.ones(n)
     rows = [LinearConstraint(coo_array((ones, (item, np.arange(n))), shape=(items, n + extra)), 1, 1)]
     cost = problem.cost[:, item, candidate]
-    size = np.where(problem.limit > 0, problem.limit, 1.0) / _MILP_SCALE
+    size = problem.unit / _MILP_SCALE
     if limited:
         links = np.r_[np.arange(n), np.arange(n)], np.r_[np.arange(n), n + which.ravel()]
         rows.append(LinearConstraint(coo_array((np.r_[ones, -ones], links), shape=(n, n + extra)), ub=0))
@@ -233,13 +243,12 @@ def milp(problem: Problem, known: Found | None = None, left: NDArray[np.bool_] |
     for _ in range(rounds):
         spending = np.concatenate([cost / size[:, None], np.zeros((len(cost), extra))], 1)
         constraints = [*rows, LinearConstraint(spending, ub=limit / size)]
-        done = solve(
-            objective,
-            integrality=np.ones(n + extra),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
-        )
+        options = {"mip_rel_gap": 0.0, "time_limit": time_limit}
+        whole = np.ones(n + extra)
+        with _stdout_to_stderr():
+            done = solve(objective, integrality=whole, bounds=Bounds(0, 1), constraints=constraints, options=options)
+        if done.status == 1:
+            log.warning("integer programming ended after %g s: the choice may not be the best one", time_limit)
         if done.x is None:
             break
         if limit is problem.limit:
@@ -257,3 +266,24 @@ def milp(problem: Problem, known: Found | None = None, left: NDArray[np.bool_] |
     if best is None:
         return Found(None, np.inf, bound, multipliers)
     return Found(best.x, best.damage, min(bound, best.damage), multipliers)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS leaves debugging lines on the process's standard output, which may be a document for a program."""
+    sys.stdout.flush()
+    try:
+        libc = ctypes.CDLL(None)
+        kept = os.dup(1)
+    except (OSError, TypeError):
+        # No such library, as on Windows, or no standard output at all.
+        yield
+        return
+    try:
+        libc.fflush(None)
+        os.dup2(2, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

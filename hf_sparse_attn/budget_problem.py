@@ -63,10 +63,14 @@ class Problem:
         return np.array(list(combinations(used.tolist(), self.most or len(used))), np.int64)
 
     @cached_property
+    def unit(self) -> Floats:
+        """What costs of each budget are counted in where they are added up."""
+        return np.where(self.limit > 0, self.limit, 1.0)
+
+    @cached_property
     def total_cost(self) -> Floats:
         """Cost summed over the budgets, each counted in its own unit, [items, candidates]; it breaks ties."""
-        unit = np.where(self.budget > 0, self.budget, 1.0)
-        return (self.cost / unit[:, None, None]).sum(0)
+        return (self.cost / self.unit[:, None, None]).sum(0)
 
     @cached_property
     def limit(self) -> Floats:
@@ -133,11 +137,12 @@ class Found:
     multipliers: Floats
 
 
-def lagrangian(problem: Problem) -> Found:
+def lagrangian(problem: Problem, time_limit: float = 0.0) -> Found:
     """Prices the cost: the multiplier by bisection (several budgets: by subgradients), then greedy repair and fill.
 
     With one budget the multiplier is the best one: each step tries the slope between the cheapest choice known that
-    is too dear and the dearest that is within the budget, until no choice lies below their line.
+    is too dear and the dearest that is within the budget, until no choice lies below their line. (It takes no time
+    worth a limit: the argument is there because all solvers are called alike.)
     """
     zero = np.zeros(len(problem.budget))
     free = problem.least_of(problem.damage)
@@ -175,15 +180,13 @@ def _one_budget(problem: Problem, over: Ints) -> Found:
 
 
 def _several_budgets(problem: Problem, free: Ints) -> Found:
-    unit = np.where(problem.limit > 0, problem.limit, 1.0)
+    unit = problem.unit
     prices = np.zeros(len(unit))
     bound, best_prices = problem.damage_of(free), prices
-    tried = [repair(problem, free), *(repair(problem, problem.least_cost(i)[0]) for i in range(len(unit)))]
     best: Ints | None = None
-    for x in tried:
-        if x is not None and (best is None or _better(problem, x, best)):
+    for x in (problem.least_cost(i)[0] for i in range(len(unit))):
+        if problem.fits(x) and (best is None or _better(problem, x, best)):
             best = x
-    best = None if best is None else fill(problem, best)
     # Polyak's step: as far as the best known damage allows. Costs count in units of their budgets.
     share, stuck = 1.0, 0
     for _ in range(_SUBGRADIENT_STEPS):
@@ -203,14 +206,17 @@ def _several_budgets(problem: Problem, free: Ints) -> Found:
         if length == 0 or goal - bound <= 1e-12 * abs(goal):
             break
         prices = np.maximum(prices + share * (goal - value) / length * slope, 0)
-    x_best = repair(problem, problem.least_of(problem.weighted(best_prices / unit)))
-    if x_best is not None:
-        x_best = fill(problem, x_best)
-        if best is None or _better(problem, x_best, best):
-            best = x_best
+    priced = problem.least_of(problem.weighted(best_prices / unit))
+    tried = [repair(problem, priced), best]
+    if all(x is None for x in tried):
+        tried = [repair(problem, free), *(repair(problem, problem.least_cost(i)[0]) for i in range(len(unit)))]
+    best = None
+    for known in tried:
+        filled = None if known is None else fill(problem, known)
+        if filled is not None and (best is None or _better(problem, filled, best)):
+            best = filled
     if best is None:
         return Found(None, np.inf, bound, best_prices / unit)
-    best = fill(problem, best)
     damage = problem.damage_of(best)
     return Found(best, damage, min(bound, damage), best_prices / unit)
 
@@ -257,14 +263,16 @@ def _open(problem: Problem, x: Ints) -> NDArray[np.bool_]:
 
 
 def fill(problem: Problem, x: Ints) -> Ints:
-    """Spends what is left of the budgets: the change with the most damage saved per cost that fits, again and again."""
+    """Spends what is left of the budgets: the changes with the most damage saved per cost that fit, in rounds.
+
+    A round takes the best change of each item, the best first, down to half as good as the best of all.
+    """
     x, at = x.copy(), np.arange(len(x))
-    unit = np.where(problem.limit > 0, problem.limit, 1.0)
     for _ in range(4 * len(x)):
         saved = problem.damage[at, x][:, None] - problem.damage
         more = problem.cost - problem.cost[:, at, x][:, :, None]
         room = problem.limit - problem.cost_of(x)
-        total = (more / unit[:, None, None]).sum(0)
+        total = (more / problem.unit[:, None, None]).sum(0)
         fits = (more <= room[:, None, None]).all(0) & _open(problem, x)
         fits &= (saved > 0) | ((saved == 0) & (total < 0) & (more <= 0).all(0))
         if not fits.any():
@@ -272,30 +280,52 @@ def fill(problem: Problem, x: Ints) -> Ints:
         # What costs nothing is taken first, the largest saving before the smaller.
         with np.errstate(divide="ignore", invalid="ignore"):
             worth = np.where(total > 0, saved / total, np.inf)
-        worth = np.where(fits, worth, -1.0)
-        top = worth == worth.max()
-        choice = int(np.where(top, saved, -np.inf).argmax())
-        x[choice // saved.shape[1]] = choice % saved.shape[1]
+        change, ordered = _best_changes(np.where(fits, -worth, np.inf), -saved)
+        ordered = ordered[worth[ordered, change[ordered]] >= worth[ordered[0], change[ordered[0]]] / 2]
+        spent = np.cumsum(more[:, ordered, change[ordered]], 1)
+        over = np.flatnonzero((spent > room[:, None]).any(0))
+        ordered = _at_once(problem, ordered, over[0] if len(over) else len(ordered))
+        x[ordered] = change[ordered]
     return x
 
 
 def repair(problem: Problem, x: Ints) -> Ints | None:
-    """Brings a choice within the budgets: the change with the least damage per excess removed, again and again."""
+    """Brings a choice within the budgets: the changes with the least damage per excess removed, in rounds too."""
     x, at = x.copy(), np.arange(len(x))
-    unit = np.where(problem.limit > 0, problem.limit, 1.0)
     for _ in range(4 * len(x)):
         if problem.fits(x):
             return x
         room = problem.limit - problem.cost_of(x)
         more = problem.cost - problem.cost[:, at, x][:, :, None]
-        before = float((np.maximum(-room, 0) / unit).sum())
-        excess = (np.maximum(more - room[:, None, None], 0) / unit[:, None, None]).sum(0)
+        before = float((np.maximum(-room, 0) / problem.unit).sum())
+        excess = (np.maximum(more - room[:, None, None], 0) / problem.unit[:, None, None]).sum(0)
         removed = np.where(_open(problem, x), before - excess, -1.0)
         if not (removed > 0).any():
             return None
         harm = problem.damage - problem.damage[at, x][:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             price = np.where(removed > 0, np.where(harm > 0, harm / removed, harm), np.inf)
-        choice = int(price.argmin())
-        x[choice // price.shape[1]] = choice % price.shape[1]
+        change, ordered = _best_changes(price, -removed)
+        prices = price[ordered, change[ordered]]
+        ordered = ordered[prices <= max(2 * prices[0], 0)]
+        spent = np.cumsum(more[:, ordered, change[ordered]], 1)
+        # Each change may help one budget and hurt another: no further than all are met, or the excess grows again.
+        left = (np.maximum(spent - room[:, None], 0) / problem.unit[:, None]).sum(0)
+        stop = np.flatnonzero((left == 0) | (np.diff(left, append=np.inf) >= 0))
+        ordered = _at_once(problem, ordered, int(stop[0]) + 1)
+        x[ordered] = change[ordered]
     return None
+
+
+def _best_changes(rank: Floats, second: Floats) -> tuple[Ints, Ints]:
+    """The change with the lowest rank of each item, and the items that have one, in the order of their ranks."""
+    tied = rank == rank.min(1, keepdims=True)
+    change = np.where(tied, second, np.inf).argmin(1)
+    at = np.arange(len(rank))
+    ordered = np.lexsort((second[at, change], rank[at, change]))
+    return change, ordered[rank[ordered, change[ordered]] < np.inf]
+
+
+def _at_once(problem: Problem, ordered: Ints, many: int) -> Ints:
+    """The first of the ordered changes: several may together use too many distinct candidates."""
+    return ordered[: max(1, many if len(problem.sets) == 1 else 1)]
