@@ -158,7 +158,8 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype)).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype))
+    model = model.to(device).eval()
     said = "standard library" if args.data is None else Path(args.data).name
     return model, _texts(tokenizer, args.data, lengths, args.batches), True, said
 
