@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import DenseFallback, Patch
     from hf_sparse_attn.pattern import BlockPattern
+    from hf_sparse_attn.profiling import profile
     from hf_sparse_attn.report import Report
 
 _WHERE = {
@@ -40,6 +41,8 @@ _WHERE = {
     "DenseFallback": "patching",
     "Patch": "patching",
     "BlockPattern": "pattern",
+    # The file is called profiling, for an imported submodule would take the place of the function.
+    "profile": "profiling",
     "Report": "report",
 }
 
@@ -60,6 +63,7 @@ __all__ = [
     "get_method",
     "list_methods",
     "patch",
+    "profile",
     "register_method",
     "unpatch",
 ]

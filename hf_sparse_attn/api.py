@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
-from hf_sparse_attn.family import find_family
+from hf_sparse_attn.family import find_family, install
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
@@ -81,26 +81,14 @@ def patch(
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
-    name, family, modules = find_family(model)
-    lacking = sorted(made.needs - family.provides)
+    found = find_family(model)
+    lacking = sorted(made.needs - found[1].provides)
     if lacking:
         raise MethodDoesNotApply(
             f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "
-            f"{type(model).__name__} (family {name}) has none"
+            f"{type(model).__name__} (family {found[0]}) has none"
         )
-    for module in modules:
-        already = active_patch(module)
-        if already is not None:
-            raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
-    made_patch = Patch(name, Session(made, policy, backend, strict), modules, model)
-    try:
-        family.install(made_patch)
-        if not made_patch.session.records:
-            raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
-    except BaseException:
-        made_patch.remove()
-        raise
-    return made_patch
+    return install(model, found, Session(made, policy, backend, strict))
 
 
 def unpatch(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench. Tables go to stdout, logs to stderr."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile. Tables go to stdout, logs to stderr."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from hf_sparse_attn import profile_arguments
 
 PROGRAM = "hf-sparse-attn"
 T = TypeVar("T")
@@ -117,6 +119,9 @@ def _parser() -> _Parser:
         action="store_true",
         help="measure what attention costs on this device, and let min_tokens='auto' decide by that from now on",
     )
+
+    profiled = command("profile", _profile, "find out which method each head tolerates, and choose within a budget")
+    profile_arguments.add(profiled, _list(int))
     return parser
 
 
@@ -243,6 +248,13 @@ def _calibrate(args: argparse.Namespace) -> int:
     else:
         print(calibrate.render(found, _width()))
     print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import profile_command
+
+    print(profile_command.main(args))
     return 0
 
 

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.api import attention, patch
-from hf_sparse_attn.context import Context
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.head_maps import pooled_attention
+from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.observe import Captured, capture
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.report import table
 
@@ -37,24 +38,6 @@ def settings(length: int) -> list[tuple[str, dict[str, Any]]]:
         ("block_topk", {"density": 0.25, "block_size": 64}),
         ("block_topk", {"density": 0.125, "block_size": 64}),
     ]
-
-
-@dataclass
-class Captured:
-    """q, k, v of every layer in one dense forward."""
-
-    calls: dict[int, tuple[Tensor, Tensor, Tensor, Context]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Capture(Method):
-    """Keeps what arrives and declines, so that the model runs dense."""
-
-    seen: Captured = field(hash=False, compare=False)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, run: Any) -> Decline:
-        self.seen.calls[ctx.layer] = (q.detach(), k.detach(), v.detach(), ctx)
-        return Decline("only captured")
 
 
 @dataclass(frozen=True)
@@ -91,14 +74,6 @@ def load_model(path: Path = MODEL) -> Any:
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(f"the shipped model must be at {path}, got no model.safetensors there")
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def capture(model: nn.Module, tokens: Tensor) -> Captured:
-    """q, k, v of every layer of a dense forward over `tokens` [1, length]."""
-    seen = Captured()
-    with patch(model, _Capture(seen=seen), min_tokens=0), torch.no_grad():
-        model(tokens, use_cache=False)
-    return seen
 
 
 def output_error(method: Method, seen: Captured) -> float:
@@ -252,25 +227,6 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
     file = folder / "attention_maps.png"
     figure.savefig(file, dpi=110)
     return [file]
-
-
-def pooled_attention(q: Tensor, k: Tensor, scale: float, cells: int) -> Tensor:
-    """Causal attention of one head, the largest weight in each of cells x cells squares; a strip of queries at a time.
-
-    Args:
-        q, k: [tokens, dim].
-        scale: factor on the logits.
-        cells: squares along each side.
-    """
-    n = len(q)
-    size = -(-n // cells)
-    rows = []
-    for start in range(0, n, size):
-        strip = q[start : start + size] @ k.T * scale
-        query = torch.arange(start, min(start + size, n))[:, None]
-        weights = strip.masked_fill(torch.arange(n) > query, -torch.inf).softmax(-1).amax(0)
-        rows.append(nn.functional.pad(weights, (0, -n % size)).unflatten(0, (-1, size)).amax(1))
-    return torch.stack(rows)
 
 
 def _draw_head(ax: Any, q: Tensor, k: Tensor, scale: float, pattern: BlockPattern) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, Session, active_patch
 
 
 class Family(Protocol):
@@ -54,6 +54,33 @@ def find_family(model: object) -> tuple[str, type[Family], list[nn.Module]]:
     raise TypeError(
         f"`model` must be a model or pipeline of a known family, got {type(model).__name__} ({'; '.join(reasons)})"
     )
+
+
+def install(model: object, found: tuple[str, type[Family], list[nn.Module]], session: Session) -> Patch:
+    """Installs a family's hooks for a session; nothing is left in the model where that fails.
+
+    Args:
+        model: a model or pipeline.
+        found: what `find_family` said of it.
+        session: what its layers ask.
+
+    Raises:
+        ValueError: the model is patched already, or has no self-attention layers.
+    """
+    name, family, modules = found
+    for module in modules:
+        already = active_patch(module)
+        if already is not None:
+            raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
+    patch = Patch(name, session, modules, model)
+    try:
+        family.install(patch)
+        if not session.records:
+            raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
+    except BaseException:
+        patch.remove()
+        raise
+    return patch
 
 
 def pretrained_models(model: object) -> list[Any]:

@@ -275,6 +275,25 @@ class BlockPattern:
 
         return reblock(self, block_q, block_k)
 
+    def query_rows(self, rows: Tensor) -> BlockPattern:
+        """The pattern of some rows alone, for the queries `q[tokens]` with `tokens = row_tokens(rows)`, in that order.
+
+        Args:
+            rows: int64 [n], blocks of queries, ascending.
+
+        Raises:
+            TypeError, ValueError: `rows` is not such a tensor.
+        """
+        from hf_sparse_attn.pattern_rows import query_rows
+
+        return query_rows(self, rows)
+
+    def row_tokens(self, rows: Tensor) -> Tensor:
+        """The queries of some rows as tokens, int64 [batch or 1, heads or 1, queries]; see `query_rows`."""
+        from hf_sparse_attn.pattern_rows import row_tokens
+
+        return row_tokens(self, rows)
+
     def validate(self) -> BlockPattern:
         """Checks every rule of the class and returns the pattern.
 

@@ -10,7 +10,8 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.corpus import needle_document, next_byte_loss, score_needles
-from hf_sparse_attn.demo import capture, load_model
+from hf_sparse_attn.demo import load_model
+from hf_sparse_attn.observe import capture
 from hf_sparse_attn.recipes import byte_llama
 
 YAML = Path(__file__).parents[1] / "recipes" / "byte_llama.yaml"

@@ -1,0 +1,89 @@
+"""What a profile chooses from where nothing is said: methods for a kind of layout, scaled to its length."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.registry import METHODS
+
+
+def default_candidates(layout: TokenLayout, tokens: int = 0) -> list[Method]:
+    """Methods and parameters to measure on a layout; those that this installation does not have are left out.
+
+    Args:
+        layout: the tokens of a call.
+        tokens: length to scale windows and budgets to; fewer than the layout has means those of the layout.
+    """
+    n = max(tokens, layout.kv_len)
+    entries = _text(n) if layout.is_causal else _video(n, layout) if layout.video_part is not None else _full(n)
+    made = []
+    for name, params in entries:
+        if name in METHODS:
+            cls = METHODS.get(name)
+            # A method of another version may lack a parameter.
+            if set(params) <= {f.name for f in fields(cls)}:
+                method = cls(**params)
+                if method not in made:
+                    made.append(method)
+    return made
+
+
+def block_for(tokens: int) -> int:
+    """Tokens in a block: 16 for a few hundred tokens, 128 from 16384 on."""
+    size = 16
+    while size < 128 and size * 128 <= tokens:
+        size *= 2
+    return size
+
+
+def _text(n: int) -> list[tuple[str, dict[str, Any]]]:
+    size = block_for(n)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for share in (64, 32, 16, 8, 4):
+        found.append(("sliding_window", {"window": max(16, n // share), "sink": 16, "block_size": size}))
+    # Diagonals are rounded to blocks and so cost more than columns.
+    for vertical, slash in ((16, 64), (8, 64), (32, 32), (16, 16), (8, 8)):
+        budget = {"vertical": max(30, n // vertical), "slash": max(50, n // slash)}
+        found.append(("vertical_slash", {**budget, "block_size": size}))
+    for density in (1 / 16, 1 / 8, 1 / 4):
+        found.append(("block_topk", {"density": density, "block_size": size}))
+    found.append(("strided", {"local": 4, "stride": 8, "sink": 1, "block_size": size}))
+    for held in (0.6, 0.9):
+        found.append(("flexprefill", {"gamma": held, "min_budget": max(size, n // 32), "block_size": size}))
+        found.append(("xattention", {"threshold": held, "stride": 8, "block_size": size}))
+    return found
+
+
+def _tile(layout: TokenLayout) -> tuple[int, int, int]:
+    """A tile of about a sixth of the canvas along each side, at most the published (6, 8, 8)."""
+    grid = layout.video_part[1].grid if layout.video_part is not None else None
+    frames, height, width = (max(2, -(-size // 6)) for size in grid or (1, 1, 1))
+    return min(6, frames), min(8, height), min(8, width)
+
+
+def _video(n: int, layout: TokenLayout) -> list[tuple[str, dict[str, Any]]]:
+    size = block_for(n)
+    found: list[tuple[str, dict[str, Any]]] = [("radial", {"block_size": size})]
+    for kind in ("spatial", "temporal"):
+        for density in (1 / 8, 1 / 4):
+            found.append(("svg", {"kind": kind, "density": density, "block_size": size}))
+    for share_kept in (1 / 8, 1 / 4):
+        found.append(("sliding_tile", {"window": share_kept, "tile": _tile(layout), "block_size": size}))
+    for density in (1 / 8, 1 / 4, 1 / 2):
+        found.append(("block_topk", {"density": density, "block_size": size}))
+    for share in (16, 8):
+        found.append(("sliding_window", {"window": max(16, n // share), "sink": 0, "block_size": size}))
+    return found
+
+
+def _full(n: int) -> list[tuple[str, dict[str, Any]]]:
+    size = block_for(n)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for density in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+        found.append(("block_topk", {"density": density, "block_size": size}))
+    for share in (32, 16, 8, 4):
+        found.append(("sliding_window", {"window": max(16, n // share), "sink": 16, "block_size": size}))
+    return found
