@@ -1,4 +1,4 @@
-"""Evaluation on the shipped byte-level Llama: next-byte loss and needles of held-out documents, by method and density."""
+"""Evaluation on the shipped byte-level Llama: next-byte loss and needles of held-out documents."""
 
 from __future__ import annotations
 

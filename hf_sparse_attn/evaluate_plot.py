@@ -16,7 +16,18 @@ from hf_sparse_attn.cost import device_name
 from hf_sparse_attn.evaluate import PROFILED, Result
 
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F", "#7F7F7F", "#332288", "#44AA99")
+_COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#8C6D1F",
+    "#7F7F7F",
+    "#332288",
+    "#44AA99",
+)
 _MARKERS = "osD^vP<>X*"
 
 

@@ -1,6 +1,7 @@
 """Turning the knob of every method until its density is the one asked for."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_the_density_goes_one_way_with_the_knob(name):
     densities = [mean_density(method.turned(value), seen) for value in values]
     down = densities[0] > densities[-1]
     assert abs(densities[0] - densities[-1]) > 0.1
-    for a, b in zip(densities, densities[1:], strict=False):
+    for a, b in pairwise(densities):
         # Thresholds on real scores may go back by a block.
         assert (a - b if not down else b - a) <= 0.01
 
@@ -52,7 +53,9 @@ def test_found_density_is_the_one_asked_for(name, density):
     seen = calls(name)
     fit = fit_density(smallest(name), density, seen)
     assert fit.density == pytest.approx(mean_density(fit.method, seen))
-    ends = sorted(mean_density(smallest(name).turned(v), seen) for v in (fit.method.knob.low, min(fit.method.knob.high, 1000)))
+    ends = sorted(
+        mean_density(smallest(name).turned(v), seen) for v in (fit.method.knob.low, min(fit.method.knob.high, 1000))
+    )
     reached = min(max(density, ends[0]), ends[1])
     assert fit.density == pytest.approx(reached, rel=0.12)
 
