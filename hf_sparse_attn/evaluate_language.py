@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +17,8 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.demo import capture, load_model
 from hf_sparse_attn.equal_density import Fit
-from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, fitted
+from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted
 from hf_sparse_attn.fidelity import Call, Reference
-from hf_sparse_attn.measurements import label_of
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
 
@@ -82,7 +80,7 @@ def evaluate(
     calls = [call for document in calibration[:1] for call in captured(model, document)]
     held_out = Reference(captured(model, scored[0]))
     skipped: dict[str, str] = {}
-    rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, None)]
+    rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, held_out)]
     with tqdm(total=len(names) * len(densities), desc="language", leave=False, disable=None) as bar:
         for name, density, fit in fitted(names, densities, calls, bar):
             if isinstance(fit, Fit):
@@ -114,27 +112,21 @@ def score(
     name: str,
     wanted: float | None,
     documents: Sequence[NeedleDocument],
-    reference: Reference | None,
+    reference: Reference,
 ) -> LanguageRow:
-    """One row: the model reads all documents with the method in every layer."""
-    losses, right, report = [], [], None
-    with patch(model, method, min_tokens=0) if reference is not None else nullcontext() as applied:
+    """One row: the model reads all documents with the method in every layer; `wanted` is None for dense."""
+    losses, right = [], []
+    with patch(model, method, min_tokens=0) as applied:
         for document in documents:
             logits = model(document.token_ids, use_cache=False).logits
             losses.append(next_byte_loss(logits, document))
             # By depth, whatever the order of the document's list.
             answers = zip(document.needles, score_needles(logits, document), strict=True)
             right.append([ok for _, ok in sorted(answers, key=lambda item: item[0].depth)])
-        report = applied.report() if applied is not None else None
     by_depth = tuple(sum(column) / len(column) for column in zip(*right, strict=True))
-    dense = {"name": name, "label": label_of(method), "wanted": None, "recall": 1.0, "output_error": 0.0}
-    common = (
-        {**dense, "estimate_share": 0.0}
-        if reference is None
-        else common_figures(method, name, wanted, reference)
-    )  # fmt: skip
+    common = dense_figures() if wanted is None else common_figures(method, name, wanted, reference)
     return LanguageRow(
-        density=1.0 if report is None else report.density,
+        density=applied.report().density,
         loss=sum(losses) / len(losses),
         by_depth=by_depth,
         **common,
