@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile. Tables go to stdout, logs to stderr."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, eval. Tables go to stdout, logs to stderr."""
 
 from __future__ import annotations
 
@@ -122,6 +122,17 @@ def _parser() -> _Parser:
 
     profiled = command("profile", _profile, "find out which method each head tolerates, and choose within a budget")
     profile_arguments.add(profiled, _list(int))
+
+    evaluate = command("eval", _eval, "all methods at equal density on the shipped models: fidelity and quality")
+    evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
+    evaluate.add_argument("--methods", type=_list(str), metavar="A,B", help="all whose density can be set")
+    evaluate.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25")
+    evaluate.add_argument("--no-profile", action="store_true", help="without the mix that the profiler chooses")
+    evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="bytes of a document: 4096")
+    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="held-out documents to read: 6")
+    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
+    evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
     return parser
 
 
@@ -255,6 +266,13 @@ def _profile(args: argparse.Namespace) -> int:
     from hf_sparse_attn import profile_command
 
     print(profile_command.main(args))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import evaluate
+
+    print(evaluate.main(args))
     return 0
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern import BlockPattern, causal_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share, pool_blocks, text_blocks, top_blocks
@@ -38,6 +38,7 @@ class BlockTopK(Method):
     """
 
     paper = "block-sparse pattern of Jiang et al. 2024, MInference (arXiv 2407.02490)"
+    knob = Knob("density", 1e-4, 1.0, log=True)
 
     block_size: int = 128
     topk: int | None = None
@@ -90,6 +91,10 @@ class BlockTopK(Method):
         return BlockPattern.from_rows(
             counts.expand(shape), chosen, size, size, layout.q_len, layout.kv_len, tile_ids, tiles
         )
+
+    def turned(self, value: float) -> Method:
+        """With `density` at the value, in place of `topk`; see Method.turned."""
+        return replace(self, density=value, topk=None)
 
     def _counts(self, visible: Tensor, text: int) -> Tensor:
         """Blocks to keep in each row, from the number it may see; text comes on top."""

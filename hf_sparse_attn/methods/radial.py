@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, text_blocks
@@ -51,6 +51,7 @@ class Radial(Method):
     paper = "Li et al. 2025, Radial Attention (NeurIPS 2025, arXiv 2506.19852)"
     needs = frozenset({"bidirectional", "video grid"})
     static = True
+    knob = Knob("decay", 1e-3, 1e3, log=True)
 
     decay: float = 0.2
     block_size: int = 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.method import Method
+from hf_sparse_attn.method import Knob, Method
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, pattern_from_rule, text_blocks, text_tokens
@@ -35,6 +35,7 @@ class SlidingWindow(Method):
 
     paper = "Xiao et al. 2023, StreamingLLM (arXiv 2309.17453); A-shape of Jiang et al. 2024, MInference (2407.02490)"
     static = True
+    knob = Knob("window", 1, 1 << 30, log=True, integer=True)
 
     window: int = 3968
     sink: int = 128

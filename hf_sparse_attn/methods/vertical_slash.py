@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern import BlockPattern, causal_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, last_query_sums, rank_descending
@@ -45,6 +45,7 @@ class VerticalSlash(Method):
 
     paper = "Jiang et al. 2024, MInference 1.0 (arXiv 2407.02490)"
     needs = frozenset({"causal"})
+    knob = Knob("slash", 1, 1 << 30, log=True, integer=True)
 
     vertical: int = 1000
     slash: int = 6096
@@ -63,6 +64,10 @@ class VerticalSlash(Method):
             raise TypeError("`q` and `k` must be tensors: vertical_slash chooses by content, got None")
         verticals, slashes = self.choose(q, k, ctx)
         return build_pattern(verticals, slashes, ctx.layout.query_start, q.shape[2], k.shape[2], self.block_size)
+
+    def turned(self, value: float) -> Method:
+        """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
+        return replace(self, slash=round(value), vertical=round(value * self.vertical / max(1, self.slash)))
 
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""

@@ -1,0 +1,133 @@
+"""Evaluation on the shipped byte-level Llama: next-byte loss and needles of held-out documents."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hf_sparse_attn.api import patch
+from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
+from hf_sparse_attn.demo import capture, load_model
+from hf_sparse_attn.equal_density import Fit
+from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted
+from hf_sparse_attn.fidelity import Call, Reference
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.registry import METHODS
+
+NEEDLES = 8
+# Documents to fit densities on and to profile with, from other modules than those that are scored.
+CALIBRATION_SEEDS = (0, 1)
+# Seeds of the documents that are scored begin here.
+_FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class LanguageRow(Row):
+    """See Row.
+
+    Args:
+        loss: next-byte loss on code, in nats.
+        by_depth: share of needles answered at each depth, from the start of the document to its end.
+    """
+
+    loss: float
+    by_depth: tuple[float, ...]
+
+    @property
+    def needles(self) -> float:
+        """Share of needles answered."""
+        return sum(self.by_depth) / len(self.by_depth)
+
+    columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = (
+        ("loss", lambda row: f"{row.loss:.3f}"),
+        ("needles", lambda row: f"{row.needles:.2f}"),
+        ("% by depth", lambda row: " ".join(f"{share:.0%}"[:-1] for share in row.by_depth)),
+    )
+    plots: ClassVar[Sequence[tuple[str, str, bool]]] = (
+        ("loss", "next-byte loss (nats)", False),
+        ("needles", "needles answered", True),
+        ("recall", "attention recall", True),
+        ("output_error", "relative output error", False),
+    )
+
+
+def evaluate(
+    args: argparse.Namespace, names: Sequence[str], densities: Sequence[float], profiled: bool, output: Path | None
+) -> Result:
+    """Scores the methods on the shipped language model.
+
+    Args:
+        args: `tokens`, `documents` and `device` of the command.
+        names: methods, all with a knob.
+        densities: kept shares of the visible pairs.
+        profiled: also score the mix that the profiler chooses at each density.
+        output: unused; this model has no picture of its own.
+    """
+    if args.documents < 1:
+        raise ValueError(f"`documents` must be at least 1, got {args.documents}")
+    begin = time.perf_counter()
+    model = load_model()
+    calibration = [needle_document(args.tokens, NEEDLES, seed, "train") for seed in CALIBRATION_SEEDS]
+    scored = [needle_document(args.tokens, NEEDLES, _FIRST_SEED + i) for i in range(args.documents)]
+    calls = [call for document in calibration[:1] for call in captured(model, document)]
+    held_out = Reference(captured(model, scored[0]))
+    skipped: dict[str, str] = {}
+    rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, held_out)]
+    with tqdm(total=len(names) * len(densities), desc="language", leave=False, disable=None) as bar:
+        for name, density, fit in fitted(names, densities, calls, bar):
+            if isinstance(fit, Fit):
+                rows.append(score(model, fit.method, name, density, scored, held_out))
+            else:
+                skipped[name] = fit
+            bar.update()
+    if profiled:
+        from hf_sparse_attn.profiling import profile
+
+        for density in densities:
+            found = profile(model, profile_batches(calibration), budget=density, **PROFILE_SETTINGS)
+            rows.append(score(model, found.method(), PROFILED, density, scored, held_out))
+    setting = (
+        f"shipped byte-level Llama, {args.documents} held-out documents of {args.tokens} bytes, {NEEDLES} needles each"
+    )
+    return Result("language", setting, rows, skipped, time.perf_counter() - begin)
+
+
+def captured(model: nn.Module, document: NeedleDocument) -> list[Call]:
+    """The attention calls of a dense forward, layer by layer."""
+    return [Call(*call) for call in capture(model, document.token_ids).calls.values()]
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    wanted: float | None,
+    documents: Sequence[NeedleDocument],
+    reference: Reference,
+) -> LanguageRow:
+    """One row: the model reads all documents with the method in every layer; `wanted` is None for dense."""
+    losses, right = [], []
+    with patch(model, method, min_tokens=0) as applied:
+        for document in documents:
+            logits = model(document.token_ids, use_cache=False).logits
+            losses.append(next_byte_loss(logits, document))
+            # By depth, whatever the order of the document's list.
+            answers = zip(document.needles, score_needles(logits, document), strict=True)
+            right.append([ok for _, ok in sorted(answers, key=lambda item: item[0].depth)])
+    by_depth = tuple(sum(column) / len(column) for column in zip(*right, strict=True))
+    common = dense_figures() if wanted is None else common_figures(method, name, wanted, reference)
+    return LanguageRow(
+        density=applied.report().density,
+        loss=sum(losses) / len(losses),
+        by_depth=by_depth,
+        **common,
+    )
