@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
-from hf_sparse_attn.family import find_family
+from hf_sparse_attn.family import find_family, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
 from hf_sparse_attn.pattern import BlockPattern
@@ -72,7 +72,7 @@ def patch(
         min_tokens=min_tokens,
     )
     name, family, modules = find_family(model)
-    lacking = sorted(made.needs - family.provides)
+    lacking = sorted(made.needs - provided(family, modules))
     if lacking:
         raise MethodDoesNotApply(
             f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "
