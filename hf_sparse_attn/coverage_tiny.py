@@ -124,6 +124,9 @@ def _shrunk(given: Mapping[str, Any], layers: int, filled: bool) -> dict[str, An
     special: Iterator[int] = iter(range(_SPECIAL, VOCAB))
     found: dict[str, Any] = {}
     for name, value in given.items():
+        if name in ("out_features", "out_indices", "stage_names"):
+            # They name layers that are cut away; a class works them out anew.
+            continue
         if name == "per_layer_config" and isinstance(value, Mapping) and value:
             found[name] = {layers - 1: _shrunk(next(iter(value.values())), layers, False)}
         elif isinstance(value, Mapping):

@@ -258,7 +258,8 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], state: str) -> Tensor:
         raise _Failed(f"a forward of {' and '.join(inputs)} alone fails, {state}: {_short(error)}") from error
     logits = getattr(out, "logits", None)
     # Similarities of one text and one image are 1 whatever is done to them.
-    tensors = [logits, *(getattr(out, name, None) for name in ("text_embeds", "image_embeds")), *(out.values() if hasattr(out, "values") else out)]
+    embeds = [getattr(out, name, None) for name in ("text_embeds", "image_embeds")]
+    tensors = [*embeds, logits, *(out.values() if hasattr(out, "values") else out)]
     found = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
     if not found:
         raise _Failed("its output holds no tensor")

@@ -109,7 +109,7 @@ def watch_source(module: nn.Module) -> tuple[Source, Any]:
 
 
 def patch_embedding(owner: nn.Module) -> nn.Module | None:
-    """The convolution that cuts the images of a model into patches, in raster order; None where that is not certain."""
+    """The convolution that cuts a model's images into patches, in raster order; None where that is not certain."""
     found = [
         (name.split(".")[:-1], module)
         for name, module in owner.named_modules()
@@ -163,4 +163,3 @@ def _count(parameter: Tensor) -> int:
 def reads_causally(owner: nn.Module) -> bool:
     """Whether a model makes a causal mask for attention that itself is not: CLIP's text, for one."""
     return "create_causal_mask" in _code_names(owner)
-

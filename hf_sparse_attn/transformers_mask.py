@@ -217,8 +217,25 @@ class MaskSpec:
 
     def __getitem__(self, index: Any) -> Any:
         # A model that cuts pieces out of its mask gets them from the tensor; its layers are then dense.
+        return self._tensor()[index]
+
+    def __add__(self, other: Any) -> Any:
+        # Likewise one that adds its mask to something.
+        return self._tensor() + other
+
+    __radd__ = __add__
+
+    def __invert__(self) -> Any:
+        return ~self._tensor()
+
+    @property
+    def dtype(self) -> Any:
+        """That of the tensor it stands for, which a model may ask before it changes it."""
+        return self._tensor().dtype
+
+    def _tensor(self) -> Any:
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.original]
-        return make(**{**self.wanted, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})[index]
+        return make(**{**self.wanted, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     def dense(self, name: str, device: torch.device) -> Any:
         """What the mask function of the implementation `name` returns, on `device`."""

@@ -33,13 +33,13 @@ class Encoder:
     generic: ClassVar[bool] = True
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "causal", "video grid"})
     models: ClassVar[str] = (
-        "transformers encoders and encoder-decoders on the attention interface (BERT, ModernBERT, ViT, CLIP, Wav2Vec2, "
-        "Whisper, BART, ...)"
+        "transformers encoders and encoder-decoders on the attention interface (BERT, ModernBERT, ViT, CLIP, Whisper, "
+        "BART, ...)"
     )
 
     @staticmethod
     def targets(model: Any) -> list[nn.Module] | Decline:
-        """The innermost transformers models that own self-attention, and those that cut images into patches for them."""
+        """The innermost transformers models that own self-attention, and those that cut their images into patches."""
         inner = pretrained_models(model)
         if not inner:
             return Decline("not a transformers model")

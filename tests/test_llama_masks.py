@@ -98,7 +98,9 @@ PLANS = {
     "no image, wide window": spec(
         mu.and_masks(union(mu.blockwise_overlay(blocks("." * 20))), mu.sliding_window_overlay(20))
     ),
-    "window or past": spec(mu.or_masks(mu.sliding_window_causal_mask_function(20), mu.and_masks(mu.causal_mask_function, odd))),
+    "window or past": spec(
+        mu.or_masks(mu.sliding_window_causal_mask_function(20), mu.and_masks(mu.causal_mask_function, odd))
+    ),
     "window over packed": spec(mu.and_masks(packing(3, 7, 10), mu.sliding_window_overlay(10)), batch=1),
 }
 
@@ -214,6 +216,9 @@ def test_indexing_a_mask_gives_the_tensor():
     mask = spec()
     assert torch.equal(mask[:, 0], mask.dense("sdpa", torch.device("cpu"))[:, 0])
     assert mask.contiguous() is mask.to("cpu") is mask
+    tensor, zeros = mask.dense("sdpa", torch.device("cpu")), torch.zeros(2, 1, 20, 20)
+    assert mask.dtype == torch.bool and torch.equal(~mask, ~tensor)
+    assert torch.equal(zeros + mask, zeros + tensor) and torch.equal(mask + zeros, zeros + tensor)
 
 
 # ------------------------------------------------------------------ guards
