@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
-from hf_sparse_attn.family import find_family, install
+from hf_sparse_attn.family import find_family, install, provided
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
@@ -82,7 +82,7 @@ def patch(
         min_tokens=min_tokens,
     )
     found = find_family(model)
-    lacking = sorted(made.needs - found[1].provides)
+    lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(
             f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -74,7 +75,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _COMPILED = tuple((re.compile(pattern), limit) for pattern, limit in _RULES)
 
 
-def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8)) -> Iterator[Any]:
+def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8), decoder: bool = True) -> Iterator[Any]:
     """Configurations of a class from its defaults with the sizes cut down, sub-configurations included.
 
     Those that the class itself refuses are left out. More layers are for models of which only some layers have
@@ -83,11 +84,12 @@ def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8)) -> Iterator[Any]:
     Args:
         kind: a transformers model class.
         layers: of every part, in this order.
+        decoder: ask a class that can read both ways or from left to right for the latter.
 
     Raises:
         Exception: whatever the last one was refused with, where all are.
     """
-    whole = _defaults(kind)
+    whole = _defaults(kind, decoder)
     refused: Exception | None = None
     tried: list[dict[str, Any]] = []
     made = 0
@@ -108,9 +110,9 @@ def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8)) -> Iterator[Any]:
         raise refused
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
+def _defaults(kind: Any, decoder: bool) -> dict[str, Any]:
     whole: dict[str, Any] = kind.config_class().to_dict()
-    if "is_decoder" in whole:
+    if decoder and "is_decoder" in whole:
         # BERT and its like read both ways unless told otherwise; a class for causal language is asked as one.
         whole["is_decoder"] = True
     return whole
@@ -122,6 +124,9 @@ def _shrunk(given: Mapping[str, Any], layers: int, filled: bool) -> dict[str, An
     special: Iterator[int] = iter(range(_SPECIAL, VOCAB))
     found: dict[str, Any] = {}
     for name, value in given.items():
+        if name in ("out_features", "out_indices", "stage_names"):
+            # They name layers that are cut away; a class works them out anew.
+            continue
         if name == "per_layer_config" and isinstance(value, Mapping) and value:
             found[name] = {layers - 1: _shrunk(next(iter(value.values())), layers, False)}
         elif isinstance(value, Mapping):
@@ -236,3 +241,54 @@ def tiny_inputs(config: Any) -> dict[str, Tensor]:
     rows = config.num_codebooks if str(config.model_type).startswith("musicgen") else 1
     ids = torch.randint(3, _SPECIAL, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids}
+
+
+def encoder_inputs(kind: Any, config: Any) -> Iterator[dict[str, Tensor]]:
+    """What a model that reads both ways may want, least first: its main input alone, then all that it takes.
+
+    Args:
+        kind: a transformers model class.
+        config: its configuration; images, clips and sounds are of the size that it names.
+    """
+    takes = inspect.signature(kind.forward).parameters
+    main = str(kind.main_input_name)
+    ids = tiny_inputs(config)["input_ids"]
+    makers: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: ids,
+        "pixel_values": lambda: _pixels(config),
+        "pixel_values_videos": lambda: _pixels(config, frames=8),
+        "input_values": lambda: _noise(1, 16000) if not _of(config, "num_mel_bins") else _sound(config).mT,
+        "input_features": lambda: _sound(config),
+        "attention_mask": lambda: torch.ones_like(ids),
+    }
+    second = {"decoder_input_ids": ids.flip(1)} if "decoder_input_ids" in takes else {}
+    yield {main: makers.get(main, lambda: ids)(), **second}
+    if main == "input_features":
+        yield {main: _sound(config).mT, **second}
+    if main == "pixel_values":
+        yield {main: _pixels(config, frames=int(_of(config, "num_frames") or 8)), **second}
+    both = [name for name in ("input_ids", "pixel_values", "attention_mask") if name in takes]
+    yield {**{name: makers[name]() for name in both}, **second}
+
+
+def _of(config: Any, name: str) -> Any:
+    """A field of a configuration or of the first of its parts that has it."""
+    return next((getattr(c, name) for c in _configs(config) if getattr(c, name, None) is not None), None)
+
+
+def _noise(*sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def _pixels(config: Any, frames: int = 0) -> Tensor:
+    size = _of(config, "image_size") or _of(config, "crop_size") or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    channels = _of(config, "num_channels") or _of(config, "in_channels") or 3
+    return _noise(1, *((frames,) if frames else ()), channels, height, width)
+
+
+def _sound(config: Any) -> Tensor:
+    """A spectrogram [1, bands, steps] as long as the configuration allows."""
+    bands = _of(config, "num_mel_bins") or _of(config, "input_feat_per_channel") or _of(config, "input_dim") or 80
+    steps = 2 * (_of(config, "max_source_positions") or 100)
+    return _noise(1, bands, _of(config, "max_length") or min(steps, 1024))

@@ -1,4 +1,4 @@
-"""Which causal language models and image-text models of the transformers installed here can be patched, and a trial.
+"""Which models of the transformers installed here can be patched, decoders and encoders by task, and a trial.
 
 The decision is the families' own, asked of an instance: a tiny one first, without memory for weights.
 """
@@ -18,13 +18,22 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.coverage import Coverage
-from hf_sparse_attn.coverage_tiny import tiny_configs, tiny_inputs, tiny_model
+from hf_sparse_attn.coverage_tiny import encoder_inputs, tiny_configs, tiny_inputs, tiny_model
 from hf_sparse_attn.family import find_family
 
 TASKS = {
     "causal LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "video classification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "image-text similarity": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "speech CTC": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "speech to text": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "text to text": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
+# What reads text from left to right.
+_DECODERS = frozenset({"causal LM", "image-text"})
 # Weights of the largest instance that is still called tiny.
 _MOST_WEIGHTS = 40_000_000
 _EVERYTHING: dict[str, Any] = {"window": 1 << 20, "sink": 0, "block_size": 16}
@@ -47,9 +56,10 @@ class _Unfit(_Failed):
 def transformers_classes(
     verify: bool = False, names: Iterable[str] | None = None, seconds: float = 2.0, progress: Progress | None = None
 ) -> list[Coverage]:
-    """The classes that transformers lists for causal language and for images and text, by name.
+    """The classes that transformers lists for the tasks of TASKS, by name.
 
-    With `verify`, every class that can be patched is built tiny with random weights and read one text of 40 tokens:
+    With `verify`, every class that can be patched is built tiny with random weights and read one text of 40 tokens
+    (encoders of images and sound an image, clip or sound of their own size):
     method "dense" is the unpatched output to the bit; a sliding window longer than the text is that output, or that of
     the implementation "eager", up to rounding, a short one is not; at least one call ran sparse; without the patch the
     output is the first to the bit.
@@ -93,11 +103,11 @@ def _quiet() -> Iterator[None]:
 
 
 def transformers_tasks() -> dict[str, str]:
-    """Class name -> what transformers lists it for: "causal LM", "image-text", or both joined by a comma."""
+    """Class name -> what transformers lists it for: keys of TASKS joined by a comma."""
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     found: dict[str, str] = {}
     for task, mapping in TASKS.items():
-        for names in getattr(auto, mapping).values():
+        for names in getattr(auto, mapping, {}).values():
             for name in (names,) if isinstance(names, str) else names:
                 known = found.setdefault(name, task)
                 found[name] = known if task in known.split(", ") else f"{known}, {task}"
@@ -112,26 +122,27 @@ def _of(name: str, task: str, verify: bool, seconds: float) -> Coverage:
         file = str(kind.__module__)
     except Exception as error:
         return Coverage(name, "transformers", None, None, _short(error), False, False, "transformers", task)
-    family, reason, config = _decide(kind)
+    decoder = not _DECODERS.isdisjoint(task.split(", "))
+    family, reason, config = _decide(kind, decoder)
     built = config is not None
     if family is None:
         return Coverage(name, file, None, None, reason, built, False, "transformers", task)
     note = None
     if verify:
         try:
-            _verify_first(kind, seconds)
+            _verify_first(kind, seconds, decoder)
         except Exception as error:
             note = str(error) if isinstance(error, _Failed) else _short(error)
     verified = verify and note is None
     return Coverage(name, file, family, "interface", None, True, verified, "transformers", task, note)
 
 
-def _decide(kind: Any) -> tuple[str | None, str | None, Any]:
+def _decide(kind: Any, decoder: bool) -> tuple[str | None, str | None, Any]:
     """The family or the reason why none, and the configuration of the instance that was asked, None without one."""
     reason: str | None = None
     refused: Exception | None = None
     asked: Any = None
-    for config, error in _configs(kind):
+    for config, error in _configs(kind, decoder):
         if config is None:
             refused = refused or error
             continue
@@ -145,16 +156,16 @@ def _decide(kind: Any) -> tuple[str | None, str | None, Any]:
             return find_family(model)[0], None, config
         except TypeError as error:
             # Where only some layers have attention, an instance of more layers may have one.
-            reason, asked = reason or _own_reason(str(error)), config
+            reason, asked = reason or _own_reason(str(error), decoder), config
     if asked is not None:
         return None, reason, asked
     return None, f"could not be built: {_short(refused)}", None
 
 
-def _configs(kind: Any) -> Iterator[tuple[Any, Exception | None]]:
+def _configs(kind: Any, decoder: bool) -> Iterator[tuple[Any, Exception | None]]:
     """Tiny configurations, then the class's own."""
     try:
-        for config in tiny_configs(kind):
+        for config in tiny_configs(kind, decoder=decoder):
             yield config, None
     except Exception as error:
         yield None, error
@@ -164,11 +175,12 @@ def _configs(kind: Any) -> Iterator[tuple[Any, Exception | None]]:
         yield None, error
 
 
-def _own_reason(text: str) -> str:
-    """The part of find_family's message by the family of text; the others only say that it is not theirs."""
+def _own_reason(text: str, decoder: bool) -> str:
+    """The part of find_family's message by the family it is about; the others only say that it is not theirs."""
     parts = text.partition("(")[2].removesuffix(")").split("; ")
-    own = [part.partition(": ")[2] for part in parts if part.startswith("llama: ")]
-    return own[0] if own else text
+    said = {name: reason for name, _, reason in (part.partition(": ") for part in parts)}
+    own = said.get("llama" if decoder else "encoder", text)
+    return said.get("encoder", text) if own.startswith("encoder-decoder") else own
 
 
 def _short(error: object) -> str:
@@ -177,10 +189,10 @@ def _short(error: object) -> str:
     return f"{type(error).__name__}: {said[:117] + '...' if len(said) > 120 else said}"
 
 
-def _verify_first(kind: Any, seconds: float) -> None:
+def _verify_first(kind: Any, seconds: float, decoder: bool) -> None:
     """Verifies the first tiny instance that can be built and runs without a patch; raises where that fails."""
     unfit: Exception | None = None
-    for config in tiny_configs(kind):
+    for config in tiny_configs(kind, decoder=decoder):
         try:
             with torch.device("meta"):
                 model = kind(config)
@@ -191,17 +203,17 @@ def _verify_first(kind: Any, seconds: float) -> None:
         weights = sum(p.numel() for p in model.parameters())
         if weights > _MOST_WEIGHTS:
             raise _Failed(f"the smallest instance known has {weights / 1e6:.0f} million weights")
-        try:
-            _verify(kind, config, seconds)
-            return
-        except _Unfit as error:
-            unfit = unfit or error
+        for inputs in [tiny_inputs(config)] if decoder else encoder_inputs(kind, config):
+            try:
+                _verify(kind, config, inputs, seconds)
+                return
+            except _Unfit as error:
+                unfit = unfit or error
     raise unfit or _Failed("there is no tiny instance")
 
 
-def _verify(kind: Any, config: Any, seconds: float) -> None:
+def _verify(kind: Any, config: Any, inputs: dict[str, Tensor], seconds: float) -> None:
     """Raises where a tiny instance does not do what `transformers_classes` says."""
-    inputs = tiny_inputs(config)
     model = tiny_model(kind, config)
     begin = time.perf_counter()
     try:
@@ -243,9 +255,11 @@ def _run(model: nn.Module, inputs: dict[str, Tensor], state: str) -> Tensor:
         with torch.no_grad():
             out: Any = model(**inputs)
     except Exception as error:
-        raise _Failed(f"a forward of text alone fails, {state}: {_short(error)}") from error
+        raise _Failed(f"a forward of {' and '.join(inputs)} alone fails, {state}: {_short(error)}") from error
     logits = getattr(out, "logits", None)
-    tensors = [logits, *(out.values() if hasattr(out, "values") else out)]
+    # Similarities of one text and one image are 1 whatever is done to them.
+    embeds = [getattr(out, name, None) for name in ("text_embeds", "image_embeds")]
+    tensors = [*embeds, logits, *(out.values() if hasattr(out, "values") else out)]
     found = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
     if not found:
         raise _Failed("its output holds no tensor")

@@ -17,7 +17,8 @@ class Family(Protocol):
 
     `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers;
     `presets`, where it has some, are what `quality=` of patch() chooses from (presets.py). One with `generic = True`
-    takes what no other family knows.
+    takes what no other family knows. One whose models differ in their layouts has `provided(modules)`, which says it
+    of these modules; `provides` is then all that any of them has.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -81,6 +82,13 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
         patch.remove()
         raise
     return patch
+
+
+def provided(family: type[Family], modules: list[nn.Module]) -> frozenset[str]:
+    """The layouts that a family can describe for the modules it patches."""
+    own = getattr(family, "provided", None)
+    found: frozenset[str] = family.provides if own is None else own(modules)
+    return found
 
 
 def pretrained_models(model: object) -> list[Any]:

@@ -88,30 +88,43 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
         states = _states()
         state: LayerState | None = states.get(module)
         if module not in states or (state is not None and state.session.method.name != name):
-            states[module] = state = _make_state(name, module)
+            states[module] = state = _make_state(name, module, state)
         return state
 
     return find
 
 
-def _make_state(name: str, module: nn.Module) -> LayerState | None:
+def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
     from hf_sparse_attn.dispatch import Policy
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.patching import LayerRecord, Session
     from hf_sparse_attn.registry import METHODS
-    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_text_attention
+    from hf_sparse_attn.transformers_encoder import is_encoder_attention, other_tokens
+    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_segment_attention, is_text_attention
 
-    if not is_text_attention(module):
+    text = is_text_attention(module)
+    if not text and (not is_encoder_attention(module) or other_tokens(module) or is_segment_attention(module)):
+        # Classes that do cross-attention too are told apart by where they stand, which is not known here.
         return None
     method = METHODS.get(name)()
-    lacking = sorted(method.needs - {"causal"})
+    lacking = sorted(method.needs - {"causal"}) if text else []
     if lacking:
         raise MethodDoesNotApply(
             f"`attn_implementation` 'hsa:{name}' needs {' and '.join(NEEDS[n] for n in lacking)}; "
             "a language model has none"
         )
-    index = int(module.layer_idx)  # type: ignore[arg-type]
-    layers = getattr(module.config, "num_hidden_layers", index + 1)
+    config: Any = module.config
+    if text:
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+    elif before is not None:
+        index = before.record.index
+    else:
+        # Encoders do not number their layers: by the order in which they run first.
+        index = sum(s is not None and m.config is config for m, s in _states().items())
+    layers = getattr(config, "num_hidden_layers", index + 1)
+    if not text and "causal" in method.needs and index == 0:
+        # The towers of a model of several parts get the name with the rest: no reason to refuse it.
+        log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
     session, module_now = Session(method, Policy(), "auto", False), ref(module)
     session.in_training = lambda: (now := module_now()) is not None and now.training

@@ -41,20 +41,25 @@ class CompiledLayer:
 
     def traced(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Output:
         """What stands in the graph for one call."""
+        from hf_sparse_attn.transformers_hook import is_causal_call
+
         session = self.state.session
-        reason = _why_dense(session, module, q, mask, kwargs)
+        causal = is_causal_call(module, self.state.dense, kwargs)
+        reason = _why_dense(session, module, q, k, mask, causal, kwargs)
         if reason and not (session.strict and reason not in _NO_FALLBACK):
             if reason not in _EXPECTED:
                 opaque.note(session.number, self.state.record.name, reason)
             ready = mask.dense(self.state.dense, q.device) if isinstance(mask, MaskSpec) else mask
             return self.dense(module, q, k, v, ready, **kwargs)
         extra: dict[str, Tensor | None] = {"sinks": kwargs.get("s_aux")}
-        lengths = [0, 0]
-        if not reason:
+        hints = self.state.hints
+        grid = () if causal or hints is None or hints.grid is None else hints.grid
+        lengths = [0, 0, causal, mask is None, *grid]
+        if not reason and mask is not None:
             offset = mask.wanted["q_offset"]
             extra["padding"] = mask.wanted.get("attention_mask")
             extra["offset"] = offset if isinstance(offset, Tensor) else None
-            lengths = [0 if isinstance(offset, Tensor) else offset, mask.wanted.get("kv_offset", 0)]
+            lengths[:2] = [0 if isinstance(offset, Tensor) else offset, mask.wanted.get("kv_offset", 0)]
         for name in self.parameters:
             extra[f"parameter {name}"] = module._parameters[name]
         scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
@@ -77,12 +82,14 @@ class CompiledLayer:
         if reason:
             # Only where the patch is strict: this raises.
             state.session.give_up(state.record, reason)
-        kwargs: dict[str, Any] = {"scaling": options[0], "dropout": 0.0}
+        if state.hints is not None:
+            state = replace(state, hints=replace(state.hints, grid=tuple(lengths[4:]) or None))
+        kwargs: dict[str, Any] = {"scaling": options[0], "dropout": 0.0, "is_causal": bool(lengths[2])}
         if options[1]:
             kwargs["softcap"] = options[1]
         if "sinks" in extra:
             kwargs["s_aux"] = extra["sinks"]
-        mask = _mask_of(q, k, extra, lengths, state.dense)
+        mask = None if lengths[3] else _mask_of(q, k, extra, lengths, state.dense)
         with state.session.steadily(training):
             done = attend_sparse(state, module, q, k, v, mask, kwargs)
         if done is None:
@@ -108,7 +115,12 @@ _NO_FALLBACK = frozenset({"method dense", "decoding", "layer's own mask"})
 _EXPECTED = frozenset({"method dense", "decoding"})
 
 
-def _why_dense(session: Session, module: nn.Module, q: Tensor, mask: Any, kwargs: dict[str, Any]) -> str:
+_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
+
+
+def _why_dense(
+    session: Session, module: nn.Module, q: Tensor, k: Tensor, mask: Any, causal: bool, kwargs: dict[str, Any]
+) -> str:
     """Why a call is dense as far as tracing can tell, or ""."""
     if session.method.name == "dense":
         return "method dense"
@@ -116,14 +128,17 @@ def _why_dense(session: Session, module: nn.Module, q: Tensor, mask: Any, kwargs
         return "decoding"
     if kwargs.get("dropout"):
         return "dropout on the attention weights"
-    if not isinstance(mask, MaskSpec):
-        return "no mask was described to the layer" if mask is None else "mask given as a Tensor"
-    if mask.wanted.get("mask_function") is not masking_utils.causal_mask_function:
+    if mask is None and causal:
+        return "no mask was described to the layer"
+    if mask is None and (k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]):
+        return "queries of another sequence than the keys"
+    if mask is not None and not isinstance(mask, MaskSpec):
+        return "mask given as a Tensor"
+    if mask is not None and mask.wanted.get("mask_function") is not _FUNCTIONS[causal]:
         if kwargs.get("sliding_window") is not None:
             return "layer's own mask"
-        return "mask other than causal under torch.compile (give an attention_mask of ones where nothing is packed)"
-    if kwargs.get("is_causal") is False:
-        return "bidirectional attention (is_causal=False)"
+        kind = "causal" if causal else "bidirectional"
+        return f"mask other than {kind} under torch.compile (give an attention_mask of ones where nothing is packed)"
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         return "output_attentions=True"
     for name in ("cu_seq_lens_k", "position_bias", "cache"):
@@ -140,10 +155,11 @@ def _mask_of(q: Tensor, k: Tensor, extra: Mapping[str, Tensor], lengths: list[in
         "kv_length": k.shape[2],
         "q_offset": extra.get("offset", lengths[0]),
         "kv_offset": lengths[1],
-        "mask_function": masking_utils.causal_mask_function,
+        "mask_function": _FUNCTIONS[bool(lengths[2])],
         "attention_mask": extra.get("padding"),
         "device": q.device,
         "dtype": q.dtype,
         "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": False,
     }
     return MaskSpec(original, wanted)

@@ -21,9 +21,10 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.patching import LayerRecord, Session, Span
 from hf_sparse_attn.selection import with_sinks
 from hf_sparse_attn.transformers_compile import CompiledLayer
-from hf_sparse_attn.transformers_mask import MaskSpec, Plan
+from hf_sparse_attn.transformers_mask import MaskSpec, Plan, whole
 
 if TYPE_CHECKING:
+    from hf_sparse_attn.transformers_encoder import Hints, Source
     from hf_sparse_attn.vision_layout import Tokens
 
 # Attribute of a patched attention module that holds its LayerState; plain, so that it is not in the state dict.
@@ -48,6 +49,8 @@ class LayerState:
         num_layers: layers of the model.
         dense: name of the implementation that runs where the call stays dense.
         compiled: what stands for the module in compiled graphs, or None, which breaks them.
+        hints: what is known of the tokens of a bidirectional layer, or None where they are text.
+        source: tells whether a call's keys are of another sequence; None where they never are.
     """
 
     record: LayerRecord
@@ -55,17 +58,22 @@ class LayerState:
     num_layers: int
     dense: str
     compiled: CompiledLayer | None = None
+    hints: Hints | None = None
+    source: Source | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         return self
 
 
-def make_state(module: nn.Module, record: LayerRecord, session: Session, num_layers: int, dense: str) -> LayerState:
+def make_state(
+    module: nn.Module, record: LayerRecord, session: Session, num_layers: int, dense: str,
+    hints: Hints | None = None, source: Source | None = None,
+) -> LayerState:  # fmt: skip
     """The state of a patched module, compiled graphs included; see LayerState."""
     kind: Any = type(module)
     home, eager = _home(kind)
     function = home["ALL_ATTENTION_FUNCTIONS"].get_interface(dense, home.get(eager))
-    state = LayerState(record, session, num_layers, dense)
+    state = LayerState(record, session, num_layers, dense, hints=hints, source=source)
     return replace(state, compiled=CompiledLayer(state, module, function))
 
 
@@ -144,14 +152,27 @@ def _named(config: Any, name: str) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
-def why_not_sparse(module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: dict[str, Any]) -> str | None:
+def is_causal_call(module: nn.Module, dense: str, kwargs: dict[str, Any]) -> bool:
+    """Whether the implementation `dense` would take a call without a mask for causal."""
+    given = kwargs.get("is_causal")
+    # The eager functions of transformers know masks alone; modules of old say nothing, which the others take for yes.
+    return bool(getattr(module, "is_causal", dense != "eager") if given is None else given)
+
+
+def why_not_sparse(
+    module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: dict[str, Any], is_causal: bool = True
+) -> str | None:
     """Which feature of the call sparse attention cannot honour, or None."""
-    if not isinstance(mask, MaskSpec):
-        return "no mask was described to the layer" if mask is None else f"mask given as a {type(mask).__name__}"
-    if mask.shape[0] != q.shape[0] or mask.shape[2:] != (q.shape[2], k.shape[2]):
-        return f"mask for {list(mask.shape)} where the layer has {[q.shape[0], 1, q.shape[2], k.shape[2]]}"
-    if kwargs.get("is_causal") is False:
-        return "bidirectional attention (is_causal=False)"
+    if isinstance(mask, MaskSpec):
+        if mask.shape[0] != q.shape[0] or mask.shape[2:] != (q.shape[2], k.shape[2]):
+            return f"mask for {list(mask.shape)} where the layer has {[q.shape[0], 1, q.shape[2], k.shape[2]]}"
+    elif mask is not None:
+        return f"mask given as a {type(mask).__name__}"
+    elif is_causal:
+        # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
+        return "no mask was described to the layer"
+    elif k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        return f"{q.shape[0]} x {q.shape[2]} queries for {k.shape[0]} x {k.shape[2]} keys"
     if kwargs.get("dropout"):
         return f"dropout of {kwargs['dropout']} on the attention weights"
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
@@ -188,7 +209,7 @@ def attend_sparse(
     if session.method.name == "dense":
         record.dense_reasons["method dense"] += 1
         return None
-    if mask is None and kwargs.get("is_causal") is True:
+    if mask is None and kwargs.get("is_causal") is True and getattr(module, "is_causal", False):
         raise ValueError(
             "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
             "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
@@ -200,8 +221,9 @@ def attend_sparse(
     steady = session.steady(q, k, v)
     if record.dense_at_once((q.shape, kv_len, q.dtype), steady):
         return None
+    causal = is_causal_call(module, state.dense, kwargs)
     ctx = Context(
-        TokenLayout.causal(kv_len).continued(kv_len - q_len),
+        _layout(state, q, kv_len, causal),
         layer=record.index,
         num_layers=state.num_layers,
         num_heads=q.shape[1],
@@ -214,13 +236,15 @@ def attend_sparse(
     if known is not None:
         record.count_dense(*known)
         return None
-    reason = why_not_sparse(module, q, k, mask, kwargs)
+    reason = why_not_sparse(module, q, k, mask, kwargs, causal)
     if reason is not None:
         session.give_up(record, reason)
         return None
-    plan = with_cu_seq_lens(mask.plan(), state.dense, q, kwargs)
+    plan = with_cu_seq_lens(_plan(mask, q, causal), state.dense, q, kwargs)
     window = kwargs.get("sliding_window")
-    if plan.reason is None and window is not None and plan.reach > window:
+    # Where the mask cannot be read, more queries than the window is wide are enough to know that it hides some.
+    reach = plan.reach if plan.reason is None else q_len
+    if window is not None and reach > window and not plan.own:
         plan = replace(plan, reason=f"layer's own sliding window of {window}", own=True)
     if plan.reason is not None and plan.own:
         record.dense_reasons[plan.reason] += 1
@@ -228,7 +252,7 @@ def attend_sparse(
     if plan.reason is not None:
         session.give_up(record, plan.reason)
         return None
-    ctx = replace(ctx, layout=TokenLayout.causal(plan.kv_end).continued(plan.kv_end - q_len))
+    ctx = replace(ctx, layout=_layout(state, q, plan.kv_end, causal))
     spans = plan.spans
     if tokens is not None:
         if tokens.unknown is not None and "video grid" in session.method.needs:
@@ -246,6 +270,25 @@ def attend_sparse(
     if sinks is not None:
         out = with_sinks(out, lse, sinks)[0]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _layout(state: LayerState, q: Tensor, kv_len: int, causal: bool) -> TokenLayout:
+    """The tokens of a whole row whose last are the queries."""
+    if causal:
+        return TokenLayout.causal(kv_len).continued(kv_len - q.shape[2])
+    whole = TokenLayout.bidirectional(kv_len) if state.hints is None else state.hints.layout(q.shape[0], kv_len)
+    return whole.continued(kv_len - q.shape[2])
+
+
+def _plan(mask: MaskSpec | None, q: Tensor, causal: bool) -> Plan:
+    """The sequences of a call, where mask and layer agree on what a token sees."""
+    if mask is None:
+        return Plan(q.shape[2], whole(q.shape[0], q.shape[2], q.shape[2]), causal=False)
+    plan = mask.plan()
+    if plan.reason is None and plan.causal != causal:
+        said = "bidirectional mask in a causal layer" if causal else "causal mask in a layer with is_causal=False"
+        return replace(plan, reason=said)
+    return plan
 
 
 def with_cu_seq_lens(plan: Plan, dense: str, q: Tensor, kwargs: dict[str, Any]) -> Plan:
@@ -277,6 +320,9 @@ def register(name: str, original: str | None, find: Callable[[nn.Module], LayerS
     ) -> Output:
         tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
         state = find(module)
+        if state is not None and state.source is not None and state.source.other:
+            # Cross-attention is never touched, nor counted.
+            state = None
         if state is not None and state.compiled is not None and torch.compiler.is_compiling():
             return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
         if state is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -29,14 +29,26 @@ _FIELD = "_attn_implementation_internal"
 _ABSENT: Any = object()
 
 
-def attention_modules(model: nn.Module) -> list[tuple[str, Any, Any]]:
-    """(name, attention module, innermost transformers model that holds it) in the order of the model."""
+Wanted = Callable[[nn.Module, str], bool]
+
+
+def _is_text(module: nn.Module, name: str) -> bool:
+    return is_text_attention(module)
+
+
+def attention_modules(model: nn.Module, wanted: Wanted = _is_text) -> list[tuple[str, Any, Any]]:
+    """(name, attention module, innermost transformers model that holds it) in the order of the model.
+
+    Args:
+        model: any module.
+        wanted: which modules, by themselves and their name; None means causal text attention.
+    """
     owners: dict[str, PreTrainedModel] = {}
     found = []
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             owners[name] = module
-        elif is_text_attention(module):
+        elif wanted(module, name):
             above = [name[:i] for i in range(len(name)) if i == 0 or name[i] == "."]
             owner = next((owners[n] for n in reversed(above) if n in owners), None)
             if owner is not None:
@@ -44,27 +56,34 @@ def attention_modules(model: nn.Module) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def install_text(patch: Patch, owners: Iterable[tuple[str, Any]]) -> None:
-    """Gives every text attention module its state and lets the configs point at the hook.
+def install_text(
+    patch: Patch,
+    owners: Iterable[tuple[str, Any]],
+    wanted: Wanted = _is_text,
+    known: Callable[[Any, Any], dict[str, Any]] = lambda module, owner: {},
+) -> None:
+    """Gives every attention module its state and lets the configs point at the hook.
 
     Args:
         patch: undoes it.
-        owners: (prefix of its layers' names in the report, transformers model that owns text attention).
+        owners: (prefix of its layers' names in the report, transformers model that owns attention).
+        wanted: which modules; see attention_modules.
+        known: what else the state of an attention module with its owner holds; see LayerState.
     """
-    found = [
-        (f"{prefix}{name}", module, owner)
-        for prefix, owner in owners
-        for name, module, holder in attention_modules(owner)
-        if holder is owner
-    ]
-    num_layers = max((m.layer_idx for _, m, _ in found), default=0) + 1
     configs: dict[int, Any] = {}
-    for name, module, owner in found:
-        for config in (owner.config, module.config):
-            configs.setdefault(id(config), config)
-        record = patch.session.record(name, module.layer_idx)
-        state = make_state(module, record, patch.session, num_layers, dense_name(module))
-        patch.set_attribute(module, STATE_ATTRIBUTE, state)
+    for prefix, owner in owners:
+        found = [(name, module) for name, module, holder in attention_modules(owner, wanted) if holder is owner]
+        # Layers of encoders have no number of their own.
+        own = [getattr(module, "layer_idx", None) for _, module in found]
+        numbers = [place if index is None else index for place, index in enumerate(own)]
+        for (name, module), index in zip(found, numbers, strict=True):
+            for config in (owner.config, module.config):
+                configs.setdefault(id(config), config)
+            record = patch.session.record(f"{prefix}{name}", index)
+            state = make_state(
+                module, record, patch.session, max(numbers) + 1, dense_name(module), **known(module, owner)
+            )
+            patch.set_attribute(module, STATE_ATTRIBUTE, state)
     for config in configs.values():
         switch(patch, config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,21 +18,25 @@ from hf_sparse_attn.patching import Span
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a mask function of transformers keeps: the intersection of these.
+    """What a mask function of transformers keeps: the intersection of these, and besides it what `more` keeps.
 
     Args:
         causal: keys up to the query.
-        window: keys fewer than this many places before the query, or None.
+        window: keys fewer than this many places before the query (in bidirectional masks after it too), or None.
         chunk: keys of the query's own chunk of this many, or None.
         packed: int [batch, tokens], keys with the query's own number, or None.
+        blocks: int [batch, tokens], keys with the query's own number, tokens of a negative one none; or None.
         unknown: what stands in the function that is none of these, or None.
+        more: rules whose keys are kept too.
     """
 
     causal: bool = False
     window: int | None = None
     chunk: int | None = None
     packed: Tensor | None = None
+    blocks: Tensor | None = None
     unknown: str | None = None
+    more: tuple[MaskRule, ...] = ()
 
     def also(self, other: MaskRule) -> MaskRule:
         """The intersection of both."""
@@ -40,11 +45,55 @@ class MaskRule:
             packed = other.packed
             if self.packed is not None and self.packed is not other.packed:
                 unknown = "two packings"
+        if self.blocks is not None and other.blocks is not None:
+            unknown = unknown or "two kinds of blocks"
+        if self.more and other.more:
+            unknown = unknown or "two unions"
         windows = [w for w in (self.window, other.window) if w is not None]
         chunks = [c for c in (self.chunk, other.chunk) if c is not None]
+        # What is kept besides is cut by the other rule as well: (a or b) and c is (a and c) or (b and c).
+        more = [rule.also(replace(other, more=())) for rule in self.more]
+        more += [rule.also(replace(self, more=())) for rule in other.more]
         return MaskRule(
-            self.causal or other.causal, min(windows, default=None), min(chunks, default=None), packed, unknown
+            self.causal or other.causal,
+            min(windows, default=None),
+            min(chunks, default=None),
+            packed,
+            self.blocks if self.blocks is not None else other.blocks,
+            unknown,
+            tuple(more),
         )
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is hidden."""
+        hiding = (self.window, self.chunk, self.packed, self.blocks, self.unknown)
+        return not self.causal and all(one is None for one in hiding)
+
+    def settled(self, first: int) -> MaskRule | str:
+        """The same rule without `more`, where that adds nothing or everything; else why it cannot be told.
+
+        Args:
+            first: place of the first query.
+        """
+        rule = replace(self, more=())
+        for more in self.more:
+            if rule.everything or more.everything:
+                return MaskRule()
+            # All of the past is in the rule, unless a window or chunk hides some; whether one does is seen later.
+            if self.causal and more.causal and self.packed is None:
+                continue
+            if not self.causal or more.unknown or more.blocks is None:
+                return f"mask of an unknown kind ({more.unknown or 'a union'})"
+            if _sees_ahead(more.blocks, 0 if self.packed is not None else first):
+                return "tokens of an image or prefix that see ahead"
+        return rule
+
+
+def _sees_ahead(blocks: Tensor, first: int) -> bool:
+    """Whether a block holds two tokens from place `first` on, so that the one sees the other ahead of it."""
+    numbers = blocks[:, first:].sort(1).values
+    return bool(((numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] >= 0)).any())
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +102,9 @@ def _templates() -> dict[object, str]:
     nothing: Any = None
     made: dict[str, Callable[..., Any]] = {
         "and": masking_utils.and_masks(masking_utils.causal_mask_function),
+        "or": masking_utils.or_masks(masking_utils.causal_mask_function),
+        "blocks": masking_utils.blockwise_overlay(nothing),
+        "window on both sides": masking_utils.sliding_window_bidirectional_overlay(1),
         "window": masking_utils.sliding_window_overlay(1),
         "chunk": masking_utils.chunked_overlay(1, nothing),
         "packed": masking_utils.packed_sequence_mask_function(nothing),
@@ -73,6 +125,8 @@ def read_rule(function: Any) -> MaskRule:
     code = getattr(function, "__code__", None)
     kind = _templates().get(code)
     if kind is None or code is None:
+        if code is not None and _is_true(function):
+            return MaskRule()
         return MaskRule(unknown=getattr(function, "__qualname__", type(function).__name__))
     cells = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     if kind == "and":
@@ -80,14 +134,32 @@ def read_rule(function: Any) -> MaskRule:
         for part in cells["mask_functions"]:
             rule = rule.also(read_rule(part))
         return rule
+    if kind == "or":
+        first, *others = (read_rule(part) for part in cells["mask_functions"])
+        return replace(first, more=(*first.more, *(r for o in others for r in (replace(o, more=()), *o.more))))
+    if kind == "blocks":
+        return MaskRule(blocks=cells["block_sequence_ids"])
     if kind == "window":
         return MaskRule(window=cells["sliding_window"])
+    if kind == "window on both sides":
+        # Its distance counts, the other's does not.
+        return MaskRule(window=cells["sliding_window"] + 1)
     if kind == "chunk":
         return MaskRule(chunk=cells["chunk_size"])
     if kind == "packed":
         return MaskRule(packed=cells["packed_sequence_mask"])
     # Positions inside one packed sequence rise by one, so that renumbering changes no distance and no order there.
     return read_rule(cells["mask_function"])
+
+
+def _is_true(function: Any) -> bool:
+    """Whether a function is `lambda *args: <True>`, by which a decoder is made to see both ways."""
+    code = function.__code__
+    if code.co_argcount or code.co_kwonlyargcount or code.co_freevars or len(code.co_varnames) != 1:
+        return False
+    if any(step.argval == code.co_varnames[0] for step in dis.get_instructions(code)):
+        return False
+    return bool(function())
 
 
 @dataclass(frozen=True)
@@ -100,6 +172,7 @@ class Plan:
         packed: whether a row holds more than one sequence.
         reason: why the call must be dense, or None.
         own: the reason is the model's own sparsity, which is no fallback.
+        causal: whether a token sees only itself and what came before.
     """
 
     kv_end: int = 0
@@ -107,6 +180,7 @@ class Plan:
     packed: bool = False
     reason: str | None = None
     own: bool = False
+    causal: bool = True
 
     @property
     def reach(self) -> int:
@@ -143,8 +217,25 @@ class MaskSpec:
 
     def __getitem__(self, index: Any) -> Any:
         # A model that cuts pieces out of its mask gets them from the tensor; its layers are then dense.
+        return self._tensor()[index]
+
+    def __add__(self, other: Any) -> Any:
+        # Likewise one that adds its mask to something.
+        return self._tensor() + other
+
+    __radd__ = __add__
+
+    def __invert__(self) -> Any:
+        return ~self._tensor()
+
+    @property
+    def dtype(self) -> Any:
+        """That of the tensor it stands for, which a model may ask before it changes it."""
+        return self._tensor().dtype
+
+    def _tensor(self) -> Any:
         make = ALL_MASK_ATTENTION_FUNCTIONS[self.original]
-        return make(**{**self.wanted, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})[index]
+        return make(**{**self.wanted, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     def dense(self, name: str, device: torch.device) -> Any:
         """What the mask function of the implementation `name` returns, on `device`."""
@@ -162,14 +253,16 @@ class MaskSpec:
         return self._plan
 
     def _make_plan(self) -> Plan:
-        rule = read_rule(self.wanted.get("mask_function", masking_utils.causal_mask_function))
+        batch, _, q_len, kv_len = self.shape
+        kv_offset, q_offset = int(self.wanted.get("kv_offset", 0)), int(self.wanted["q_offset"])
+        rule = read_rule(self.wanted.get("mask_function", masking_utils.causal_mask_function)).settled(q_offset)
+        if isinstance(rule, str):
+            return Plan(reason=rule)
         if rule.unknown:
             return Plan(reason=f"mask of an unknown kind ({rule.unknown})")
-        if not rule.causal:
-            return Plan(reason="bidirectional mask")
-        batch, _, q_len, kv_len = self.shape
-        kv_offset = int(self.wanted.get("kv_offset", 0))
-        end = int(self.wanted["q_offset"]) + q_len
+        if not rule.causal and (q_len != kv_len or q_offset or kv_offset):
+            return Plan(reason=f"bidirectional mask of {q_len} queries for {kv_len} keys")
+        end = q_offset + q_len
         kv_end = end - kv_offset
         if not q_len <= kv_end <= kv_len:
             return Plan(reason=f"queries up to {end} do not fit keys {kv_offset} to {kv_offset + kv_len}")
@@ -181,7 +274,8 @@ class MaskSpec:
         elif padding is not None:
             plan = _padded_plan(padding[:, kv_offset : kv_offset + kv_end], q_len, kv_end)
         else:
-            plan = Plan(kv_end, (Span(tuple(range(batch)), (0, q_len), (0, kv_end)),))
+            plan = Plan(kv_end, whole(batch, q_len, kv_end))
+        plan = replace(plan, causal=rule.causal)
         if plan.reason is not None:
             return plan
         if rule.window is not None and plan.reach > rule.window:
@@ -189,6 +283,11 @@ class MaskSpec:
         if rule.chunk is not None and end > rule.chunk:
             return replace(plan, reason=f"layer's own chunks of {rule.chunk}", own=True)
         return plan
+
+
+def whole(batch: int, q_len: int, kv_end: int) -> tuple[Span, ...]:
+    """The rows of a batch in which every token is one of the sequence."""
+    return (Span(tuple(range(batch)), (0, q_len), (0, kv_end)),)
 
 
 def _group(places: list[tuple[int, tuple[int, int], tuple[int, int]]]) -> tuple[Span, ...]:

@@ -49,6 +49,8 @@ class Llama:
             return Decline("not a transformers model")
         if any(has_class(m, _OF_QWEN_VL) for m in inner):
             return Decline("Qwen-VL models are of the family qwen_vl")
+        if any(getattr(m.config, "is_encoder_decoder", False) for m in inner):
+            return Decline("encoder-decoder models are of the family encoder")
         from hf_sparse_attn.transformers_install import attention_modules
 
         found = [entry for part in inner for entry in attention_modules(part)]
@@ -61,8 +63,6 @@ class Llama:
             by_name = config.model_type.removesuffix("_text") in _SPARSE_BY_THEMSELVES
             if by_name or any(type(m).__name__.endswith("Indexer") for m in owner.modules()):
                 return Decline(f"attention of {config.model_type} is sparse by itself")
-            if getattr(config, "is_encoder_decoder", False):
-                return Decline("encoder-decoder models are not covered")
             if not type(owner)._can_set_attn_implementation():
                 return Decline(f"{type(owner).__name__} does not let its attention implementation be set")
         if all(_has_bias(module) for _, module, _ in found):

@@ -58,6 +58,19 @@ def rows(*texts: str) -> torch.Tensor:
     return torch.tensor([[c == "x" for c in text] for text in texts])
 
 
+def blocks(text: str, batch: int = 2) -> torch.Tensor:
+    """Numbers of image blocks of a row, "." for text."""
+    return torch.tensor([[-1 if c == "." else int(c) for c in text]] * batch)
+
+
+def union(more: Any) -> Any:
+    return mu.or_masks(mu.causal_mask_function, more)
+
+
+def odd(batch, head, q, k):
+    return (q - k) % 2 == 0
+
+
 STATIC = dict(q=4, kv=10, q_offset=torch.tensor(3))
 # Every one is turned back into a token mask and compared with what transformers makes of the same arguments.
 PLANS = {
@@ -75,6 +88,19 @@ PLANS = {
     "packed": spec(packing(3, 7, 10), batch=1),
     "wide window": spec(mu.sliding_window_causal_mask_function(20)),
     "wide chunks": spec(mu.chunked_causal_mask_function(20, torch.zeros(2, dtype=torch.long))),
+    "bidirectional": spec(mu.bidirectional_mask_function),
+    "bidirectional, padded": spec(mu.bidirectional_mask_function, q=6, kv=6, padding=rows("xxx...", "..xxxx")),
+    "bidirectional, wide window": spec(mu.sliding_window_bidirectional_mask_function(19)),
+    "made bidirectional": spec(mu.or_masks(mu.causal_mask_function, lambda *args: torch.tensor(True))),
+    "no image": spec(union(mu.blockwise_overlay(blocks("....................")))),
+    "images of one token": spec(union(mu.blockwise_overlay(blocks("..0..1..............")))),
+    "image in the past": spec(union(mu.blockwise_overlay(blocks("..0000..............", 1))), 5, 20, 15, batch=1),
+    "no image, wide window": spec(
+        mu.and_masks(union(mu.blockwise_overlay(blocks("." * 20))), mu.sliding_window_overlay(20))
+    ),
+    "window or past": spec(
+        mu.or_masks(mu.sliding_window_causal_mask_function(20), mu.and_masks(mu.causal_mask_function, odd))
+    ),
     "window over packed": spec(mu.and_masks(packing(3, 7, 10), mu.sliding_window_overlay(10)), batch=1),
 }
 
@@ -88,7 +114,7 @@ def test_plan_is_the_mask_of_transformers(case):
     for span in plan.spans:
         n, m = span.q[1] - span.q[0], span.k[1] - span.k[0]
         layout = TokenLayout.causal(m).continued(m - n)
-        causal = hsa.BlockPattern.dense(layout.q_len, layout.kv_len, True, block=4).to_dense()[0, 0]
+        causal = hsa.BlockPattern.dense(layout.q_len, layout.kv_len, plan.causal, block=4).to_dense()[0, 0]
         for row in span.rows:
             got[row, 0, slice(*span.q), slice(*span.k)] = causal
             valid[row, 0, slice(*span.q)] = True
@@ -102,14 +128,42 @@ def test_plan_is_the_mask_of_transformers(case):
         assert valid.all()
 
 
-def odd(batch, head, q, k):
-    return (q - k) % 2 == 0
-
-
 NO_PLANS = {
     "holes": (spec(q=6, kv=6, padding=rows("xx.xxx", "xxxxxx")), "padding between", False),
     "nothing valid": (spec(q=2, kv=2, padding=rows("..", "..")), "no valid token", False),
-    "bidirectional": (spec(mu.bidirectional_mask_function), "bidirectional", False),
+    "bidirectional, cached": (spec(mu.bidirectional_mask_function, q=5), "bidirectional mask of 5 queries", False),
+    "bidirectional window": (
+        spec(mu.sliding_window_bidirectional_mask_function(18)),
+        "own sliding window of 19",
+        True,
+    ),
+    "image": (spec(union(mu.blockwise_overlay(blocks("..00................")))), "see ahead", False),
+    "image, packed": (
+        spec(mu.or_masks(packing(3, 17), mu.blockwise_overlay(blocks("..00................", 1))), batch=1),
+        "see ahead",
+        False,
+    ),
+    "image and more": (
+        spec(union(mu.and_masks(mu.blockwise_overlay(blocks("." * 20)), odd))),
+        "unknown kind (odd)",
+        False,
+    ),
+    "two block maps": (
+        spec(union(mu.and_masks(*[mu.blockwise_overlay(blocks("." * 20))] * 2))),
+        "unknown kind (two kinds of blocks)",
+        False,
+    ),
+    "two unions": (spec(mu.and_masks(union(odd), union(odd))), "unknown kind", False),
+    "window or image": (
+        spec(mu.or_masks(mu.sliding_window_causal_mask_function(19), mu.blockwise_overlay(blocks("." * 20)))),
+        "own sliding window of 19",
+        True,
+    ),
+    "not made bidirectional": (
+        spec(mu.or_masks(mu.causal_mask_function, lambda *args: args[2] >= 0)),
+        "unknown kind",
+        False,
+    ),
     "unknown": (spec(mu.and_masks(mu.causal_mask_function, odd)), "unknown kind (odd)", False),
     "union": (spec(mu.or_masks(mu.causal_mask_function, odd)), "unknown kind", False),
     "window": (spec(mu.sliding_window_causal_mask_function(19)), "own sliding window of 19", True),
@@ -162,6 +216,9 @@ def test_indexing_a_mask_gives_the_tensor():
     mask = spec()
     assert torch.equal(mask[:, 0], mask.dense("sdpa", torch.device("cpu"))[:, 0])
     assert mask.contiguous() is mask.to("cpu") is mask
+    tensor, zeros = mask.dense("sdpa", torch.device("cpu")), torch.zeros(2, 1, 20, 20)
+    assert mask.dtype == torch.bool and torch.equal(~mask, ~tensor)
+    assert torch.equal(zeros + mask, zeros + tensor) and torch.equal(mask + zeros, zeros + tensor)
 
 
 # ------------------------------------------------------------------ guards
