@@ -58,6 +58,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"axes_dims?(_rope)?|rope_axes_dim|axes_dim_rope|rope_dim(_list)?", (8, 8, 8)),
     (r"rope_max_seq_len", 64),
     (r"multiple_of", 8),
+    (r"rope_scaling", {"short_factor": [1.0] * (HEAD_DIM // 2), "long_factor": [1.0] * (HEAD_DIM // 2)}),
 )
 
 
