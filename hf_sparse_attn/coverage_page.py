@@ -17,8 +17,8 @@ Document = Mapping[str, Any]
 # What the names of all classes end in.
 _KIND = re.compile(r"(Transformer)?([123]D)?(Model)?$")
 _VERIFIED = """\
-"verified": a tiny random instance was run. Method `dense` gives its output to the bit; with every key kept the output
-is equal up to rounding, with a short window it is not; without the patch it is as before, to the bit. "patched": can be
+"verified": a tiny random instance was run. Method `dense` gives its output to the bit; with every key kept it is equal
+up to rounding, with a short window it is not; without the patch it is as before, to the bit. "patched": can be
 patched, and was not verified for the reason given."""
 
 
