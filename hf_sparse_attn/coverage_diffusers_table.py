@@ -276,9 +276,7 @@ TABLE: dict[str, Tiny] = {
     "LongCatAudioDiTTransformer": Tiny(
         {}, {"hidden_states": (70, CHANNELS), "encoder_attention_mask": torch.ones(1, TEXT).bool()}
     ),
-    "LongCatImageTransformer2DModel": Tiny(
-        {"pooled_projection_dim": WIDTH}, {"timestep": _HALF, "pooled_projections": None}
-    ),
+    "LongCatImageTransformer2DModel": Tiny({"pooled_projection_dim": WIDTH}, {"timestep": _HALF}),
     "Lumina2Transformer2DModel": Tiny(
         {"sample_size": 16, "axes_lens": (300, 32, 32), "num_kv_heads": 1},
         {"timestep": _HALF, "encoder_attention_mask": torch.ones(1, TEXT).bool()},

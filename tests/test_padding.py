@@ -52,7 +52,16 @@ def test_one_row_for_the_batch() -> None:
         torch.where(VALID, 0.5, -torch.inf)[:, None, None],
         torch.where(VALID, 0, -10000)[:, None, None],
     ],
-    ids=["by query", "by query, -inf", "two rows of 2-D", "other length", "other batch", "by head", "bias", "integers"],
+    ids=[
+        "by query",
+        "by query, -inf",
+        "two rows of 2-D",
+        "other length",
+        "other batch",
+        "by head",
+        "bias",
+        "integers",
+    ],
 )
 def test_masks_that_say_more_are_left_alone(mask: torch.Tensor) -> None:
     assert key_padding(mask, 2, N) is None
