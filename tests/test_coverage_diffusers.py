@@ -1,4 +1,4 @@
-"""Every transformer class of diffusers that the list calls verified is verified here, the others decline as it says."""
+"""What the list calls verified of diffusers is verified here; the other classes decline for the reason it gives."""
 
 from __future__ import annotations
 
