@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -85,8 +84,9 @@ def _parser() -> _Parser:
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
-    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every transformers class")
+    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every class")
     coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
+    coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
 
     doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
     doctor.add_argument("--backends", type=_list(str), metavar="A,B", help="try only these")
@@ -181,22 +181,25 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _coverage(args: argparse.Namespace) -> int:
-    from hf_sparse_attn import catalog
-    from hf_sparse_attn.coverage import coverage_counts, coverage_summary, coverage_table
+    from hf_sparse_attn import coverage_page
+    from hf_sparse_attn.coverage import coverage_summary, coverage_table
     from hf_sparse_attn.coverage_run import coverage_of, versions
     from hf_sparse_attn.report import table
 
     found = coverage_of(args.library, args.verify)
-    columns, rows = coverage_table(found)
     used = versions(found)
+    document = coverage_page.document(found, used)
+    written = [] if args.output is None else coverage_page.write(document, args.output)
     if args.json:
-        classes = [{**asdict(c), "status": c.status} for c in found]
-        _print_json({"versions": used, "counts": coverage_counts(found), "classes": classes})
-        return 0
-    print(catalog.markdown(columns, rows) if args.markdown else table(columns, rows, width=_width()))
-    print("\n" + "\n".join(f"- {line}" if args.markdown else line for line in coverage_summary(found)))
-    said = ", ".join(f"{name} {version}" for name, version in used.items())
-    print(f"\nWith {said}." if args.markdown else f"With {said}.")
+        _print_json(document)
+    elif args.markdown:
+        print(coverage_page.page(document), end="")
+    else:
+        print(table(*coverage_table(found), width=_width()))
+        print("\n" + "\n".join(coverage_summary(found)))
+        print(f"With {', '.join(f'{name} {version}' for name, version in used.items())}.")
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
     return 0
 
 

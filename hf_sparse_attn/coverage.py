@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
 
@@ -18,44 +18,8 @@ from hf_sparse_attn.family import find_family
 
 Way = Literal["dispatcher", "function", "both", "interface"]
 Status = Literal["verified", "patched", "declined", "not built"]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
-# Classes that the tests build small and run: dense to the bit, and sparse equal to the same pattern as a mask.
-VERIFIED = frozenset(
-    {
-        "AllegroTransformer3DModel",
-        "AuraFlowTransformer2DModel",
-        "BriaTransformer2DModel",
-        "ChromaTransformer2DModel",
-        "ChronoEditTransformer3DModel",
-        "CogVideoXTransformer3DModel",
-        "CogView3PlusTransformer2DModel",
-        "CogView4Transformer2DModel",
-        "CosmosTransformer3DModel",
-        "DiTTransformer2DModel",
-        "FluxTransformer2DModel",
-        "HunyuanImageTransformer2DModel",
-        "HunyuanVideo15Transformer3DModel",
-        "HunyuanVideoFramepackTransformer3DModel",
-        "HunyuanVideoTransformer3DModel",
-        "Kandinsky5Transformer3DModel",
-        "LTX2VideoTransformer3DModel",
-        "LTXVideoTransformer3DModel",
-        "LatteTransformer3DModel",
-        "LongCatImageTransformer2DModel",
-        "Lumina2Transformer2DModel",
-        "MochiTransformer3DModel",
-        "MotifVideoTransformer3DModel",
-        "OvisImageTransformer2DModel",
-        "PixArtTransformer2DModel",
-        "QwenImageTransformer2DModel",
-        "SD3Transformer2DModel",
-        "SkyReelsV2Transformer3DModel",
-        "StableAudioDiTModel",
-        "WanTransformer3DModel",
-        "WanVACETransformer3DModel",
-        "ZImageTransformer2DModel",
-    }
-)
 _LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers", "depth", "n_layers", "num_visual_blocks")
 
 
@@ -70,7 +34,7 @@ class Coverage:
         way: how its self-attention is reached, "both" where its layers differ; None where it cannot be.
         reason: why it cannot be patched, or None.
         built: whether an instance was asked (without memory for its weights); else the code of the class was read.
-        verified: whether a small instance runs patched as it must: in the tests for diffusers, here for transformers.
+        verified: whether a small instance was run, patched, as it must.
         library: that has it.
         task: what the library lists it for.
         note: why one that can be patched was not verified, or None.
@@ -97,15 +61,29 @@ class Coverage:
         return "declined" if self.built or self.library == "diffusers" else "not built"
 
 
-def diffusers_classes() -> list[Coverage]:
+def diffusers_classes(
+    verify: bool = False, names: Iterable[str] | None = None, progress: Progress | None = None
+) -> list[Coverage]:
     """All transformer classes of the diffusers installed here, by name.
+
+    With `verify`, every class that can be patched is built tiny with random weights and run, see coverage_diffusers.
+
+    Args:
+        verify: also run tiny instances.
+        names: of the classes; None means all.
+        progress: wraps the classes, such as tqdm does.
 
     Raises:
         ImportError: diffusers is not installed.
+        ValueError: a name that diffusers does not have.
     """
-    found = (_of(kind) for kind in _classes())
-    noted = (c if c.status != "patched" else replace(c, note="the tests have no small instance of it") for c in found)
-    return sorted(noted, key=lambda c: c.name)
+    kinds = {kind.__name__: kind for kind in _classes()}
+    chosen = sorted(kinds) if names is None else sorted(names)
+    unknown = sorted(set(chosen) - set(kinds))
+    if unknown:
+        raise ValueError(f"`names` must be transformer classes of diffusers, got {', '.join(unknown)}")
+    wanted = [kinds[name] for name in chosen]
+    return [_of(kind, verify) for kind in (wanted if progress is None else progress(wanted))]
 
 
 STATUSES: dict[Status, str] = {
@@ -159,19 +137,32 @@ def _classes() -> Iterator[type[Any]]:
                 yield kind
 
 
-def _of(kind: type[Any]) -> Coverage:
+def _of(kind: type[Any], verify: bool) -> Coverage:
     name, file = kind.__name__, kind.__module__
     model = _without_memory(kind)
     if model is None:
         ways = {way for processor in _processors(kind) if (way := way_of(processor)) is not None}
         reason = None if ways else f"{name} names no processor that reaches the dispatcher or PyTorch's function"
-        return Coverage(name, file, None, _one(ways), reason, False, name in VERIFIED)
+        note = None if reason else "no instance of it could be built without arguments"
+        return Coverage(name, file, None, _one(ways), reason, False, False, note=note)
     try:
         family = find_family(model)[0]
     except TypeError as error:
         return Coverage(name, file, None, None, _own_reason(name, str(error)), True, False)
     ways = {found.way for found in self_attentions(model) if found.way is not None}
-    return Coverage(name, file, family, _one(ways), None, True, name in VERIFIED)
+    note = _trial(kind) if verify else None
+    return Coverage(name, file, family, _one(ways), None, True, verify and note is None, note=note)
+
+
+def _trial(kind: type[Any]) -> str | None:
+    """Why a class could not be verified, or None where it was."""
+    from hf_sparse_attn.coverage_diffusers import Failed, verify
+
+    try:
+        verify(kind)
+    except Failed as error:
+        return str(error)
+    return None
 
 
 def _one(ways: set[Any]) -> Way | None:
@@ -186,10 +177,11 @@ def _own_reason(name: str, text: str) -> str:
 
 
 def _without_memory(kind: type[Any]) -> nn.Module | None:
-    """An instance without memory for weights, of one layer where the class counts them; None without defaults."""
-    parameters = inspect.signature(kind.__init__).parameters
-    few = {name: 1 for name in _LAYERS if name in parameters}
-    for sizes in (few, {}):
+    """An instance without memory for weights, tiny or of the class's own sizes; None where it has none."""
+    from hf_sparse_attn.coverage_diffusers_tiny import tiny_sizes
+
+    few = {name: 1 for name in _LAYERS if name in inspect.signature(kind.__init__).parameters}
+    for sizes in (tiny_sizes(kind), few, {}):
         try:
             with torch.device("meta"):
                 model: nn.Module = kind(**sizes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from hf_sparse_attn.coverage import Coverage, diffusers_classes
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Library = Literal["transformers", "diffusers", "all"]
 
 
@@ -23,7 +25,7 @@ def coverage_of(library: Library = "all", verify: bool = False) -> list[Coverage
 
     Args:
         library: "transformers", "diffusers" or "all".
-        verify: run tiny instances of the classes of transformers; those of diffusers are verified in the tests.
+        verify: also run tiny instances.
 
     Raises:
         ValueError: an unknown library, or one that was asked for by name and is not installed.
@@ -34,10 +36,10 @@ def coverage_of(library: Library = "all", verify: bool = False) -> list[Coverage
     if library != "diffusers":
         from hf_sparse_attn.coverage_transformers import transformers_classes
 
-        found += transformers_classes(verify, progress=_progress)
+        found += transformers_classes(verify, progress=partial(_progress, "transformers"))
     if library != "transformers":
         if find_spec("diffusers") is not None:
-            found += diffusers_classes()
+            found += diffusers_classes(verify, progress=partial(_progress, "diffusers"))
         elif library == "diffusers":
             raise ValueError("`library` must be installed, got 'diffusers'")
         else:
@@ -50,6 +52,6 @@ def versions(found: Sequence[Coverage]) -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in ("torch", *sorted({c.library for c in found}))}
 
 
-def _progress(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+def _progress(library: str, classes: Iterable[T]) -> Iterable[T]:
     """A bar on a terminal, nothing elsewhere."""
-    return tqdm(list(pairs), desc="transformers", unit="class", file=sys.stderr, disable=None)
+    return tqdm(list(classes), desc=library, unit="class", file=sys.stderr, disable=None)

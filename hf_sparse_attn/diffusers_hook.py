@@ -61,9 +61,12 @@ class DiffusersHooks:
         self.clock = Clock()
         self.call: Call | None = None
         self.active: tuple[Layer, Call | None] | None = None
+        # Besides, the sizes of the layer's first call: differential attention makes two of one size.
+        self.before: tuple[tuple[Layer, Call | None], tuple[int, int]] | None = None
         # What compiled graphs know of both: tensors, for a number is a reason to compile anew.
         self.ticket = opaque.ticket(-1)
         self.traced: Any = None
+        self.traced_before: tuple[Any, tuple[Any, Any]] | None = None
         self.tickets: OrderedDict[int, Call] = OrderedDict()
         # Backward may recompute a layer long after its forward, or after another one: its rotary tensor, which
         # checkpointing hands over unchanged and every forward makes anew, says which forward it was.
@@ -201,7 +204,7 @@ class DiffusersHooks:
             given, tokens = [time] if isinstance(time, Tensor) else [], self.tokens(transformer, inputs)
             self.ticket = opaque.begin(getattr(transformer, _NUMBER), given, tokens.sizes())
             return
-        self.call = self.active = None
+        self.call = self.active = self.before = None
         if transformer not in self.attentions:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
             return
@@ -229,7 +232,7 @@ class DiffusersHooks:
         """Ends what `enter_forward` began; runs after an exception too."""
         if torch.compiler.is_compiling():
             return
-        self.call = self.active = None
+        self.call = self.active = self.before = None
 
     def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
@@ -245,7 +248,7 @@ class DiffusersHooks:
 
     def leave_layer(self, *_: object) -> None:
         """Ends what `enter_layer` began where a step cache gave the output and attention was never asked."""
-        self.active = self.traced = None
+        self.active = self.traced = self.before = self.traced_before = None
 
     def attend(
         self,
@@ -267,8 +270,13 @@ class DiffusersHooks:
             "mask that is no tensor": attn_mask is not None and not isinstance(attn_mask, Tensor),
         }
         odd = tuple(name for name, there in has.items() if there)
+        sizes = query.shape[1], key.shape[1]
         if torch.compiler.is_compiling():
             attention, self.traced = self.traced, None
+            if attention is not None:
+                self.traced_before = attention, sizes
+            elif self.traced_before is not None and self.traced_before[1] == sizes:
+                attention = self.traced_before[0]
             if attention is None or odd:
                 if attention is not None:
                     reason = f"the call has a {' and a '.join(odd)}, which is not supported"
@@ -281,8 +289,12 @@ class DiffusersHooks:
             factor = query.shape[3] ** -0.5 if scale is None else scale
             extra = {"ticket": self.ticket, "mask": attn_mask}
             return opaque.attend(getattr(attention, _NUMBER), q, k, v, extra, [], [factor])
-        # Taken, not read: a cross-attention that shares the processor must not pass for the layer before it.
+        # Taken, not read: another attention inside the layer (an adapter's) must not pass for its self-attention.
         active, self.active = self.active, None
+        if active is not None:
+            self.before = active, sizes
+        elif self.before is not None and self.before[1] == sizes:
+            active = self.before[0]
         before = self.first_backend if active is None else active[0].backend
         last = {"enable_gqa": enable_gqa, "parallel_config": _parallel_config}
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _MODELS = "diffusers.models.transformers."
 # Parts of a path that say a module is no self-attention over the main tokens.
 _ASIDE = re.compile(
-    r"attn2|(.*_)?cross_att.*|.*_to_.*_attn|(audio|text|txt|context|face|perceiver|mode)_?.*|.*refiner.*"
+    r"attn2|(.*_)?cross_att.*|.*_to_.*_attn|(audio|text|txt|context|face|perceiver)_?.*|.*_text_.*|.*refiner.*|image_cond"
 )
 
 PIPELINE_PARTS = ("transformer", "transformer_2")

@@ -20,14 +20,22 @@ _HIDDEN = -9000.0
 def key_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     """Valid keys of each row, bool [batch, tokens], of a mask that is the same for all heads and queries, else None.
 
+    A mask of queries x keys is looked through, without another of its size, for it may say no more than that.
+
     Args:
         mask: as scaled_dot_product_attention takes it, bool (True is valid) or additive.
         batch, tokens: sizes of the call.
     """
     if mask.ndim == 2 and mask.shape[0] == 1:
         mask = mask[None, None]
-    if mask.ndim != 4 or mask.shape[2:] != (1, tokens) or mask.shape[0] not in (1, batch):
+    if mask.ndim != 4 or mask.shape[2:] not in ((1, tokens), (tokens, tokens)) or mask.shape[0] not in (1, batch):
         return None
+    if mask.shape[2] > 1:
+        # An expanded one is the same for all queries as it stands.
+        least, most = (mask.all(2), mask.any(2)) if mask.dtype == torch.bool else (mask.amin(2), mask.amax(2))
+        if mask.stride(2) != 0 and not torch.equal(least, most):
+            return None
+        mask = mask[:, :, :1]
     if mask.shape[1] > 1 and not bool((mask == mask[:, :1]).all()):
         return None
     mask = mask[:, 0, 0].expand(batch, tokens)

@@ -128,10 +128,15 @@ TOKENS: dict[str, Callable[[Any, Inputs], Tokens]] = {
 _REFUSED = {
     "AnyFlowFARTransformer3DModel": "chunks of the video see only earlier ones",
     "Cosmos3OmniTransformer": "two parts of a sequence attend in two ways, one of them causal",
+    "Kandinsky6SRTransformer3DModel": "attention is sparse by itself",
     "MiniMaxMusic3RVQDepthDecoder": "attention is causal",
+    "NucleusMoEImageTransformer2DModel": "the image attends to text that does not attend to it",
+    "OmniGenTransformer2DModel": "text attends causally, the image to everything",
     "PRXTransformer2DModel": "the image attends to text that does not attend to it",
     "PriorTransformer": "attention is causal",
+    "QwenImage21Transformer2DModel": "text attends causally, an image to everything before it",
     "RFD4ProteinaTransformer": "every pair of tokens has a bias",
+    "WanAnimate2Transformer3DModel": "each frame sees the reference of the same frame alone",
 }
 
 
@@ -296,7 +301,7 @@ class _AnyHooks(DiffusersHooks):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any) -> Tensor:
         """See DiffusersHooks. Keys that are the text alone are cross-attention under another name."""
         if self.context and key.shape[1] == self.context:
-            self.active = self.traced = None
+            self.active = self.traced = self.before = self.traced_before = None
         return super().attend(query, key, value, *args, **given)
 
     def _answer_for(self, attention: Any) -> Answer | None:

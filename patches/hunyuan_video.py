@@ -33,6 +33,7 @@ _HISTORY = {
 }
 
 
+_OURS = "ours, not measured on a trained model: "
 _RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
 _BANDS = {"decay": 0.95, "variant": "hunyuan"}
 _PRESETS = (
@@ -48,6 +49,20 @@ _PRESETS = (
         "radial", "fast", f"{_RADIAL} at four times the trained length, 2 of 50 steps; there with a LoRA for it",
         _BANDS, dense_layers=2, dense_steps=2 / 50,
     ),
+    Preset(
+        "block_topk", "high", _OURS + "twice the blocks of balanced, more dense steps",
+        {"density": 0.5}, dense_layers=2, dense_steps=0.4,
+    ),
+    Preset(
+        "block_topk", "balanced", _OURS + "a quarter of the blocks; dense layers and steps as for radial",
+        {"density": 0.25}, dense_layers=0, dense_steps=12 / 50,
+    ),
+    Preset(
+        "block_topk", "fast", _OURS + "an eighth of the blocks, fewer dense steps",
+        {"density": 0.125}, dense_layers=2, dense_steps=0.1,
+    ),
+    # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
+    # no number of tokens means the same twice, and nobody has published one.
 )  # fmt: skip
 
 

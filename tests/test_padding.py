@@ -24,8 +24,11 @@ VALID = torch.arange(N) < torch.tensor([[9], [13]])
         torch.where(VALID, 0.0, -torch.inf)[:, None, None],
         torch.where(VALID, 0.0, -10000.0).half()[:, None, None],
         torch.where(VALID, 0.0, torch.finfo(torch.bfloat16).min).bfloat16()[:, None, None],
+        VALID[:, None, None].expand(2, 4, N, N),
+        VALID[:, None, None].expand(2, 1, N, N).contiguous(),
+        torch.where(VALID, 0.0, -torch.inf)[:, None, None].expand(2, 1, N, N).contiguous(),
     ],
-    ids=["bool", "repeated over heads", "-inf", "-10000", "least"],
+    ids=["bool", "repeated over heads", "-inf", "-10000", "least", "expanded", "each query", "each query, -inf"],
 )
 def test_masks_that_only_hide_keys(mask: torch.Tensor) -> None:
     found = key_padding(mask, 2, N)
@@ -40,7 +43,8 @@ def test_one_row_for_the_batch() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        torch.ones(1, 1, N, N, dtype=torch.bool),
+        torch.ones(1, 1, N, N, dtype=torch.bool).tril(),
+        torch.ones(1, 1, N, N).tril().log(),
         torch.ones(2, N, dtype=torch.bool),
         torch.ones(1, 1, 1, N + 1, dtype=torch.bool),
         torch.ones(3, 1, 1, N, dtype=torch.bool),
@@ -48,7 +52,16 @@ def test_one_row_for_the_batch() -> None:
         torch.where(VALID, 0.5, -torch.inf)[:, None, None],
         torch.where(VALID, 0, -10000)[:, None, None],
     ],
-    ids=["by query", "two rows of 2-D", "other length", "other batch", "by head", "bias", "integers"],
+    ids=[
+        "by query",
+        "by query, -inf",
+        "two rows of 2-D",
+        "other length",
+        "other batch",
+        "by head",
+        "bias",
+        "integers",
+    ],
 )
 def test_masks_that_say_more_are_left_alone(mask: torch.Tensor) -> None:
     assert key_padding(mask, 2, N) is None

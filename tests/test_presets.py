@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_hunyuan
 import tiny_wan
 from tiny_lm import FAMILIES as MODELS
 
@@ -51,6 +52,14 @@ def test_two_experts_have_their_own() -> None:
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("model", [tiny_wan.transformer, tiny_hunyuan.transformer], ids=["wan", "hunyuan_video"])
+def test_blocks_of_a_video(model, quality: str) -> None:
+    with hsa.patch(model(), "block_topk", quality=quality) as patch:
+        assert patch.method.params()["density"] == {"high": 0.5, "balanced": 0.25, "fast": 0.125}[quality]
+        assert 0.1 <= patch.session.policy.dense_steps <= 0.4
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
 def test_text(quality: str) -> None:
     with hsa.patch(MODELS["llama"](), "vertical_slash", quality=quality) as patch:
         assert patch.method.params()["slash"] == (2048 if quality == "fast" else 6096)
@@ -60,7 +69,12 @@ def test_text(quality: str) -> None:
     "method, quality, error, message",
     [
         ("radial", "best", ValueError, "`quality` must be one of high, balanced, fast; got 'best'"),
-        ("sliding_window", "fast", ValueError, "method 'sliding_window' in family wan, which has presets for: radial"),
+        (
+            "sliding_window",
+            "fast",
+            ValueError,
+            "method 'sliding_window' in family wan, which has presets for: block_topk, radial",
+        ),
         ("no_such", "fast", ValueError, "`method` must be one of "),
         (hsa.get_method("radial")(), "fast", TypeError, "`method` must then be a name, got Radial"),
     ],

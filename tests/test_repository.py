@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import catalog
+from hf_sparse_attn import catalog, coverage_page
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "patches", "recipes")
@@ -141,6 +142,12 @@ def test_readme_tables_are_generated(name: str) -> None:
     found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
     assert found, f"README.md has no generated table of {name}"
     assert found[1].strip() == catalog.markdown(columns, rows).strip()
+
+
+def test_readme_coverage_is_that_of_the_list() -> None:
+    document = json.loads((ROOT / ".github" / "coverage.json").read_text())
+    found = re.search(r"<!-- generated: coverage -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
+    assert found and found[1].strip() == coverage_page.summary(document).strip()
 
 
 def readme_blocks() -> list[str]:

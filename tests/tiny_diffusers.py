@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_sparse_attn import coverage_diffusers_tiny
+
 # One class of each way to attention.
 TWO = ("LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel")
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_layers": 2}
@@ -21,8 +23,8 @@ class Tiny:
     """How a class is built and run.
 
     Args:
-        sizes: its configuration.
-        inputs: draws its keyword inputs.
+        sizes: its configuration; None means that of the package's own trial.
+        inputs: draws its keyword inputs; None means those of the package's own trial.
         grid: (frames, height, width) in tokens, or None where the order is not known.
         before, after: text tokens of a sequence.
         axes: dimensions of `hidden_states` that are frames, height and width; one dimension where tokens come ready
@@ -31,8 +33,8 @@ class Tiny:
         latents: name of the input that holds the latents.
     """
 
-    sizes: dict[str, Any]
-    inputs: Callable[[Callable[..., Tensor]], dict[str, Any]]
+    sizes: dict[str, Any] | None
+    inputs: Callable[[Callable[..., Tensor]], dict[str, Any]] | None
     grid: tuple[int, int, int] | None = None
     before: int = 0
     after: int = 0
@@ -469,6 +471,7 @@ CLASSES: dict[str, Tiny] = {
             "rotary_embedding": (torch.randn(64, 6).cos(), torch.randn(64, 6).sin()),
         },
     ),
+    "WanAnimateTransformer3DModel": Tiny(None, None, grid=(4, 5, 7)),
     "LatteTransformer3DModel": Tiny(
         {
             **HEADS,
@@ -512,7 +515,7 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     tiny = CLASSES[name]
     torch.manual_seed(0)
-    model = kind(**tiny.sizes).eval()
+    model = kind(**(coverage_diffusers_tiny.tiny_sizes(kind) if tiny.sizes is None else tiny.sizes)).eval()
     # Zero-initialised gates would let attention have no part in the output.
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -526,8 +529,10 @@ def inputs(name: str) -> dict[str, Any]:
     """The keyword inputs of a class."""
     import diffusers
 
-    draw = torch.Generator().manual_seed(1)
-    given = CLASSES[name].inputs(lambda *shape: torch.randn(1, *shape, generator=draw))
+    draw, own = torch.Generator().manual_seed(1), CLASSES[name].inputs
+    if own is None:
+        return coverage_diffusers_tiny.tiny_inputs(getattr(diffusers, name))
+    given = own(lambda *shape: torch.randn(1, *shape, generator=draw))
     if "txt_seq_lens" in inspect.signature(getattr(diffusers, name).forward).parameters:
         given["txt_seq_lens"] = [given["encoder_hidden_states"].shape[1]]
     return given
