@@ -34,6 +34,7 @@ _HISTORY = {
 
 
 _OURS = "ours, not measured on a trained model: "
+_STA = "Sliding Tile Attention (arXiv 2502.04507)"
 _RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
 _BANDS = {"decay": 0.95, "variant": "hunyuan"}
 _PRESETS = (
@@ -60,6 +61,31 @@ _PRESETS = (
     Preset(
         "block_topk", "fast", _OURS + "an eighth of the blocks, fewer dense steps",
         {"density": 0.125}, dense_layers=2, dense_steps=0.1,
+    ),
+    Preset(
+        "svg", "high", _OURS + "half of the pairs, more dense steps",
+        {"density": 0.5, "sink": False}, dense_layers=2, dense_steps=0.4,
+    ),
+    Preset(
+        "svg", "balanced", "scripts of Sparse VideoGen (arXiv 2502.01776) for HunyuanVideo at 720p: the first 3 % of "
+        "the layers", {"density": 0.25, "sink": False}, dense_layers=1, dense_steps=0.1,
+    ),
+    Preset(
+        "svg", "fast", "scripts of Sparse VideoGen (arXiv 2502.01776) at 480p",
+        {"density": 0.2, "sink": False}, dense_layers=1, dense_steps=0.04,
+    ),
+    Preset(
+        "sliding_tile", "high", _OURS + "twice the pairs of balanced, more dense steps",
+        {"window": 0.3}, dense_steps=0.4,
+    ),
+    Preset(
+        "sliding_tile", "balanced", f"{_STA} for HunyuanVideo: 15 of 50 steps, windows of about this share of the "
+        "pairs. There each head has one found by search (`hsa.profile` does that), here all have the same",
+        {"window": 0.15}, dense_steps=15 / 50,
+    ),
+    Preset(
+        "sliding_tile", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
+        {"window": 0.1}, dense_steps=0.1,
     ),
     # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
     # no number of tokens means the same twice, and nobody has published one.
