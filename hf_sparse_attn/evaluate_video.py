@@ -19,7 +19,6 @@ from hf_sparse_attn.fidelity import Call, Reference, psnr, ssim
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.moving import SceneClass, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
 from hf_sparse_attn.observe import Seen, observing
-from hf_sparse_attn.registry import METHODS
 
 STEPS = 16
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
@@ -108,7 +107,7 @@ def evaluate(
     if output is not None:
         contact_sheet(sheets, output / "eval_video_frames.png")
     size = "x".join(map(str, calls[0].ctx.layout.parts[0].grid or ()))
-    setting = f"shipped Wan of moving scenes, {args.clips} clips of {size} tokens, {STEPS} steps, no dense step or layer"
+    setting = f"shipped Wan of moving scenes, {args.clips} clips of {size} tokens, {STEPS} steps, none of them dense"
     return Result("video", setting, rows, skipped, time.perf_counter() - begin)
 
 

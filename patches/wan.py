@@ -66,10 +66,12 @@ _PRESETS = (
         {"density": 0.125}, dense_layers=1, dense_steps=0.1,
     ),
     Preset(
-        "svg", "high", _OURS + "half of the pairs, more dense steps", {"density": 0.5}, dense_layers=1, dense_steps=0.4,
+        "svg", "high", _OURS + "half of the pairs, more dense steps",
+        {"density": 0.5}, dense_layers=1, dense_steps=0.4,
     ),
     Preset(
-        "svg", "balanced", "scripts of Sparse VideoGen (arXiv 2502.01776) for Wan at 720p: the first 3 % of the layers",
+        "svg", "balanced", "scripts of Sparse VideoGen (arXiv 2502.01776) for Wan at 720p: the first 3 % of "
+        "the layers",
         {"density": 0.3}, dense_layers=1, dense_steps=0.2,
     ),
     Preset(
