@@ -152,6 +152,33 @@ def test_online_on_any_grid(grid: str) -> None:
             assert torch.equal(mask[b, h], both[int(temporal[b, h])])
 
 
+@pytest.mark.parametrize("grid", ["text_before", "text_both", "two_per_frame"])
+def test_the_choice_against_plain_attention(grid: str) -> None:
+    """All rows of the video, the masks drawn token by token: blocks less than two frames apart, and the sink."""
+    frames, height, width, before, after = GRIDS[grid]
+    per_frame, layout = height * width, layout_of(grid)
+    ctx = Context(layout, num_heads=16, num_kv_heads=16, head_dim=8)
+    q, k, v = (torch.randn(1, 16, layout.kv_len, 8) for _ in range(3))
+    q = 3 * q
+    method = Svg(density=0.5, block_size=16, num_samples=10_000)
+    reach = max(1, math.ceil(layout.kv_len * (1 - (1 - 0.5 + 2 * (before + after) / layout.kv_len) ** 0.5) / 16))
+    apart = max(1, min(2 * per_frame // 16, reach))
+    token = torch.arange(frames * per_frame)
+    video = slice(before, before + len(token))
+    scores = q.double() @ k.double().mT * 8**-0.5
+    dense, errors = scores.softmax(-1) @ v.double(), []
+    for key in (lambda t: (t // per_frame, t % per_frame), lambda t: (t % per_frame, t // per_frame)):
+        place = torch.tensor([sorted(token.tolist(), key=key).index(t) for t in token.tolist()])
+        mask = torch.ones(layout.kv_len, layout.kv_len, dtype=torch.bool)
+        mask[video, video] = (place[:, None] // 16 - place // 16).abs() < apart
+        mask[video, video] |= place < per_frame
+        near = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.double()
+        errors.append((near - dense)[0, :, video].square().mean((1, 2)))
+    temporal = method.choose(q, k, v, ctx)[0]
+    assert torch.equal(temporal, errors[1] < errors[0])
+    assert 0 < int(temporal.sum()) < 16, "both kinds are there"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sink", [True, False], ids=["sink", "no_sink"])
 @pytest.mark.parametrize("values", [True, False], ids=["values", "weights"])
