@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patterns import Largest
 from torch import Tensor
 
 from hf_sparse_attn import Context, TokenLayout
@@ -163,6 +164,16 @@ def test_scores_are_made_in_strips(layout: str, monkeypatch: pytest.MonkeyPatch)
     whole = block_map(method, q, k, ctx)
     monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
     assert torch.equal(block_map(method, q, k, ctx), whole)
+
+
+def test_strips_are_small_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block score is made of 64 tile scores: of all at once there would be 4 MB, a strip of rows holds 64 KB."""
+    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1 << 14)
+    layout = TokenLayout.causal(2048)
+    q, k = inputs(layout, 1)
+    with Largest() as seen:
+        XAttention(threshold=0.3, stride=4, block_size=32).pattern(q, k, context(layout))
+    assert seen.bytes <= q.nbytes
 
 
 def test_density_rises_with_the_threshold() -> None:
