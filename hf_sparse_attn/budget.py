@@ -82,7 +82,8 @@ def choose(
     Raises:
         BudgetError: the budget cannot be met; the message names the least possible mean cost.
         ValueError: wrong shapes or values, a unit without any allowed candidate, an unknown solver.
-        ImportError: the solver needs scipy, which is not installed.
+        MissingExtra: the solver needs scipy, which is not installed.
+        TimeoutError: integer programming found nothing in time.
     """
     one = np.asarray(damage, np.float64), np.asarray(cost, np.float64)
     for name, values in zip(("damage", "cost"), one, strict=True):
@@ -123,7 +124,7 @@ def choose_elastic(
         time_limit: as in `choose`.
 
     Raises:
-        BudgetError, ValueError, ImportError: as in `choose`.
+        BudgetError, ValueError, MissingExtra: as in `choose`.
     """
     many = np.asarray(damage, np.float64), np.asarray(cost, np.float64)
     for name, values in zip(("damage", "cost"), many, strict=True):
@@ -152,7 +153,7 @@ def pareto(
         solver, options: as in `choose`.
 
     Raises:
-        ValueError, ImportError: as in `choose`.
+        ValueError, MissingExtra: as in `choose`.
     """
     if isinstance(points, bool) or not isinstance(points, (int, np.integer)) or points < 2:
         raise ValueError(f"`points` must be an int of at least 2, got {points!r}")
@@ -225,13 +226,13 @@ def _choose(damage: Floats, cost: Floats, budgets: ArrayLike, name: str, options
 
 def _solved(problem: Problem, solver: str, name: str, limits: Floats, units: int, time_limit: float) -> Found:
     if problem.number_of_sets <= MOST_SETS:
+        if not np.isfinite(problem.by_set(problem.damage)).any(1).all():
+            raise ValueError(
+                f"`max_plans_per_layer` must leave a candidate for every unit, got {problem.most}: "
+                "some layer's units have too few allowed candidates in common"
+            )
         least = tuple(problem.least_cost(i)[1] / units for i in range(len(limits)))
         if (np.array(least) * units > problem.limit).any():
-            if not np.isfinite(least).all():
-                raise ValueError(
-                    f"`max_plans_per_layer` must leave a candidate for every unit, got {problem.most}: "
-                    "some layer's units have too few allowed candidates in common"
-                )
             raise BudgetError(f"`{name}` must be at least {_words(least)}, got {_words(limits)}", least)
     elif solver == "lagrangian":
         raise ValueError(

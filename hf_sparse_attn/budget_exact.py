@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.budget_problem import MOST_SETS, Floats, Found, Ints, Problem, lagrangian
+from hf_sparse_attn.budget_problem import MOST_SETS, Floats, Found, Ints, Problem, fill, lagrangian
+from hf_sparse_attn.extras import MissingExtra
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,11 @@ def exact(problem: Problem, time_limit: float) -> Found:
        known, then with all.
     4. Where there are too many partial choices, `milp` decides among the candidates that are left.
     """
-    start = lagrangian(problem)
-    if start.x is None or problem.number_of_sets > MOST_SETS:
-        return milp(problem, time_limit, start)
-    found = start
+    if problem.number_of_sets > MOST_SETS:
+        return milp(problem, time_limit)
+    found = lagrangian(problem)
+    if found.x is None:
+        return milp(problem, time_limit, found)
     for most in (_BEAM, _MOST_STATES):
         if found.damage - found.bound <= _ROUNDING * abs(found.damage):
             return Found(found.x, found.damage, found.damage, found.multipliers)
@@ -217,14 +219,15 @@ def milp(
         left: candidates to choose from; None means all that are allowed.
 
     Raises:
-        ImportError: scipy is not installed.
+        MissingExtra: scipy is not installed.
+        TimeoutError: nothing was found in time, and there are too many sets of candidates for the Lagrangian.
     """
     try:
         from scipy.optimize import Bounds, LinearConstraint
         from scipy.optimize import milp as solve
         from scipy.sparse import coo_array
     except ImportError as error:
-        raise ImportError("this choice needs scipy (pip install 'hf-sparse-attn[report]')") from error
+        raise MissingExtra("integer programming", "scipy", "report") from error
     left = problem.allowed if left is None else left
     item, candidate = np.nonzero(left)
     n, items = len(item), len(problem.damage)
@@ -249,7 +252,7 @@ def milp(
     scale = _MILP_SCALE / (more.max() or 1.0)
     objective = np.r_[more * scale, np.zeros(extra)]
     rounds, limit = 4, problem.limit
-    bound = -np.inf if known is None else known.bound
+    bound = float(base.sum()) if known is None else known.bound
     best = known if known is not None and known.x is not None else None
     multipliers = np.zeros(len(problem.budget)) if known is None else known.multipliers
     for _ in range(rounds):
@@ -263,21 +266,38 @@ def milp(
             log.warning("integer programming ended after %g s: the choice may not be the best one", time_limit)
         if done.x is None:
             break
-        if limit is problem.limit:
+        if limit is problem.limit and done.mip_dual_bound is not None:
             bound = max(bound, float(base.sum() + done.mip_dual_bound / scale))
         x = np.zeros(items, np.int64)
         chosen = done.x[:n] > 0.5
         x[item[chosen]] = candidate[chosen]
         if problem.fits(x):
+            x = _settled_ties(problem, x)
             value = problem.damage_of(x)
             if best is None or value < best.damage:
                 best = Found(x, value, value, multipliers)
             break
         # Within the solver's tolerance but not within the budget: once more with so much less to spend.
         limit = limit - 2 * np.maximum(problem.cost_of(x) - problem.limit, 0)
-    if best is None:
+    if best is None and done.status == 1:
+        if problem.number_of_sets > MOST_SETS:
+            raise TimeoutError(f"`time_limit` must let a choice be found, got {time_limit:g} s")
+        best = lagrangian(problem)
+    if best is None or best.x is None:
         return Found(None, np.inf, bound, multipliers)
     return Found(best.x, best.damage, min(bound, best.damage), multipliers)
+
+
+def _settled_ties(problem: Problem, x: Ints) -> Ints:
+    """As good a choice, of candidates that tie the cheaper ones, then the earlier."""
+    x = fill(problem, x)
+    if problem.number_of_sets == 1:
+        at = np.arange(len(x))
+        alike = (problem.damage == problem.damage[at, x][:, None]) & (
+            problem.cost == problem.cost[:, at, x][:, :, None]
+        ).all(0)
+        x = alike.argmax(1)
+    return x
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, eval. Tables go to stdout, logs to stderr."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, eval. Tables to stdout, logs to stderr."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
     from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.extras import MissingExtra
     from hf_sparse_attn.patching import DenseFallback
 
-    return ValueError, TypeError, OSError, BackendUnavailable, DenseFallback
+    return ValueError, TypeError, OSError, BackendUnavailable, DenseFallback, MissingExtra
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,6 +134,11 @@ def _parser() -> _Parser:
     evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
+
+    report = command("report", _report, "show a head profile: tables, and a page with pictures")
+    report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
+    report.add_argument("--output", metavar="DIR", help="write report.html, its pictures and report.json there")
+    report.add_argument("--worst", type=int, default=10, metavar="N", help="heads in the table of the worst: 10")
     return parser
 
 
@@ -232,6 +238,16 @@ def _bench(args: argparse.Namespace) -> int:
         _print_json(result)
     else:
         print(bench_plot.render(result, _width()))
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import profile_report
+
+    text, notes = profile_report.main(args, _width())
+    print(text)
     for note in notes:
         print(note, file=sys.stderr)
     return 0
