@@ -136,7 +136,7 @@ def test_sampled_rows_are_compared_with_their_own(layout: TokenLayout, method: M
     units = torch.tensor([1, 4])
     found = Probe(call, units).measure(method)
     pattern = found.patterns[0]
-    weights, kept, _ = brute_force(call, pattern)
+    _, kept, _ = brute_force(call, pattern)
     places = (units[:, None] * UNIT + torch.arange(UNIT)).flatten()
     tokens_of = places.expand(1, 4, -1) if pattern.q_order is None else pattern.q_order[:, :, places]
     want = kept.sum(-1).gather(2, tokens_of).mean((0, 2))
@@ -162,7 +162,7 @@ def test_retrieval_counts_the_weight_on_the_needles() -> None:
 
 
 def test_needles_must_lie_in_the_tokens() -> None:
-    with pytest.raises(ValueError, match="`needles` must lie in one unpadded row of 333 tokens.*position 333"):
+    with pytest.raises(ValueError, match=r"`needles` must lie in one unpadded row of 333 tokens.*position 333"):
         Probe(seen(), None, [([333], [1])])
 
 
@@ -421,11 +421,8 @@ def test_default_candidates_for_text_and_video() -> None:
         found = default_candidates(layout)
         assert 8 <= len(found) <= 20 and len(set(found)) == len(found)
         assert all(m.why_not(Context(layout)) is None for m in found)
-    assert (
-        hsa.get_method("sliding_window")(window=1024, sink=16, block_size=64)
-        in default_candidates(TokenLayout.causal(64), 4096 * 4)[:5]
-        or default_candidates(TokenLayout.causal(64), 16384)[2].window == 1024
-    )
+    # Windows are scaled to the longest text that is known to come.
+    assert default_candidates(TokenLayout.causal(64), 16384)[2].window == 1024
 
 
 REFUSED = {
