@@ -86,7 +86,7 @@ def measure(
         check_int("query_blocks", query_blocks, 1)
     check_int("maps", maps, 0)
     made = None if candidates is None else with_dense(candidates)
-    about = {"model": fingerprint(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
+    about = {"model": weights_hash(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
     about["steps"], about["in force"] = [list(r) for r in ranges], None if method is None else label_of(method)
     path = None if state is None else Path(state)
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
@@ -253,7 +253,7 @@ def longest(batches: object) -> int:
     return max((t.shape[-1] for t in ids if isinstance(t, Tensor)), default=0)
 
 
-def fingerprint(model: Any) -> str:
+def weights_hash(model: Any) -> str:
     """Short hash of a model's classes, and of the first weights of every parameter."""
     digest = hashlib.sha256()
     for module in find_family(model)[2]:

@@ -76,7 +76,7 @@ def summary(found: HeadProfile, folder: Path | str) -> dict[str, Any]:
 
     def means(mask: Any) -> dict[str, float | None]:
         picked = {name: found.figures[name][mask] for name in names}
-        return {n: None if np.isnan(v).all() else round(float(np.nanmean(v)), 5) for n, v in picked.items()}
+        return {n: None if np.isnan(v).all() else float(f"{np.nanmean(v):.4g}") for n, v in picked.items()}
 
     methods = [
         {"method": label, "heads": int((choice == i).sum()), **means(choice == i)}
@@ -107,7 +107,7 @@ def render(document: dict[str, Any]) -> str:
 
     def cells(entry: dict[str, Any]) -> list[str]:
         values = (entry.get(name) for name in ("density", "recall", "output_error", "damage"))
-        return ["-" if value is None else f"{value:.4f}" for value in values]
+        return ["-" if value is None else f"{value:.3g}" for value in values]
 
     columns = ("density", "recall", "output error", f"damage ({document['metric']})")
     asked = ", ".join(f"{name} {value:g}" for name, value in document["budget"].items())

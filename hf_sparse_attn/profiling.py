@@ -55,7 +55,7 @@ def profile(
 
     Args:
         model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched.
-        batches: calibration inputs, as for `measure`; lengths that differ by more than the square root of 2 are
+        batches: calibration inputs, as for `measure`; lengths that are nearest to different powers of two are
             measured apart, and the choice then keeps within the budget at each (MoA's elastic rule).
         candidates: methods or names of methods to choose from; None means sensible ones for the kind of tokens.
         budget: share in (0, 1] of the dense cost.

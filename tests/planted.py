@@ -86,7 +86,8 @@ def llama(layers: Sequence[Sequence[Callable[[int], tuple[Tensor, Tensor]]]], n:
     heads = len(layers[0])
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=12 * heads, intermediate_size=48, num_hidden_layers=len(layers),
-        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=2 * DIM, max_position_embeddings=2048, initializer_range=0.2,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=2 * DIM, max_position_embeddings=2048,
+        initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config).eval()

@@ -22,7 +22,10 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.observe import Seen, observing
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE
 from hf_sparse_attn.probe import UNIT, Probe, sample_units
+from hf_sparse_attn.registry import FAMILIES as FAMILIES_OF_MODELS
 from hf_sparse_attn.tally import Tally
+
+FAMILY_NAMES = FAMILIES_OF_MODELS.names()
 
 
 def window(size: int = 24, sink: int = 2) -> Method:
@@ -136,7 +139,7 @@ def test_sampled_rows_are_compared_with_their_own(layout: TokenLayout, method: M
     units = torch.tensor([1, 4])
     found = Probe(call, units).measure(method)
     pattern = found.patterns[0]
-    weights, kept, _ = brute_force(call, pattern)
+    _, kept, _ = brute_force(call, pattern)
     places = (units[:, None] * UNIT + torch.arange(UNIT)).flatten()
     tokens_of = places.expand(1, 4, -1) if pattern.q_order is None else pattern.q_order[:, :, places]
     want = kept.sum(-1).gather(2, tokens_of).mean((0, 2))
@@ -162,7 +165,7 @@ def test_retrieval_counts_the_weight_on_the_needles() -> None:
 
 
 def test_needles_must_lie_in_the_tokens() -> None:
-    with pytest.raises(ValueError, match="`needles` must lie in one unpadded row of 333 tokens.*position 333"):
+    with pytest.raises(ValueError, match=r"`needles` must lie in one unpadded row of 333 tokens.*position 333"):
         Probe(seen(), None, [([333], [1])])
 
 
@@ -189,12 +192,14 @@ def test_influence_is_the_slope_of_the_loss() -> None:
     assert all(p.grad is None for p in model.parameters())
     for layer, head in ((0, 1), (1, 2)):
         loss = []
-        for share in (-1e-4, 1e-4):
+        for share in (-0.02, 0.02):
             method = Blend(candidate=window(20, 1), layer=layer, head=head, share=share)
             with hsa.patch(model, method, min_tokens=0), torch.no_grad():
-                loss.append(float(model(ids, labels=ids).loss))
-        slope = abs(loss[1] - loss[0]) / 2e-4
-        assert found.figures["influence"][0, layer, head, 1] == pytest.approx(slope, rel=1e-3)
+                logits = model(ids).logits
+            # The model's own loss, and its norms, are in float32, too coarse for a smaller step.
+            loss.append(float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])))
+        slope = abs(loss[1] - loss[0]) / 0.04
+        assert found.figures["influence"][0, layer, head, 1] == pytest.approx(slope, rel=0.01)
 
 
 # ------------------------------------------------------------------ models are left as they were
@@ -282,6 +287,20 @@ def test_a_vision_language_model() -> None:
     model, given = tiny_vl("sdpa")
     found = quiet(model, [given], [window()])
     assert np.isfinite(found.figures["recall"]).all() and (found.figures["recall"][..., 1] < 1).all()
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_can_be_profiled(family: str) -> None:
+    model, given = FAMILIES_OF_MODELS.get(family).tiny()
+    found = quiet(model, [given], ["block_topk"], maps=2)
+    recall = found.figures["recall"][..., 1]
+    assert np.isfinite(recall).any() and (recall[np.isfinite(recall)] <= 1).all() and found.maps
+
+
+def test_layers_with_a_window_of_their_own_stay_dense() -> None:
+    found = hsa.profile(FAMILIES["gemma2"](), [tokens(1, 90)], [window()], budget=0.6, progress=False, maps=0)
+    assert found.plans[0].choice[0].tolist() == [0, 0, 0, 0] and found.plans[0].choice[1].any()
+    assert np.isnan(found.figures["density"][0, 0]).all() and found.density <= 0.6
 
 
 def test_reasons_are_named_where_nothing_is_seen() -> None:
@@ -421,11 +440,8 @@ def test_default_candidates_for_text_and_video() -> None:
         found = default_candidates(layout)
         assert 8 <= len(found) <= 20 and len(set(found)) == len(found)
         assert all(m.why_not(Context(layout)) is None for m in found)
-    assert (
-        hsa.get_method("sliding_window")(window=1024, sink=16, block_size=64)
-        in default_candidates(TokenLayout.causal(64), 4096 * 4)[:5]
-        or default_candidates(TokenLayout.causal(64), 16384)[2].window == 1024
-    )
+    # Windows are scaled to the longest text that is known to come.
+    assert default_candidates(TokenLayout.causal(64), 16384)[2].window == 1024
 
 
 REFUSED = {

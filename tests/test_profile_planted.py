@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import planted
 import pytest
-import torch
 from tiny_lm import one_thread, tokens  # noqa: F401
 
 import hf_sparse_attn as hsa
