@@ -100,10 +100,10 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
     from hf_sparse_attn.patching import LayerRecord, Session
     from hf_sparse_attn.registry import METHODS
     from hf_sparse_attn.transformers_encoder import is_encoder_attention, other_tokens
-    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_segment_attention, is_text_attention
+    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_text_attention
 
     text = is_text_attention(module)
-    if not text and (not is_encoder_attention(module) or other_tokens(module) or is_segment_attention(module)):
+    if not text and (not is_encoder_attention(module) or other_tokens(module)):
         # Classes that do cross-attention too are told apart by where they stand, which is not known here.
         return None
     method = METHODS.get(name)()

@@ -77,7 +77,9 @@ def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
     above, _, own = name.rpartition(".")
     if any(_CROSS.search(part) for part in (own, above.rpartition(".")[2])) or "Cross" in type(module).__name__:
         return False
-    return next(iter(_parameters(type(module))), "").startswith("hidden_state")
+    takes = _parameters(type(module))
+    # Towers that are told where their segments end see only within these, which no layout here says.
+    return bool(takes) and takes[0].startswith("hidden_state") and "cu_seqlens" not in takes
 
 
 def other_tokens(module: nn.Module) -> tuple[str, ...]:
