@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, eval. Tables to stdout, logs to stderr."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, eval. Tables go to stdout."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.measurements import METRICS, Measurements, label_of
+from hf_sparse_attn.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
 
@@ -50,7 +50,7 @@ class HeadProfile:
         plans: their step ranges follow one another from 0 to 1.
         figures: float32 [plans, layers, heads] of the chosen methods, by name (one of FIGURES, "density" always
             there); NaN where it is not known.
-        metric: what damage was measured by, one of METRICS; "published" for profiles of others.
+        metric: what damage was measured by, as `measurements.weights_of` reads it; "published" for profiles of others.
         budget: what the choice had to keep to, {"density": share} or {"time": share}; empty where none was.
         calibration: what was measured on: numbers, texts, or lists of them, by name.
         pareto: (density, damage) of the best choices at other budgets.
@@ -81,10 +81,14 @@ class HeadProfile:
         object.__setattr__(self, "plans", tuple(_checked_plan(p, shape, len(self.methods)) for p in self.plans))
         _check_steps([p.steps for p in self.plans])
         object.__setattr__(self, "figures", _checked_figures(self.figures, (len(self.plans), *shape)))
-        if self.metric not in (*METRICS, PUBLISHED):
-            raise ValueError(
-                f"`metric` must be one of {', '.join((*METRICS, PUBLISHED))}; got {_shortened(self.metric)}"
-            )
+        if self.metric != PUBLISHED:
+            try:
+                weights_of(self.metric)
+            except (TypeError, ValueError):
+                known = ", ".join(METRICS)
+                raise ValueError(
+                    f"`metric` must be {PUBLISHED!r}, one of {known}, or a sum of them; got {_shortened(self.metric)}"
+                ) from None
         _check_budget(self.budget)
         _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)), lists=True)
         _check_texts("versions", self.versions, (str,), lists=False)

@@ -24,7 +24,7 @@ from hf_sparse_attn.tally import Steps, Tally
 
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.
-_ALWAYS = ("output_error", "recall")
+_ALWAYS = ("output_error", "layer_error", "recall")
 
 
 def measure(
@@ -46,7 +46,7 @@ def measure(
     Figures are means over calls; a quantile over rows is taken within a call. Every candidate chooses its keys with
     all q and k of the call; where queries are sampled, attention alone is run for fewer rows.
 
-    Metrics beside recall and the errors of the output (see Measurements):
+    Metrics beside recall and the relative errors of the output (see Measurements):
     - "retrieval_score": 1 less the dense attention of question positions on statement positions that is lost, mean
       over questions. Batches then hold "needles": pairs (question positions, statement positions) in the only row.
     - "influence": first-order change of the loss when the candidate replaces dense attention in this head alone:
@@ -64,7 +64,7 @@ def measure(
             has their mean squared error as loss.
         candidates: methods or their names; None means `default_candidates` for the first call. Dense comes first,
             whether it is given or not.
-        metrics: names out of METRICS; "output_error" and "recall" are always measured.
+        metrics: names out of METRICS; "output_error", "layer_error" and "recall" are always measured.
         query_blocks: runs of 128 queries measured in each call, drawn from as many equal parts; None means all up to
             32 (4096 queries), else 32.
         seed: of the draw.

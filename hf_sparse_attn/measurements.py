@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from hf_sparse_attn.method import Method, make_method
 
 FORMAT = "hf_sparse_attn.measurements"
 VERSION = 1
-METRICS = ("output_error", "recall", "influence", "retrieval_score", "video_mse")
+METRICS = ("output_error", "layer_error", "recall", "influence", "retrieval_score", "video_mse")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Measurements:
         figures: float32 arrays [cases, layers, heads, candidates] by name. Always there: "density" (kept share of the
             visible pairs), "seconds" (predicted by the cost model, for this head alone), "recall" (share of the dense
             attention mass on kept keys, mean over rows), "output_error" (relative error of a row of the head's output,
-            median over rows), "output_error_p95" (95 % over rows); others of METRICS where they were asked for.
+            median over rows), "output_error_p95" (95 % over rows), "layer_error" (squared error of the head's output
+            as a share of the squared output of all heads of the layer); others of METRICS where they were asked for.
             NaN where a candidate declined.
         declined: reasons by label of a candidate.
         maps: pooled attention of some heads.
@@ -97,18 +99,22 @@ class Measurements:
         "recall" and "retrieval_score" count what is lost of 1; the others are errors. Infinite where a candidate
         declined.
 
+        Args:
+            metric: one of METRICS, or a sum of them as `weights_of` reads it.
+
         Raises:
             ValueError: unknown metric, or one that was not measured.
         """
-        if metric not in METRICS:
-            raise ValueError(f"`metric` must be one of {', '.join(METRICS)}; got {metric!r}")
-        if metric not in self.figures:
-            known = ", ".join(m for m in METRICS if m in self.figures)
-            raise ValueError(f"`metric` must have been measured ({known}), got {metric!r}")
-        values = self.figures[metric].astype(np.float64)
-        if metric in ("recall", "retrieval_score"):
-            values = 1 - values
-        return np.where(np.isnan(values), np.inf, np.maximum(values, 0))
+        total = np.zeros((len(self.cases), len(self.layers), self.heads, len(self.candidates)))
+        for name, weight in weights_of(metric).items():
+            if name not in self.figures:
+                known = ", ".join(m for m in METRICS if m in self.figures)
+                raise ValueError(f"`metric` must have been measured ({known}), got {name!r}")
+            values = self.figures[name].astype(np.float64)
+            if name in ("recall", "retrieval_score"):
+                values = 1 - values
+            total += weight * np.where(np.isnan(values), np.inf, np.maximum(values, 0))
+        return total
 
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file."""
@@ -168,6 +174,34 @@ class Measurements:
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must be a whole file of measurements, got {path}: {error!r}") from error
+
+
+def weights_of(metric: str) -> dict[str, float]:
+    """The metrics in a sum and their weights: "layer_error + 0.1 * retrieval_score" is {"layer_error": 1.0, ...}.
+
+    Args:
+        metric: one of METRICS, or a sum of them, each by itself or behind a number and `*`.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: a name that is no metric or stands twice, or a weight that is not more than 0.
+    """
+    if not isinstance(metric, str):
+        raise TypeError(f"`metric` must be a string, got {metric!r} of type {type(metric).__name__}")
+    found: dict[str, float] = {}
+    for term in metric.split("+"):
+        number, star, name = (part.strip() for part in term.rpartition("*"))
+        try:
+            weight = float(number) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if name not in METRICS or name in found or (number and not star):
+            known = ", ".join(METRICS)
+            raise ValueError(f"`metric` must be one of {known}, or a sum of them with weights; got {metric!r}")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"`metric` must have weights of more than 0, got {number!r} in {metric!r}")
+        found[name] = weight
+    return found
 
 
 def label_of(method: Method) -> str:

@@ -100,7 +100,8 @@ class Probe:
         """The figures of dense attention, by definition."""
         heads = self.seen.q.shape[1]
         one, zero = torch.ones(heads, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
-        found = {"density": one, "recall": one, "output_error": zero, "output_error_p95": zero, "video_mse": zero}
+        found = {"density": one, "recall": one, "output_error": zero, "output_error_p95": zero}
+        found |= {"layer_error": zero, "video_mse": zero}
         found["seconds"] = one * self.table.dense_seconds(self.shape) / heads
         if self.seen.grad is not None:
             found["influence"] = zero
@@ -133,11 +134,12 @@ class Probe:
         difference = sparse[0] - dense[0]
         error = difference.norm(dim=-1) / dense[0].norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         ranked = error.transpose(0, 1).flatten(1).sort(-1).values
-        rows = ranked.shape[1]
+        rows, whole = ranked.shape[1], dense[0].square().sum()
         found = {
             "recall": (sparse[1] - dense[1]).exp().clamp(max=1.0).mean((0, 2)),
             "output_error": ranked[:, (rows - 1) // 2],
             "output_error_p95": ranked[:, min(rows - 1, int(0.95 * rows))],
+            "layer_error": difference.square().sum((0, 2, 3)) / whole.clamp(min=torch.finfo(torch.float32).tiny),
             "video_mse": difference.square().mean((0, 2, 3)),
         }
         if self.seen.grad is not None:

@@ -16,7 +16,7 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import HeadProfile, StepPlan
 from hf_sparse_attn.measure import Batch, longest, measure
-from hf_sparse_attn.measurements import METRICS, Measurements
+from hf_sparse_attn.measurements import Measurements, weights_of
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.tally import Steps
@@ -59,8 +59,8 @@ def profile(
             measured apart, and the choice then keeps within the budget at each (MoA's elastic rule).
         candidates: methods or names of methods to choose from; None means sensible ones for the kind of tokens.
         budget: share in (0, 1] of the dense cost.
-        metric: what damage is, one of METRICS ("output_error", "recall", "influence", "retrieval_score",
-            "video_mse"); `measure` says what each needs of the batches.
+        metric: what damage is: "output_error", "layer_error", "recall", "influence", "retrieval_score" or "video_mse"
+            (`measure` says what each needs of the batches), or a sum such as "layer_error + 0.1 * retrieval_score".
         per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget; "time",
             the attention's time by the cost model of this device.
         solver: "exact", "milp" or "lagrangian".
@@ -82,8 +82,7 @@ def profile(
         ValueError: a value out of range, a metric the batches do not allow, a budget that cannot be met, or a patched
             model. The model is then untouched.
     """
-    if metric not in METRICS:
-        raise ValueError(f"`metric` must be one of {', '.join(METRICS)}; got {metric!r}")
+    terms = tuple(weights_of(metric))
     if per not in ("density", "time"):
         raise ValueError(f"`per` must be 'density' or 'time', got {per!r}")
     check_share("budget", budget)
@@ -102,7 +101,7 @@ def profile(
     for number in range(passes):
         path = state if number == 0 or state is None else Path(f"{state}.pass{number + 1}")
         found = measure(
-            model, batches, candidates, (metric, *metrics), maps=maps, state=path,
+            model, batches, candidates, (*terms, *metrics), maps=maps, state=path,
             method=None if made is None else made.method(), **options,
         )  # fmt: skip
         # What was chosen from by default must be so again.
