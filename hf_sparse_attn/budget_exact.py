@@ -184,7 +184,7 @@ def _best_of(problem: Problem, found: Found, states: _States, order: Ints, settl
 
 def _second(problem: Problem, excess: Floats, values: Floats) -> Floats:
     """How much worse a block's second best choice is."""
-    if len(problem.sets) > 1:
+    if problem.number_of_sets > 1:
         return np.partition(excess, 1, 1)[:, 1]
     if values.shape[1] == 1:
         return np.zeros(len(problem.starts))

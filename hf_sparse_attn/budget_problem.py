@@ -48,7 +48,7 @@ class Problem:
         """The first item of each block."""
         return np.flatnonzero(np.r_[True, np.diff(self.block) > 0])
 
-    @property
+    @cached_property
     def number_of_sets(self) -> int:
         """How many sets of candidates a block may use."""
         used = int(self.allowed.any(0).sum())
@@ -83,7 +83,7 @@ class Problem:
 
     def by_set(self, values: Floats) -> Floats:
         """Least sum over a block's items when it uses a set, [blocks, sets]."""
-        if len(self.sets) == 1:
+        if self.number_of_sets == 1:
             return np.add.reduceat(values[:, self.sets[0]].min(1), self.starts)[:, None]
         step = max(1, _CHUNK // (len(values) * self.sets.shape[1]))
         parts = []
@@ -95,7 +95,7 @@ class Problem:
     def least_of(self, values: Floats) -> Ints:
         """The choice with the least sum of `values`; ties go to the cheaper, then the earlier candidate."""
         open_ = np.zeros(values.shape, bool)
-        if len(self.sets) == 1:
+        if self.number_of_sets == 1:
             open_[:, self.sets[0]] = True
         else:
             best = self.by_set(values).argmin(1)
@@ -250,7 +250,7 @@ def _move_over(problem: Problem, under: Ints, over: Ints) -> Ints:
 
 def _open(problem: Problem, x: Ints) -> NDArray[np.bool_]:
     """Which single changes keep a block's number of distinct candidates, [items, candidates]."""
-    if len(problem.sets) == 1:
+    if problem.number_of_sets == 1:
         return problem.allowed
     block = np.repeat(np.arange(len(problem.starts)), np.diff(np.r_[problem.starts, len(x)]))
     count = np.zeros((len(problem.starts), problem.damage.shape[1]), np.int64)
@@ -328,4 +328,4 @@ def _best_changes(rank: Floats, second: Floats) -> tuple[Ints, Ints]:
 
 def _at_once(problem: Problem, ordered: Ints, many: int) -> Ints:
     """The first of the ordered changes: several may together use too many distinct candidates."""
-    return ordered[: max(1, many if len(problem.sets) == 1 else 1)]
+    return ordered[: max(1, many if problem.number_of_sets == 1 else 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 from hf_sparse_attn.head_profile import HeadProfile
@@ -215,6 +215,11 @@ def _table(
     )
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def escape(text: str) -> str:
+    """Text for the page: no tags, and no characters that only control or turn the others."""
+    return escape_html("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
 def _plain(value: Any) -> str:
