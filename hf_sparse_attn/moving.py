@@ -50,22 +50,22 @@ __all__ = [
     "sample",
     "scene_classes",
     "to_model",
-    "with_place",
+    "with_motion",
 ]
 
 MODEL = Path(__file__).parent / "assets" / "moving_wan"
 # One conditioning token for the shape, one for the colour, one for the direction.
 TEXT_TOKENS = 3
 TEXT_DIM = 16
-# The three colours, then the place of each pixel along time, height and width.
+# The three colours, then what `with_motion` adds.
 CHANNELS_IN = 6
 CHANNELS_OUT = 3
 
 _WORDS = (*SHAPES, *COLOURS, *DIRECTIONS)
 # A pixel counts as sprite from this share of the sprite's colour on; the background's own tint stays well below.
 _SEEN = 0.4
-# Pixels that count as 1 in a pixel's place; a frame counts as the pixels that the sprite moves in it.
-_PLACE = 6.0
+# Pixels from the moving lines of the condition at which it has fallen to 1 / e.
+_NEAR = 4.0
 # Grey level and contrast that the model sees as 0 and 1.
 _MIDDLE = 0.4
 _SPREAD = 0.25
@@ -117,22 +117,39 @@ def from_model(latents: Tensor) -> Tensor:
     return (latents.transpose(1, 2) * _SPREAD + _MIDDLE).clamp(0.0, 1.0)
 
 
-def with_place(latents: Tensor) -> Tensor:
-    """Add to every pixel where it is, counted from the middle of the clip.
+def with_motion(latents: Tensor, classes: Sequence[SceneClass | None]) -> Tensor:
+    """Add the motion asked for to every pixel, in channels where image to video models have their condition.
 
-    Rotary positions tell the model only how far apart tokens are; without these channels, which stand where image to
-    video models have their condition, it moves sprites evenly but not in the direction asked for.
+    A channel of ones, then how near the pixel is to two lines, one along each axis, that move with the velocity of the
+    class and cross in the middle of the picture half-way through the clip. They tell the way, not the place: the
+    model decides how far from the lines the sprite is, and must decide the same in every frame. A
+    conditioning token for the direction alone is not heeded after as short a training.
 
     Args:
         latents: [batch, 3, frames, height, width].
+        classes: one for each row of the batch; None stands for no condition, zeros.
 
     Returns:
         [batch, 6, frames, height, width], what the model takes as `hidden_states`.
+
+    Raises:
+        ValueError: there are not as many classes as rows.
     """
-    sizes = latents.shape[2:]
-    axes = [torch.arange(size, device=latents.device) - (size - 1) / 2 for size in sizes]
-    places = torch.stack(torch.meshgrid(axes[0] * SPEED, *axes[1:], indexing="ij")) / _PLACE
-    return torch.cat([latents, places.to(latents.dtype).expand(len(latents), 3, *sizes)], dim=1)
+    if len(classes) != len(latents):
+        raise ValueError(f"`classes` must be one for each of {len(latents)} clips, got {len(classes)}")
+    told = latents.new_zeros(len(latents), CHANNELS_IN - CHANNELS_OUT, *latents.shape[2:])
+    time, rows, columns = (torch.arange(n, device=latents.device) - (n - 1) / 2 for n in latents.shape[2:])
+    for row, scene in zip(told, classes, strict=True):
+        if scene is not None:
+            down, right = scene.velocity
+            row[0] = 1.0
+            row[1] = _near(rows[None, :, None] - down * time[:, None, None])
+            row[2] = _near(columns[None, None, :] - right * time[:, None, None])
+    return torch.cat([latents, told], dim=1)
+
+
+def _near(distance: Tensor) -> Tensor:
+    return torch.exp(-((distance / _NEAR) ** 2))
 
 
 @dataclass(frozen=True)
@@ -296,20 +313,20 @@ def sample(
     noises = (torch.Generator().manual_seed(seed + row) for row in range(len(classes)))
     shape = (3, frames, height, width)
     latents = torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(weight.device)
-    branches = {"cond": condition(classes)}
+    branches: dict[str, Sequence[SceneClass | None]] = {"cond": classes}
     if guidance != 1.0:
-        branches["uncond"] = condition([None] * len(classes))
+        branches["uncond"] = [None] * len(classes)
     takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.cache_context).parameters.values())
     for index, time in enumerate(scheduler.timesteps):
         # Older versions of diffusers take the name alone; patched, they take the rest as well.
         told = {"step_index": index, "num_inference_steps": steps} if takes_more else {}
         velocity = {}
-        for name, text in branches.items():
+        for name, asked in branches.items():
             with model.cache_context(name, **told):
                 velocity[name] = model(
-                    with_place(latents).to(weight.dtype),
+                    with_motion(latents, asked).to(weight.dtype),
                     time.to(weight.device).expand(len(classes)),
-                    text.to(weight),
+                    condition(asked).to(weight),
                     return_dict=False,
                 )[0].float()
         flow = velocity["cond"]

@@ -34,7 +34,7 @@ from hf_sparse_attn.moving import (
     least_size,
     moving_clips,
     to_model,
-    with_place,
+    with_motion,
 )
 from hf_sparse_attn.recipe_config import read_config
 from hf_sparse_attn.recipes.moving_wan_muon import Muon
@@ -72,7 +72,7 @@ class StageConfig:
         shift: middle of the odds of noise to picture; the higher, the more the model learns of what is decided
             first, where the sprite goes, and the less of detail.
         spread: standard deviation of the logarithm of those odds.
-        placed: whether the model sees where each pixel is; else zeros stand there.
+        motion: whether the model is told the motion; else zeros stand in those channels.
     """
 
     steps: int
@@ -82,7 +82,7 @@ class StageConfig:
     width: int
     shift: float
     spread: float
-    placed: bool
+    motion: bool
 
     def __post_init__(self) -> None:
         least = least_size(self.frames)
@@ -222,11 +222,11 @@ def training_batch(config: TrainConfig, step: int) -> Batch:
     noise = torch.randn(clips.shape, generator=draw)
     mix = level[torch.randperm(stage.clips, generator=draw)]
     at = mix[:, None, None, None, None]
-    told = condition([scene if keep else None for scene, keep in zip(classes, kept.tolist(), strict=True)])
-    given = with_place((1 - at) * clips + at * noise)
-    if not stage.placed:
+    told = [scene if keep else None for scene, keep in zip(classes, kept.tolist(), strict=True)]
+    given = with_motion((1 - at) * clips + at * noise, told)
+    if not stage.motion:
         given[:, CHANNELS_OUT:] = 0.0
-    return Batch(given, mix, told, noise - clips)
+    return Batch(given, mix, condition(told), noise - clips)
 
 
 def _rate(config: TrainConfig, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def _threads() -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return moving.load_moving_wan()
+
+
+def stage(frames: int, height: int, width: int, steps: int = 1, clips: int = 4) -> moving_wan.StageConfig:
+    return moving_wan.StageConfig(steps, clips, frames, height, width, shift=3.0, spread=1.0, motion=True)
 
 
 def turned(scene: SceneClass, eighths: int) -> SceneClass:
@@ -139,8 +144,8 @@ def test_the_model_sees_frames_it_can_give_back() -> None:
         (lambda: check_motion(torch.zeros(3, 4, 8, 8), SOME), "`clip` must be"),
         (lambda: moving.sample(None, []), "`classes` must not be empty"),
         (lambda: moving.sample(None, [SOME], steps=0), "`steps` at least 1"),
-        (lambda: moving_wan.StageConfig(1, 1, 6, 15, 16, 3.0, 1.0, True), "`height` must be even and at least 15.*got 15"),
-        (lambda: moving_wan.StageConfig(1, 1, 6, 16, 14, 3.0, 1.0, True), "`width` must be even and at least 15.*got 14"),
+        (lambda: stage(6, 15, 16), "`height` must be even and at least 15.*got 15"),
+        (lambda: stage(6, 16, 14), "`width` must be even and at least 15.*got 14"),
         (lambda: Muon([torch.nn.Parameter(torch.zeros(3))], 0.1, 0.0), "`params` must be matrices"),
         (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 2))], 0.1, 0.0).step(lambda: 0.0), "`closure` must be None"),
     ],
@@ -164,12 +169,18 @@ def test_muon_updates_are_orthogonal() -> None:
         assert 0.6 < float(found.min()) and float(found.max()) < 1.2
 
 
-def test_places_are_counted_from_the_middle() -> None:
-    places = moving.with_place(torch.zeros(2, 3, 5, 6, 9))
-    assert places.shape == (2, 6, 5, 6, 9) and not places[:, :3].any()
-    assert torch.equal(places[0, 3, :, 0, 0], torch.arange(-2, 3) * 1.5 / 6)
-    assert torch.equal(places[1, 4, 0, :, 0], torch.arange(-2.5, 3) / 6)
-    assert torch.equal(places[0, 5, 4, 3], torch.arange(-4.0, 5) / 6)
+def test_the_channels_of_the_motion_follow_the_sprite() -> None:
+    told = moving.with_motion(torch.zeros(2, 3, 5, 10, 13), [SceneClass("disc", "red", "right"), None])
+    assert told.shape == (2, 6, 5, 10, 13) and not told[:, :3].any() and not told[1].any()
+    ones, rows, columns = told[0, 3:]
+    assert bool((ones == 1).all())
+    # Nothing moves down; the column nearest to the line goes 1.5 pixels to the right in each frame.
+    assert torch.equal(rows, rows[:1, :, :1].expand_as(rows))
+    nearest = columns[:, 0].argmax(-1)
+    assert nearest.tolist() == [3, 4, 6, 7, 9] or nearest.tolist() == [3, 5, 6, 8, 9]
+    assert float(columns[2, 0, 6]) == 1.0 and float(columns[2, 0, 10]) == pytest.approx(math.exp(-1))
+    with pytest.raises(ValueError, match="`classes` must be one for each of 2 clips, got 1"):
+        moving.with_motion(torch.zeros(2, 3, 5, 10, 13), [None])
 
 
 def tiny(steps: int, **flow: float) -> moving_wan.TrainConfig:
@@ -180,7 +191,7 @@ def tiny(steps: int, **flow: float) -> moving_wan.TrainConfig:
         model=shape,
         optimizer=replace(config.optimizer, warmup_steps=3),
         flow=replace(config.flow, **flow),
-        stages=(moving_wan.StageConfig(steps, 4, 3, 10, 12, 3.0, 1.0, True),),
+        stages=(stage(3, 10, 12, steps),),
         run=replace(config.run, threads=1),
     )
 
@@ -215,12 +226,14 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_batch_is_what_flow_matching_asks_for() -> None:
-    small, many = (moving_wan.StageConfig(1, n, 3, 10, 12, 3.0, 1.0, placed) for n, placed in ((2, False), (64, True)))
+    small, many = replace(stage(3, 10, 12, clips=2), motion=False), stage(3, 10, 12, clips=64)
     config = replace(tiny(2), stages=(small, many))
     first, second = moving_wan.training_batch(config, 0), moving_wan.training_batch(config, 1)
     assert first.given.shape == (2, 6, 3, 10, 12) and second.given.shape == (64, 6, 3, 10, 12)
     assert torch.equal(first.given, moving_wan.training_batch(config, 0).given)
-    assert not first.given[:, 3:].any() and torch.equal(second.given[:, 3:], moving.with_place(second.velocity)[:, 3:])
+    assert not first.given[:, 3:].any() and first.condition.any()
+    # The channels of the motion and the tokens go together.
+    assert torch.equal(second.given[:, 3].flatten(1).all(1), second.condition.flatten(1).any(1))
     clips = second.given[:, :3] - second.level[:, None, None, None, None] * second.velocity
     torch.testing.assert_close(moving.to_model(moving.from_model(clips)), clips, rtol=0, atol=1e-4)
     # The middle of a logit-normal level with shift 3 is 3 / 4; 64 even shares of it lie close.
