@@ -1,8 +1,7 @@
-"""Moving scenes to measure video attention on: one sprite crosses a still, textured background.
+"""The shipped video model and what it is measured by: sampled clips of scenes whose motion can be checked.
 
-What moves, and how, is given by a class (shape, colour, direction), so a sampled clip can be checked: `check_motion`
-follows the sprite from frame to frame and compares its way with the one asked for. Frames are RGB in [0, 1]; the
-sprite moves `SPEED` pixels from one frame to the next and never leaves the picture.
+`sample` draws clips of given classes (`hf_sparse_attn.moving_scenes`) with the model, sparse or not; `check_motion`
+follows the sprite through a clip and compares its way with the one asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,87 +18,62 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MODEL = Path(__file__).parent / "assets" / "moving_wan"
+from hf_sparse_attn.moving_scenes import (
+    COLOURS,
+    DIRECTIONS,
+    REACH,
+    SHAPES,
+    SPEED,
+    SceneClass,
+    draw_classes,
+    least_size,
+    moving_clips,
+    scene_classes,
+    sprite_cover,
+)
 
-SHAPES = ("disc", "square", "cross")
-COLOURS = {
-    "red": (0.95, 0.1, 0.1),
-    "green": (0.1, 0.95, 0.1),
-    "blue": (0.1, 0.15, 0.95),
-    "yellow": (0.95, 0.9, 0.1),
-}
-DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
-SPEED = 1.5
-REACH = 3.5
+__all__ = [
+    "COLOURS",
+    "DIRECTIONS",
+    "SHAPES",
+    "SPEED",
+    "MotionCheck",
+    "SceneClass",
+    "check_motion",
+    "condition",
+    "draw_classes",
+    "frames_to_image",
+    "from_model",
+    "least_size",
+    "load_moving_wan",
+    "moving_clips",
+    "sample",
+    "scene_classes",
+    "to_model",
+    "with_motion",
+]
+
+MODEL = Path(__file__).parent / "assets" / "moving_wan"
 # One conditioning token for the shape, one for the colour, one for the direction.
 TEXT_TOKENS = 3
 TEXT_DIM = 16
+# The three colours, then what `with_motion` adds.
+CHANNELS_IN = 6
+CHANNELS_OUT = 3
 
 _WORDS = (*SHAPES, *COLOURS, *DIRECTIONS)
-_CELL = 2
-_COARSE = 4
 # A pixel counts as sprite from this share of the sprite's colour on; the background's own tint stays well below.
 _SEEN = 0.4
+# Pixels from the moving lines of the condition at which it has fallen to 1 / e.
+_NEAR = 4.0
 # Grey level and contrast that the model sees as 0 and 1.
 _MIDDLE = 0.4
 _SPREAD = 0.25
+# How far the noise levels of the steps lean towards noise; that of training.
 _SHIFT = 3.0
+# Pixels of error, and share of the sprite's area in any frame, up to which a clip is right.
 _RIGHT_ERROR = 0.75
 _RIGHT_AREA = (0.5, 1.7)
-
-
-@dataclass(frozen=True)
-class SceneClass:
-    """What a scene shows.
-
-    Args:
-        shape: one of `SHAPES`.
-        colour: one of `COLOURS`.
-        direction: one of `DIRECTIONS`, where the sprite moves to.
-
-    Raises:
-        ValueError: a word is not one of those.
-    """
-
-    shape: str
-    colour: str
-    direction: str
-
-    def __post_init__(self) -> None:
-        for name, known in (("shape", SHAPES), ("colour", tuple(COLOURS)), ("direction", DIRECTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}")
-
-    @property
-    def velocity(self) -> tuple[float, float]:
-        """Pixels per frame, down and to the right."""
-        angle = DIRECTIONS.index(self.direction) * math.pi / 4
-        return SPEED * math.sin(angle), SPEED * math.cos(angle)
-
-
-def scene_classes() -> list[SceneClass]:
-    """All classes, the direction changing fastest."""
-    return [SceneClass(*words) for words in product(SHAPES, COLOURS, DIRECTIONS)]
-
-
-def draw_classes(count: int, seed: int) -> list[SceneClass]:
-    """Draw classes in which the words of each kind come up about equally often.
-
-    Args:
-        count: how many.
-        seed: the same seed gives the same classes.
-
-    Returns:
-        The classes.
-    """
-    rng = np.random.default_rng((seed, 1))
-    words = [_dealt(known, count, rng) for known in (SHAPES, tuple(COLOURS), DIRECTIONS)]
-    return [SceneClass(*three) for three in zip(*words, strict=True)]
-
-
-def _dealt(known: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    rounds = [rng.permutation(len(known)) for _ in range(-(-count // len(known)))]
-    return [known[int(index)] for index in np.concatenate(rounds or [np.zeros(0, int)])[:count]]
 
 
 def condition(classes: Sequence[SceneClass | None]) -> Tensor:
@@ -120,80 +93,63 @@ def condition(classes: Sequence[SceneClass | None]) -> Tensor:
     return tokens
 
 
-def moving_clips(classes: Sequence[SceneClass], frames: int, height: int, width: int, seed: int) -> Tensor:
-    """Draw one clip of each class, with a background and a starting place of its own.
+def to_model(clips: Tensor) -> Tensor:
+    """Frames as the model has them.
 
     Args:
-        classes: what the clips show.
-        frames: frames per clip.
-        height: pixels.
-        width: pixels.
-        seed: the same seed gives the same clips.
+        clips: [batch, frames, 3, height, width] in [0, 1].
 
     Returns:
-        float32 [classes, frames, 3, height, width] in [0, 1].
-
-    Raises:
-        ValueError: the sprite would leave the picture before the last frame.
+        [batch, 3, frames, height, width] about 0.
     """
-    rng = np.random.default_rng((seed, 0))
-    clips = np.empty((len(classes), frames, 3, height, width), dtype=np.float32)
-    for clip, scene in zip(clips, classes, strict=True):
-        ways = [
-            _way(speed, frames, size, name, rng)
-            for speed, size, name in zip(scene.velocity, (height, width), ("height", "width"), strict=True)
-        ]
-        cover = _cover(scene.shape, ways[0], ways[1], height, width)[:, None]
-        colour = np.array(COLOURS[scene.colour], dtype=np.float32)[:, None, None]
-        clip[:] = (1 - cover) * _background(height, width, rng) + cover * colour
-    return torch.from_numpy(clips)
-
-
-def _way(speed: float, frames: int, size: int, name: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Centre of the sprite along one axis in every frame."""
-    run = speed * (frames - 1)
-    room = size - 2 * REACH - abs(run)
-    if room < 0:
-        least = math.ceil(2 * REACH + SPEED * (frames - 1))
-        raise ValueError(f"`{name}` must be at least {least} pixels for {frames} frames, got {size}")
-    start = REACH + max(0.0, -run) + room * rng.random() - 0.5
-    return (start + speed * np.arange(frames)).astype(np.float32)
-
-
-def _cover(
-    shape: str, down: NDArray[np.float32], right: NDArray[np.float32], height: int, width: int
-) -> NDArray[np.float32]:
-    """Share of each pixel that the sprite covers, [frames, height, width]."""
-    y = np.abs(np.arange(height, dtype=np.float32) - down[:, None])[:, :, None]
-    x = np.abs(np.arange(width, dtype=np.float32) - right[:, None])[:, None, :]
-    if shape == "disc":
-        outside = np.hypot(y, x) - 3.5
-    elif shape == "square":
-        outside = np.maximum(y, x) - 3.0
-    else:
-        outside = np.minimum(np.maximum(y - 1.25, x - 3.5), np.maximum(y - 3.5, x - 1.25))
-    return np.clip(0.5 - outside, 0.0, 1.0).astype(np.float32)
-
-
-def _background(height: int, width: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Grey clouds with a little tint, and a grain of cells that nothing but the same place in other frames tells."""
-    coarse = rng.uniform(0.15, 0.65, (1, _COARSE, _COARSE)) + rng.normal(0, 0.03, (3, _COARSE, _COARSE))
-    clouds = torch.nn.functional.interpolate(
-        torch.from_numpy(coarse)[None], (height, width), mode="bilinear", align_corners=True
-    )[0].numpy()
-    cells = rng.normal(0, 0.08, (-(-height // _CELL), -(-width // _CELL)))
-    grain = cells.repeat(_CELL, 0).repeat(_CELL, 1)[:height, :width]
-    return np.clip(clouds + grain, 0.0, 1.0).astype(np.float32)
-
-
-def to_model(clips: Tensor) -> Tensor:
-    """Frames in [0, 1], [batch, frames, 3, height, width], as the model has them: [batch, 3, frames, height, width]."""
     return (clips.transpose(1, 2) - _MIDDLE) / _SPREAD
 
 
 def from_model(latents: Tensor) -> Tensor:
-    """What `to_model` made back to frames, cut to [0, 1]."""
+    """Frames in [0, 1] from what the model has, the way back of `to_model`.
+
+    Args:
+        latents: [batch, 3, frames, height, width].
+
+    Returns:
+        [batch, frames, 3, height, width], cut to [0, 1].
+    """
     return (latents.transpose(1, 2) * _SPREAD + _MIDDLE).clamp(0.0, 1.0)
+
+
+def with_motion(latents: Tensor, classes: Sequence[SceneClass | None]) -> Tensor:
+    """Add the motion asked for to every pixel, in channels where image to video models have their condition.
+
+    A channel of ones, then how near the pixel is to two lines, one along each axis, that move with the velocity of the
+    class and cross in the middle of the picture half-way through the clip. They tell the way, not the place: the
+    model decides how far from the lines the sprite is, and must decide the same in every frame. A
+    conditioning token for the direction alone is not heeded after as short a training.
+
+    Args:
+        latents: [batch, 3, frames, height, width].
+        classes: one for each row of the batch; None stands for no condition, zeros.
+
+    Returns:
+        [batch, 6, frames, height, width], what the model takes as `hidden_states`.
+
+    Raises:
+        ValueError: there are not as many classes as rows.
+    """
+    if len(classes) != len(latents):
+        raise ValueError(f"`classes` must be one for each of {len(latents)} clips, got {len(classes)}")
+    told = latents.new_zeros(len(latents), CHANNELS_IN - CHANNELS_OUT, *latents.shape[2:])
+    time, rows, columns = (torch.arange(n, device=latents.device) - (n - 1) / 2 for n in latents.shape[2:])
+    for row, scene in zip(told, classes, strict=True):
+        if scene is not None:
+            down, right = scene.velocity
+            row[0] = 1.0
+            row[1] = _near(rows[None, :, None] - down * time[:, None, None])
+            row[2] = _near(columns[None, None, :] - right * time[:, None, None])
+    return torch.cat([latents, told], dim=1)
+
+
+def _near(distance: Tensor) -> Tensor:
+    return torch.exp(-((distance / _NEAR) ** 2))
 
 
 @dataclass(frozen=True)
@@ -248,7 +204,7 @@ def check_motion(clip: Tensor, scene: SceneClass) -> MotionCheck:
     y = (shares.sum(2) * np.arange(shares.shape[1])).sum(1) / np.maximum(mass, least)
     x = (shares.sum(1) * np.arange(shares.shape[2])).sum(1) / np.maximum(mass, least)
     time = np.arange(len(clip)) - (len(clip) - 1) / 2
-    fits = [_cover(shape, y, x, *shares.shape[1:]) for shape in SHAPES]
+    fits = [sprite_cover(shape, y, x, *shares.shape[1:]) for shape in SHAPES]
     shape = SHAPES[int(np.argmin([np.square(shares - fit).sum() for fit in fits]))]
     wanted = fits[SHAPES.index(scene.shape)]
     area = mass / np.where(wanted > _SEEN, wanted, 0).sum((1, 2)).clip(least)
@@ -301,13 +257,14 @@ def load_moving_wan(path: Path = MODEL) -> Any:
         FileNotFoundError: the folder holds no model.
         ImportError: diffusers is not installed.
     """
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"the shipped model must be at {path}")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"the shipped model must be at {path}, got no config.json there")
     from diffusers import WanTransformer3DModel
+    from safetensors.torch import load_file
 
-    model: Any = WanTransformer3DModel.from_pretrained(
-        path, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
-    )
+    # Not from_pretrained: it asks for accelerate to load a model that keeps some modules in float32.
+    model: Any = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(path, local_files_only=True))
+    model.load_state_dict(load_file(path / "diffusion_pytorch_model.safetensors"))
     return model.eval()
 
 
@@ -353,22 +310,23 @@ def sample(
     scheduler = FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
     scheduler.set_timesteps(steps)
     weight = next(model.parameters())
-    noise = [torch.randn(3, frames, height, width, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(classes))]
-    latents = torch.stack(noise).to(weight.device)
-    branches = {"cond": condition(classes)}
+    noises = (torch.Generator().manual_seed(seed + row) for row in range(len(classes)))
+    shape = (3, frames, height, width)
+    latents = torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(weight.device)
+    branches: dict[str, Sequence[SceneClass | None]] = {"cond": classes}
     if guidance != 1.0:
-        branches["uncond"] = condition([None] * len(classes))
+        branches["uncond"] = [None] * len(classes)
     takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.cache_context).parameters.values())
     for index, time in enumerate(scheduler.timesteps):
         # Older versions of diffusers take the name alone; patched, they take the rest as well.
         told = {"step_index": index, "num_inference_steps": steps} if takes_more else {}
         velocity = {}
-        for name, text in branches.items():
+        for name, asked in branches.items():
             with model.cache_context(name, **told):
                 velocity[name] = model(
-                    latents.to(weight.dtype),
+                    with_motion(latents, asked).to(weight.dtype),
                     time.to(weight.device).expand(len(classes)),
-                    text.to(weight),
+                    condition(asked).to(weight),
                     return_dict=False,
                 )[0].float()
         flow = velocity["cond"]

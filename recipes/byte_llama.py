@@ -16,23 +16,20 @@ import math
 import os
 import tempfile
 import time
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn.corpus import FIRST_BYTE, NeedleDocument, needle_document, next_byte_loss, score_needles
+from hf_sparse_attn.recipe_config import read_config
 from hf_sparse_attn.recipes.byte_llama_init import CircuitConfig, set_circuit
 
 _LOG = logging.getLogger(__name__)
-_Built = TypeVar("_Built")
 
 
 @dataclass(frozen=True)
@@ -146,31 +143,7 @@ def load_config(path: Path) -> TrainConfig:
         ValueError: a key is missing or unknown.
         TypeError: a value has the wrong type.
     """
-    return _build(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), "config")
-
-
-def _build(kind: type[_Built], values: object, where: str) -> _Built:
-    if not isinstance(values, dict):
-        raise TypeError(f"`{where}` must be a mapping, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
-    if unknown or missing:
-        raise ValueError(f"`{where}` must have exactly the keys {sorted(hints)}, got unknown {unknown}, no {missing}")
-    return kind(**{name: _convert(hint, values[name], f"{where}.{name}") for name, hint in hints.items()})
-
-
-def _convert(hint: Any, value: object, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise TypeError(f"`{where}` must be a list, got {value!r}")
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError(f"`{where}` must be of type {hint.__name__}, got {value!r}")
-    return value
+    return read_config(TrainConfig, path)
 
 
 def build_model(config: TrainConfig) -> LlamaForCausalLM:

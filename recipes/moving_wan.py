@@ -2,9 +2,9 @@
 
     python -m hf_sparse_attn.recipes.moving_wan --config recipes/moving_wan.yaml --output DIR
 
-The model learns by flow matching to draw moving scenes (`hf_sparse_attn.moving`) of a given class, in pixels, in stages
-of growing clips. It runs on one processor core in about an hour, saves as it goes, and goes on from its last
-checkpoint with --resume.
+The model learns by flow matching to draw moving scenes (`hf_sparse_attn.moving_scenes`) of a given class, in pixels,
+in stages of growing clips. It runs on one processor core in about an hour, saves as it goes, and goes on from its
+last checkpoint with --resume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from hf_sparse_attn.moving import TEXT_DIM, condition, draw_classes, moving_clips, to_model
+from hf_sparse_attn.moving import (
+    CHANNELS_IN,
+    CHANNELS_OUT,
+    TEXT_DIM,
+    condition,
+    draw_classes,
+    least_size,
+    moving_clips,
+    to_model,
+    with_motion,
+)
 from hf_sparse_attn.recipe_config import read_config
 from hf_sparse_attn.recipes.moving_wan_muon import Muon
 
@@ -36,8 +46,8 @@ _LOG = logging.getLogger(__name__)
 class ModelConfig:
     """Shape of the transformer; the names are those of `diffusers.WanTransformer3DModel`.
 
-    `gate` is what the gates of attention and feed-forward start from; the usual start near zero costs a model as small as this
-    many steps.
+    `gate` is added to the start of the gates of attention and feed-forward; near zero, the usual start, a short run
+    learns more slowly.
     """
 
     num_layers: int
@@ -51,18 +61,40 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stretch of training: how many steps, clips per step, frames per clip and pixels per frame."""
+    """One stretch of training.
+
+    Args:
+        steps: how many steps.
+        clips: clips in each.
+        frames: frames per clip.
+        height: pixels per frame, even.
+        width: pixels per frame, even.
+        shift: middle of the odds of noise to picture; the higher, the more the model learns of what is decided
+            first, where the sprite goes, and the less of detail.
+        spread: standard deviation of the logarithm of those odds.
+        motion: whether the model is told the motion; else zeros stand in those channels.
+    """
 
     steps: int
     clips: int
     frames: int
     height: int
     width: int
+    shift: float
+    spread: float
+    motion: bool
+
+    def __post_init__(self) -> None:
+        least = least_size(self.frames)
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size % 2 or size < least:
+                raise ValueError(f"`{name}` must be even and at least {least} for {self.frames} frames, got {size}")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon for the matrices of the blocks, AdamW for the rest, warmed up linearly, then a cosine down to a fraction."""
+    """Muon for the matrices of the blocks, AdamW for the rest; a linear warm-up, then a cosine down to a fraction."""
 
     matrix_rate: float
     learning_rate: float
@@ -76,15 +108,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Noise and conditions.
+    """Share of the clips trained without their class, and decay of the moving average of the weights that is kept."""
 
-    Args:
-        shift: how far the noise levels lean towards noise; 1 leaves a logit-normal level as drawn.
-        drop: share of the clips trained without their class.
-        average: decay of the moving average of the weights, which is what is kept.
-    """
-
-    shift: float
     drop: float
     average: float
 
@@ -152,9 +177,10 @@ def build_model(config: TrainConfig) -> WanTransformer3DModel:
     shape = dataclasses.asdict(config.model)
     gate = shape.pop("gate")
     torch.manual_seed(config.seed)
-    model = WanTransformer3DModel(in_channels=3, out_channels=3, text_dim=TEXT_DIM, **shape)
+    model = WanTransformer3DModel(in_channels=CHANNELS_IN, out_channels=CHANNELS_OUT, text_dim=TEXT_DIM, **shape)
     with torch.no_grad():
         model.proj_out.weight.zero_()
+        model.patch_embedding.weight[:, CHANNELS_OUT:].zero_()
         for block in model.blocks:
             # Rows 2 and 5 gate the attention and the feed-forward.
             block.scale_shift_table[:, [2, 5]] += gate
@@ -163,9 +189,11 @@ def build_model(config: TrainConfig) -> WanTransformer3DModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy clips [clips, 3, frames, height, width], their noise levels in [0, 1], conditions and true velocities."""
+    """What the model is given, [clips, 6, frames, height, width], its noise levels in [0, 1] and conditions, and the
+    true velocities, [clips, 3, frames, height, width].
+    """
 
-    noisy: Tensor
+    given: Tensor
     level: Tensor
     condition: Tensor
     velocity: Tensor
@@ -189,13 +217,16 @@ def training_batch(config: TrainConfig, step: int) -> Batch:
     kept = torch.rand(stage.clips, generator=draw) >= config.flow.drop
     # One level from each of so many equal shares of the distribution: less noise from batch to batch.
     share = (torch.arange(stage.clips) + torch.rand(stage.clips, generator=draw)) / stage.clips
-    odds = config.flow.shift * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).exp()
+    odds = stage.shift * (stage.spread * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).exp()
     level = odds / (1 + odds)
     noise = torch.randn(clips.shape, generator=draw)
     mix = level[torch.randperm(stage.clips, generator=draw)]
     at = mix[:, None, None, None, None]
-    told = condition([scene if keep else None for scene, keep in zip(classes, kept.tolist(), strict=True)])
-    return Batch((1 - at) * clips + at * noise, mix, told, noise - clips)
+    told = [scene if keep else None for scene, keep in zip(classes, kept.tolist(), strict=True)]
+    given = with_motion((1 - at) * clips + at * noise, told)
+    if not stage.motion:
+        given[:, CHANNELS_OUT:] = 0.0
+    return Batch(given, mix, condition(told), noise - clips)
 
 
 def _rate(config: TrainConfig, step: int) -> float:
@@ -242,7 +273,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(self.config, self.step)
             optimizer.zero_grad(set_to_none=True)
-        guess = self.model(batch.noisy, batch.level * 1000, batch.condition, return_dict=False)[0]
+        guess = self.model(batch.given, batch.level * 1000, batch.condition, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(guess, batch.velocity)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
