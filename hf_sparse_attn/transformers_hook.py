@@ -240,7 +240,8 @@ def attend_sparse(
     if reason is not None:
         session.give_up(record, reason)
         return None
-    plan = with_cu_seq_lens(_plan(mask, q, causal), state.dense, q, kwargs)
+    plan = with_cu_seq_lens(_plan(mask, q, causal, state.dense), state.dense, q, kwargs)
+    causal = plan.causal if plan.reason is None else causal
     window = kwargs.get("sliding_window")
     # Where the mask cannot be read, more queries than the window is wide are enough to know that it hides some.
     reach = plan.reach if plan.reason is None else q_len
@@ -280,12 +281,12 @@ def _layout(state: LayerState, q: Tensor, kv_len: int, causal: bool) -> TokenLay
     return whole.continued(kv_len - q.shape[2])
 
 
-def _plan(mask: MaskSpec | None, q: Tensor, causal: bool) -> Plan:
-    """The sequences of a call, where mask and layer agree on what a token sees."""
+def _plan(mask: MaskSpec | None, q: Tensor, causal: bool, dense: str) -> Plan:
+    """The sequences of a call, where mask and layer agree on what a token sees (eager functions know masks alone)."""
     if mask is None:
         return Plan(q.shape[2], whole(q.shape[0], q.shape[2], q.shape[2]), causal=False)
     plan = mask.plan()
-    if plan.reason is None and plan.causal != causal:
+    if plan.reason is None and plan.causal != causal and dense != "eager":
         said = "bidirectional mask in a causal layer" if causal else "causal mask in a layer with is_causal=False"
         return replace(plan, reason=said)
     return plan
