@@ -197,13 +197,16 @@ def _file_of(model: str, name: str) -> Path | None:
 
 
 def _documents(lengths: Sequence[int], batches: int, seed: int) -> list[dict[str, Any]]:
-    """Documents with needles, each twice: labels everywhere, and at the answers alone, which are few."""
+    """Documents with needles, each twice in turn: labels everywhere, and at the answers alone.
+
+    The answers are few: in the loss of all tokens the heads that find them would hardly count.
+    """
     from hf_sparse_attn.corpus import needle_document
 
     made = []
     for length in lengths:
         for i in range(batches):
-            document = needle_document(length, needles=_NEEDLES, seed=seed + i, split="train")
+            document = needle_document(length, needles=_NEEDLES, seed=seed + i // 2, split="train")
             ids = document.token_ids
             asked = [([p - 1 for p in n.answer_positions], list(n.statement_positions)) for n in document.needles]
             answers = torch.full_like(ids, -100)
