@@ -15,21 +15,21 @@ from tqdm import tqdm
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
-from hf_sparse_attn.demo import capture, load_model
+from hf_sparse_attn.demo import load_model
 from hf_sparse_attn.equal_density import Fit
 from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted
 from hf_sparse_attn.fidelity import Call, Reference
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.observe import capture
+from hf_sparse_attn.profile_command import default_metric
 from hf_sparse_attn.profiling import from_measurements, profile
 from hf_sparse_attn.registry import METHODS
 
 NEEDLES = 8
 # Documents to fit densities on and to profile with, from other modules than those that are scored.
 CALIBRATION_SEEDS = (0, 1)
-# What heads do for the layers, and what they bring of the needles. Squared errors hardly see the latter: a question is
-# a few rows of thousands. The weight was chosen on the documents of calibration.
-METRIC = "layer_error + 0.02 * retrieval_score"
+METRIC = default_metric("byte_llama")
 # Seeds of the documents that are scored begin here.
 _FIRST_SEED = 1000
 

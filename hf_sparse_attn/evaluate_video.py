@@ -115,6 +115,7 @@ def evaluate(
 
 def profiles(model: Any, densities: Sequence[float]) -> dict[float, HeadProfile]:
     """A HeadProfile of the model for each density, from clips that are not scored."""
+
     def run(model: Any) -> None:
         sample(model, draw_classes(2, CALIBRATION_SEED), steps=STEPS, seed=CALIBRATION_SEED)
 
@@ -162,4 +163,3 @@ def contact_sheet(sheets: Sequence[tuple[str, float, Tensor]], file: Path) -> No
         ax.set_ylabel(f"{name}\n{density:.4g}", rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle("frames of one clip, dense and sparse from the same seed", fontsize=11)
     figure.savefig(file, dpi=110)
-

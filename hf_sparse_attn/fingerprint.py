@@ -121,9 +121,10 @@ def _parts(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
     for module in modules:
         config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):
+            from hf_sparse_attn.transformers_encoder import is_any_attention
             from hf_sparse_attn.transformers_install import attention_modules
 
-            if not any(owner is module for _, _, owner in attention_modules(module)):
+            if not any(owner is module for _, _, owner in attention_modules(module, is_any_attention)):
                 continue
             config = config.to_dict()
         parts.append((module, dict(config) if isinstance(config, Mapping) else {}))

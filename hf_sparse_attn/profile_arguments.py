@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser, numbers: Callable[[str], tuple[int, ...
     parser.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
-    parser.add_argument("--metric", help="influence for language models, video_mse for video if not given")
+    parser.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
     parser.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     parser.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     parser.add_argument(

@@ -82,6 +82,13 @@ def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
     return bool(takes) and takes[0].startswith("hidden_state") and "cu_seqlens" not in takes
 
 
+def is_any_attention(module: nn.Module, name: str) -> bool:
+    """Whether a module is self-attention through the attention interface, of either kind: causal or both ways."""
+    from hf_sparse_attn.transformers_hook import is_text_attention
+
+    return is_text_attention(module) or is_encoder_attention(module, name)
+
+
 def other_tokens(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments by which a module's forward can be given the keys of another sequence."""
     return tuple(name for name in _parameters(type(module)) if name in _OTHERS)
@@ -93,8 +100,13 @@ def has_bias(module: nn.Module) -> bool:
     return any(_BIAS.fullmatch(name) for name in (*code.co_varnames, *code.co_names))
 
 
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward, self left out."""
+    return _read_parameters(kind)  # type: ignore[arg-type]  # mypy takes the classes of modules for unhashable
+
+
 @lru_cache(maxsize=512)
-def _parameters(kind: Any) -> tuple[str, ...]:
+def _read_parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
 
 

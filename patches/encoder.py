@@ -43,11 +43,11 @@ class Encoder:
         inner = pretrained_models(model)
         if not inner:
             return Decline("not a transformers model")
-        from hf_sparse_attn.transformers_encoder import has_bias, image_model
+        from hf_sparse_attn.transformers_encoder import has_bias, image_model, is_any_attention
         from hf_sparse_attn.transformers_hook import is_text_attention
         from hf_sparse_attn.transformers_install import attention_modules
 
-        found = [entry for part in inner for entry in attention_modules(part, _is_wanted)]
+        found = [entry for part in inner for entry in attention_modules(part, is_any_attention)]
         both_sides = any(getattr(m.config, "is_encoder_decoder", False) for m in inner)
         if not both_sides and any(is_text_attention(module) for _, module, _ in found):
             return Decline("its decoder is for the family llama; give an encoder within it by itself")
@@ -102,8 +102,10 @@ class Encoder:
                 patch.on_remove(handle.remove)
             return more
 
+        from hf_sparse_attn.transformers_encoder import is_any_attention
+
         many = len([model for model in models if _own(model)]) > 1
-        install_text(patch, [(f"{type(m).__name__}." if many else "", m) for m in models], _is_wanted, known)
+        install_text(patch, [(f"{type(m).__name__}." if many else "", m) for m in models], is_any_attention, known)
 
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
@@ -127,13 +129,7 @@ class Encoder:
 
 def _own(model: nn.Module) -> list[nn.Module]:
     """The attention modules of which a model is the innermost that holds them."""
+    from hf_sparse_attn.transformers_encoder import is_any_attention
     from hf_sparse_attn.transformers_install import attention_modules
 
-    return [module for _, module, owner in attention_modules(model, _is_wanted) if owner is model]
-
-
-def _is_wanted(module: nn.Module, name: str) -> bool:
-    from hf_sparse_attn.transformers_encoder import is_encoder_attention
-    from hf_sparse_attn.transformers_hook import is_text_attention
-
-    return is_text_attention(module) or is_encoder_attention(module, name)
+    return [module for _, module, owner in attention_modules(model, is_any_attention) if owner is model]
