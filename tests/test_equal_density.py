@@ -27,6 +27,13 @@ def smallest(name):
     return METHODS.get(name)(**METHODS.get(name).examples()[0])
 
 
+def sweep(knob, count):
+    """Values of a knob from one end to the other."""
+    high = min(knob.high, 1000) if knob.integer else knob.high
+    steps = [i / (count - 1) for i in range(count)]
+    return [knob.low * (high / knob.low) ** s if knob.log else knob.low + (high - knob.low) * s for s in steps]
+
+
 def test_every_budgeted_method_has_a_knob():
     assert {"block_topk", "radial", "sliding_window", "vertical_slash"} <= set(TURNABLE)
     assert METHODS.get("dense").knob is None
@@ -35,11 +42,7 @@ def test_every_budgeted_method_has_a_knob():
 @pytest.mark.parametrize("name", TURNABLE)
 def test_the_density_goes_one_way_with_the_knob(name):
     method, seen = smallest(name), calls(name, 1)
-    knob = method.knob
-    high = min(knob.high, 1000) if knob.integer else knob.high
-    steps = [i / 6 for i in range(7)]
-    values = [knob.low * (high / knob.low) ** s if knob.log else knob.low + (high - knob.low) * s for s in steps]
-    densities = [mean_density(method.turned(value), seen) for value in values]
+    densities = [mean_density(method.turned(value), seen) for value in sweep(method.knob, 7)]
     down = densities[0] > densities[-1]
     assert abs(densities[0] - densities[-1]) > 0.1
     for a, b in pairwise(densities):
@@ -53,11 +56,10 @@ def test_found_density_is_the_one_asked_for(name, density):
     seen = calls(name)
     fit = fit_density(smallest(name), density, seen)
     assert fit.density == pytest.approx(mean_density(fit.method, seen))
-    ends = sorted(
-        mean_density(smallest(name).turned(v), seen) for v in (fit.method.knob.low, min(fit.method.knob.high, 1000))
-    )
-    reached = min(max(density, ends[0]), ends[1])
-    assert fit.density == pytest.approx(reached, rel=0.12)
+    # Whole blocks and tiles of short inputs leave few densities to choose from: none that is tried here is nearer.
+    others = [mean_density(smallest(name).turned(value), seen) for value in sweep(fit.method.knob, 13)]
+    nearest = min(abs(other - density) for other in others)
+    assert abs(fit.density - density) <= max(nearest, 0.01 * density)
 
 
 def test_what_cannot_be_reached_comes_back_as_near_as_it_gets():

@@ -177,7 +177,7 @@ def test_fingerprint_refuses_impossible_numbers(change: dict, message: str) -> N
         (dict(choice=[[0.0] * 4] * 2), "`choice` must be whole numbers"),
         (dict(choice=[[-1] * 4] * 2), "`choice` must be an index.*got -1"),
         (dict(choice=[[70000] * 4] * 2), "`choice` must be an index.*got 70000"),
-        (dict(metric="beauty"), "`metric` must be one of"),
+        (dict(metric="beauty"), "`metric` must be 'published', one of"),
         (dict(figures={}), "`figures` must hold density"),
         (dict(figures={"density": np.ones((1, 2, 3))}), r"must be \[1, 2, 4\]"),
         (dict(figures={"density": np.full((1, 2, 4), np.inf)}), "must be finite"),
