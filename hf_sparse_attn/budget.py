@@ -211,8 +211,9 @@ def _choose(damage: Floats, cost: Floats, budgets: ArrayLike, name: str, options
         block=layer[first][order] if most is not None else np.arange(len(first)),
         most=most,
     )
-    if not np.isfinite(problem.damage).any(1).all():
-        bad = _first(np.isfinite(problem.damage).any(1)[item])
+    possible = np.asarray(np.isfinite(problem.damage).any(1))
+    if not possible.all():
+        bad = _first(possible[item])
         raise ValueError(f"`groups` must leave a candidate that all units of a group allow, got none for {bad}")
     found = _solved(problem, solver, name, limits, units, time_limit)
     assert found.x is not None
