@@ -225,7 +225,9 @@ def _ticks(count: int, room: float) -> NDArray[np.int64]:
 
 def _write(ax: Any, x: int, y: int, text: str, behind: str, size: float) -> None:
     dark = float(_rgb(behind) @ (0.299, 0.587, 0.114)) < 0.55
-    ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else _INK)
+    drawn = ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else _INK)
+    # A thousand letters that lie within the map need not be measured for the layout.
+    drawn.set_in_layout(False)
 
 
 def _colours(name: str) -> Any:

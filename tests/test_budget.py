@@ -83,6 +83,31 @@ def test_every_solver_against_brute_force(seed: int) -> None:
     check(damage, cost, budget, brute(damage[None], cost[None], [budget]))
 
 
+def over_whole_costs(damage: Any, cost: Any, budget: int) -> float:
+    """The least damage at a total cost of at most `budget`, costs being whole numbers: the textbook's table."""
+    best = np.zeros(budget + 1)
+    for harms, costs in zip(damage, cost.astype(int), strict=True):
+        options = [np.r_[np.full(min(c, budget + 1), np.inf), best[: max(0, budget + 1 - c)]] for c in costs]
+        best = (np.stack(options) + harms[:, None]).min(0)
+    return float(best[-1])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_exact_where_the_multiplier_alone_falls_short(seed: int) -> None:
+    rng = np.random.default_rng(5000 + seed)
+    units, candidates = int(rng.integers(5, 40)), int(rng.integers(2, 6))
+    cost = rng.integers(1, 25, (units, candidates)).astype(float)
+    # Damage that follows the cost closely is what makes a knapsack hard.
+    damage = np.maximum(30 - cost + rng.normal(0, rng.choice([0.1, 2]), cost.shape), 0)
+    budget = int(cost.min(1).sum() + rng.integers(1, 4 * units))
+    wanted = over_whole_costs(damage, cost, budget)
+    best = choose(damage, cost, budget / units)
+    quick = choose(damage, cost, budget / units, solver="lagrangian")
+    assert best.damage == best.bound == pytest.approx(wanted, rel=1e-12)
+    assert quick.bound <= wanted * (1 + 1e-12) and wanted <= quick.damage * (1 + 1e-12)
+    assert best.cost * units <= budget * (1 + SLACK)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_groups_take_one_candidate(seed: int) -> None:
     rng = np.random.default_rng(1000 + seed)
