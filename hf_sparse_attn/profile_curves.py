@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse_attn.head_profile import HeadProfile
-from hf_sparse_attn.measurements import HeadMap, Measurements
+from hf_sparse_attn.head_profile import PUBLISHED, HeadProfile
+from hf_sparse_attn.measurements import HeadMap, Measurements, weights_of
 from hf_sparse_attn.profile_plots import Picture, finish, method_styles, new_figure
 from hf_sparse_attn.profile_report import number, short_labels, total_damage, words
 
@@ -175,7 +175,7 @@ def _singles(profile: HeadProfile) -> Iterator[tuple[str, float, float]]:
     Damages of lengths are averaged, and those of step ranges weighed by their share, as on the Pareto front.
     """
     found = profile.measurements
-    if found is None or profile.metric not in found.figures:
+    if found is None or profile.metric == PUBLISHED or not weights_of(profile.metric).keys() <= found.figures.keys():
         return
     steps = sorted({case.steps for case in found.cases})
     weights = np.zeros(len(found.cases))

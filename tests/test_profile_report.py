@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,12 @@ def test_the_summary_does_not_load_matplotlib(saved: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_single_methods_are_drawn_for_sums_of_metrics() -> None:
+    profile = make()
+    both = replace(profile, metric="output_error + 2 * recall")
+    assert len(list(_singles(profile))) == len(list(_singles(both))) == 4
+    for (_, _, alone), (_, _, more) in zip(_singles(profile), _singles(both), strict=True):
+        assert more > alone
+    assert not list(_singles(replace(profile, metric="influence")))
