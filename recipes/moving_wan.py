@@ -72,6 +72,7 @@ class StageConfig:
         shift: middle of the odds of noise to picture; the higher, the more the model learns of what is decided
             first, where the sprite goes, and the less of detail.
         spread: standard deviation of the logarithm of those odds.
+        rate: factor on the learning rates.
         motion: whether the model is told the motion; else zeros stand in those channels.
     """
 
@@ -82,6 +83,7 @@ class StageConfig:
     width: int
     shift: float
     spread: float
+    rate: float
     motion: bool
 
     def __post_init__(self) -> None:
@@ -165,19 +167,19 @@ def load_config(path: Path) -> TrainConfig:
     return read_config(TrainConfig, path)
 
 
-def build_model(config: TrainConfig) -> WanTransformer3DModel:
+def build_model(config: TrainConfig) -> Any:
     """Make the model with its starting weights, in float32.
 
     Args:
         config: the shape and the seed.
 
     Returns:
-        The model.
+        The `WanTransformer3DModel`.
     """
     shape = dataclasses.asdict(config.model)
     gate = shape.pop("gate")
     torch.manual_seed(config.seed)
-    model = WanTransformer3DModel(in_channels=CHANNELS_IN, out_channels=CHANNELS_OUT, text_dim=TEXT_DIM, **shape)
+    model: Any = WanTransformer3DModel(in_channels=CHANNELS_IN, out_channels=CHANNELS_OUT, text_dim=TEXT_DIM, **shape)
     with torch.no_grad():
         model.proj_out.weight.zero_()
         model.patch_embedding.weight[:, CHANNELS_OUT:].zero_()
@@ -231,14 +233,15 @@ def training_batch(config: TrainConfig, step: int) -> Batch:
 
 def _rate(config: TrainConfig, step: int) -> float:
     """Share of the peak learning rate at a step."""
-    optimizer = config.optimizer
+    optimizer, factor = config.optimizer, config.stage_at(step).rate
     if step < optimizer.warmup_steps:
-        return (step + 1) / optimizer.warmup_steps
+        return factor * (step + 1) / optimizer.warmup_steps
     done = (step - optimizer.warmup_steps) / max(1, config.total_steps - optimizer.warmup_steps)
-    return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return factor * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
 
 
-def _make_optimizers(model: WanTransformer3DModel, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def _make_optimizers(model: Any, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -319,7 +322,7 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def train(config: TrainConfig, output: Path, resume: bool = False) -> WanTransformer3DModel:
+def train(config: TrainConfig, output: Path, resume: bool = False) -> Any:
     """Train the model and keep it, with a checkpoint to go on from, in a folder.
 
     Args:

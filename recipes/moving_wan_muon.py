@@ -49,17 +49,17 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape.setdefault(weight.shape, []).append((weight, self._look_ahead(weight)))
+                    by_shape.setdefault(weight.shape, []).append((weight, self._look_ahead(weight, weight.grad)))
             for shape, pairs in by_shape.items():
                 updates = _orthogonal(torch.stack([update for _, update in pairs])) * (0.2 * math.sqrt(max(shape)))
                 for (weight, _), update in zip(pairs, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
-    def _look_ahead(self, weight: Tensor) -> Tensor:
+    def _look_ahead(self, weight: Tensor, gradient: Tensor) -> Tensor:
         state: dict[str, Any] = self.state[weight]
-        momentum = state.setdefault("momentum", torch.zeros_like(weight))
-        momentum.lerp_(weight.grad, 1 - _MOMENTUM)
-        return weight.grad.lerp(momentum, _MOMENTUM)
+        momentum: Tensor = state.setdefault("momentum", torch.zeros_like(weight))
+        momentum.lerp_(gradient, 1 - _MOMENTUM)
+        return gradient.lerp(momentum, _MOMENTUM)
 
 
 def _orthogonal(updates: Tensor) -> Tensor:
