@@ -278,7 +278,7 @@ def sample(
     frames: int = 12,
     height: int = 24,
     width: int = 24,
-    steps: int = 16,
+    steps: int = 8,
     seed: int = 0,
     guidance: float = 3.0,
     callback: Callable[[int, Tensor], None] | None = None,

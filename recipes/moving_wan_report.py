@@ -25,7 +25,7 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.moving import MODEL, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
 
 _LOG = logging.getLogger(__name__)
-_FRAMES, _SIDE, _PATCH = 12, 24, 2
+_FRAMES, _SIDE = 12, 24
 _ROWS = 64
 
 

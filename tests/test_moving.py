@@ -13,7 +13,7 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn import moving
 from hf_sparse_attn.moving import DIRECTIONS, SceneClass, check_motion, moving_clips, scene_classes
-from hf_sparse_attn.recipes import byte_llama, moving_wan
+from hf_sparse_attn.recipes import byte_llama, moving_wan, moving_wan_report
 from hf_sparse_attn.recipes.moving_wan_muon import Muon, _orthogonal
 
 YAML = Path(__file__).parents[1] / "recipes" / "moving_wan.yaml"
@@ -291,7 +291,7 @@ def test_the_recipe_builds_the_shipped_architecture(model: Any) -> None:
 
 def test_the_shipped_model_moves_what_it_is_told(model: Any) -> None:
     scene = SceneClass("disc", "yellow", "up-left")
-    clip = moving.sample(model, [scene], steps=8, seed=0)[0]
+    clip = moving.sample(model, [scene], seed=0)[0]
     seen = check_motion(clip, scene)
     assert seen.right and seen.shape == "disc" and seen.flicker < 0.02
     for eighths in range(1, 8):
@@ -344,3 +344,24 @@ def test_a_contact_sheet_holds_every_frame() -> None:
     assert image.size == (3 * 13 * 2, 2 * 15 * 2)
     assert image.getpixel((25, 0)) == (255, 255, 255)
     assert image.getpixel((26, 0)) == tuple((clips[0, 1, :, 0, 0] * 255).round().int().tolist())
+
+
+def test_the_report_measures_heads_and_motion(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving_wan_report, "_FRAMES", 4)
+    monkeypatch.setattr(moving_wan_report, "_SIDE", 12)
+    text = moving_wan_report.report(model, 2, 0, [(2, 1.0)], tmp_path / "sheet.png")
+    assert text.count("\n| ") == 2 + 16 and (tmp_path / "sheet.png").exists()
+    heads = moving_wan_report.head_table(model, 1, 0, steps=2)
+    assert [(head.layer, head.head) for head in heads] == [(layer, head) for layer in range(4) for head in range(4)]
+    assert all(0 < share < 1 for head in heads for share in (head.frame, head.place, head.near, head.most))
+    assert {"temporal"} < {head.kind for head in heads}
+
+
+@pytest.mark.parametrize(
+    "shares, kind",
+    [((0.9, 0.6, 0.1, 0.1), "temporal"), ((0.6, 0.1, 0.6, 0.1), "spatial"), ((0.4, 0.4, 0.6, 0.1), "local"),
+     ((0.1, 0.1, 0.1, 0.8), "global"), ((0.1, 0.1, 0.1, 0.3), "spread")],
+    ids=["temporal", "spatial", "local", "global", "spread"],
+)  # fmt: skip
+def test_heads_are_named(shares: tuple[float, ...], kind: str) -> None:
+    assert moving_wan_report.HeadFigures(0, 0, *shares).kind == kind
