@@ -22,9 +22,9 @@ from hf_sparse_attn.moving import SceneClass, check_motion, draw_classes, frames
 from hf_sparse_attn.observe import Seen, observing
 from hf_sparse_attn.profiling import from_measurements, profile
 
-STEPS = 16
+STEPS = 8
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
-_SEEN_STEPS = (2, 8, 14)
+_SEEN_STEPS = (1, 4, 7)
 # Seeds of the noise: of the clips to fit and profile with, and of those that are scored.
 CALIBRATION_SEED, _FIRST_SEED = 0, 1000
 

@@ -98,7 +98,7 @@ def test_a_class(name: str) -> None:
         with masked(recorder.masks, torch.float32):
             low = run(model, given)
         rounding = max((low - exact).abs().max(), torch.finfo(torch.float32).eps * exact.abs().max())
-        assert (got - exact).abs().max() <= 4 * rounding
+        assert (got - exact).abs().max() <= 8 * rounding
         assert torch.equal(got, own) or params is WINDOW or (got - own).abs().max() <= 8 * rounding
     with hsa.patch(model, "sliding_window", **{**SPARSE, "window": 2, "sink": 0}):
         assert not torch.equal(run(model, given), own), "attention has no part in the output"
@@ -215,7 +215,7 @@ def test_methods_and_precisions(name: str, method: str, dtype: torch.dtype) -> N
         with masked(recorder.masks, dtype):
             low = run(model, given)
         rounding = max((low - exact).abs().max(), torch.finfo(dtype).eps * exact.abs().max())
-        assert (got - exact).abs().max() <= 4 * rounding
+        assert (got - exact).abs().max() <= 8 * rounding
 
 
 def test_a_grid_is_needed_and_not_known() -> None:

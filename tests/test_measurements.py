@@ -112,7 +112,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`path` must be a file of measurements"):
         Measurements.load(tmp_path / "text")
     save_file({"x": np.zeros(3)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="must be hf_sparse_attn.measurements version 1, got None version None"):
+    with pytest.raises(ValueError, match=r"must be hf_sparse_attn\.measurements version 1, got None version None"):
         Measurements.load(tmp_path / "other")
     made().save(tmp_path / "m")
     whole = (tmp_path / "m").read_bytes()
