@@ -202,6 +202,8 @@ def _processors(kind: type[Any]) -> list[Any]:
             continue
         seen.add(current)
         for member in vars(current).values():
+            if isinstance(member, type) and member.__module__.startswith("diffusers.models"):
+                waiting.append(member)
             function: Any = inspect.unwrap(member) if callable(member) else None
             code = getattr(function, "__code__", None)
             for name in _names(code) if code is not None else ():

@@ -315,7 +315,7 @@ def test_calls_that_do_not_fit_are_dense_and_said(kind: str) -> None:
 
     def square(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         n = kwargs["hidden_states"].shape[1] + kwargs["encoder_hidden_states"].shape[1]
-        return args, {**kwargs, "attention_mask": torch.ones(1, 1, n, n, dtype=torch.bool)}
+        return args, {**kwargs, "attention_mask": torch.ones(1, 1, n, n, dtype=torch.bool).tril()}
 
     handle = attention.register_forward_pre_hook(square, with_kwargs=True)
     run(model, **given)

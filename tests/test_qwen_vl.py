@@ -286,8 +286,9 @@ def check_masked(kind, method, pieces, dtype) -> Watch:
     with hsa.patch(model, watch, strict=True, **SPARSE) as patch:
         got = logits(model, inputs)
     assert sparse_share(patch) == 1
-    # One of the examples keeps nearly all of so short a prompt.
-    assert method.params().get("slash") == 110 or any(p.density("causal") < 1 for p in watch.patterns)
+    # Two of the examples keep nearly all of so short a prompt.
+    keeps_all = method.params().get("slash") == 110 or method.params().get("threshold") == 0.9
+    assert keeps_all or any(p.density("causal") < 1 for p in watch.patterns)
     other.set_attn_implementation({"text_config": "test_masked_vl"})
     Masked.patterns = list(watch.patterns)
     want = logits(other, inputs)
