@@ -68,13 +68,13 @@ def _video(n: int, layout: TokenLayout) -> list[tuple[str, dict[str, Any]]]:
     size = block_for(n)
     found: list[tuple[str, dict[str, Any]]] = [("radial", {"block_size": size})]
     for kind in ("spatial", "temporal"):
-        for density in (1 / 8, 1 / 4):
+        for density in (1 / 32, 1 / 8, 1 / 4):
             found.append(("svg", {"kind": kind, "density": density, "block_size": size}))
-    for share_kept in (1 / 8, 1 / 4):
+    for share_kept in (1 / 32, 1 / 8, 1 / 4):
         found.append(("sliding_tile", {"window": share_kept, "tile": _tile(layout), "block_size": size}))
-    for density in (1 / 8, 1 / 4, 1 / 2):
+    for density in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
         found.append(("block_topk", {"density": density, "block_size": size}))
-    for share in (16, 8):
+    for share in (32, 16):
         found.append(("sliding_window", {"window": max(16, n // share), "sink": 0, "block_size": size}))
     return found
 

@@ -15,11 +15,14 @@ from typing import Any, ClassVar
 import torch
 
 from hf_sparse_attn.bench_patterns import scaled
+from hf_sparse_attn.budget import BudgetError
 from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.equal_density import Fit, fit_density
 from hf_sparse_attn.fidelity import Call, Reference
+from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.measurements import label_of
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.profiling import from_measurements
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.report import table
 
@@ -174,6 +177,20 @@ def common_figures(method: Method, name: str, wanted: float | None, reference: R
         "output_error": seen.output_error,
         "estimate_share": estimate_share(method, reference.calls),
     }
+
+
+def within(
+    measured: HeadProfile, densities: Sequence[float], metric: str, skipped: dict[str, str]
+) -> dict[float, HeadProfile]:
+    """The choice for each density from one measurement; where no choice is as sparse, the reason goes to `skipped`."""
+    assert measured.measurements is not None
+    found = {}
+    for density in densities:
+        try:
+            found[density] = from_measurements(measured.measurements, measured.model, density, metric)
+        except BudgetError as error:
+            skipped[f"{PROFILED} at {density:g}"] = str(error)
+    return found
 
 
 def dense_figures() -> dict[str, Any]:

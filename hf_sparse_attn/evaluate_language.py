@@ -17,13 +17,13 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.demo import load_model
 from hf_sparse_attn.equal_density import Fit
-from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted
+from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
 from hf_sparse_attn.fidelity import Call, Reference
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.observe import capture
 from hf_sparse_attn.profile_command import default_metric
-from hf_sparse_attn.profiling import from_measurements, profile
+from hf_sparse_attn.profiling import profile
 from hf_sparse_attn.registry import METHODS
 
 NEEDLES = 8
@@ -94,7 +94,7 @@ def evaluate(
                 skipped[name] = fit
             bar.update()
     if profiled:
-        for density, found in profiles(model, calibration, densities).items():
+        for density, found in profiles(model, calibration, densities, skipped).items():
             rows.append(score(model, found.method(), PROFILED, density, scored, held_out))
     setting = (
         f"shipped byte-level Llama, {args.documents} held-out documents of {args.tokens} bytes, {NEEDLES} needles each"
@@ -103,13 +103,12 @@ def evaluate(
 
 
 def profiles(
-    model: nn.Module, documents: Sequence[NeedleDocument], densities: Sequence[float], progress: bool = True
+    model: nn.Module, documents: Sequence[NeedleDocument], densities: Sequence[float], skipped: dict[str, str]
 ) -> dict[float, HeadProfile]:
     """A HeadProfile for each density, all from one measurement on documents that are not scored."""
     batches = [profile_batch(document) for document in documents]
-    first = profile(model, batches, budget=densities[0], metric=METRIC, progress=progress)
-    assert first.measurements is not None
-    return {d: from_measurements(first.measurements, first.model, d, METRIC) for d in densities}
+    first = profile(model, batches, budget=1.0, metric=METRIC)
+    return within(first, densities, METRIC, skipped)
 
 
 def profile_batch(document: NeedleDocument) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.equal_density import Fit
-from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted
+from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
 from hf_sparse_attn.fidelity import Call, Reference, psnr, ssim
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.moving import SceneClass, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
 from hf_sparse_attn.observe import Seen, observing
-from hf_sparse_attn.profiling import from_measurements, profile
+from hf_sparse_attn.profiling import profile
 
 STEPS = 8
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
@@ -104,7 +104,7 @@ def evaluate(
                 skipped[name] = fit
             bar.update()
     if profiled:
-        for density, found in profiles(model, densities).items():
+        for density, found in profiles(model, densities, skipped).items():
             score(found.method(), PROFILED, density)
     if output is not None:
         contact_sheet(sheets, output / "eval_video_frames.png")
@@ -113,15 +113,14 @@ def evaluate(
     return Result("video", setting, rows, skipped, time.perf_counter() - begin)
 
 
-def profiles(model: Any, densities: Sequence[float]) -> dict[float, HeadProfile]:
+def profiles(model: Any, densities: Sequence[float], skipped: dict[str, str]) -> dict[float, HeadProfile]:
     """A HeadProfile of the model for each density, from clips that are not scored."""
 
     def run(model: Any) -> None:
         sample(model, draw_classes(2, CALIBRATION_SEED), steps=STEPS, seed=CALIBRATION_SEED)
 
-    first = profile(model, [run], budget=densities[0], metric="layer_error")
-    assert first.measurements is not None
-    return {d: from_measurements(first.measurements, first.model, d, "layer_error") for d in densities}
+    first = profile(model, [run], budget=1.0, metric="layer_error")
+    return within(first, densities, "layer_error", skipped)
 
 
 def captured(model: Any, scenes: Sequence[SceneClass], seed: int) -> list[Call]:
