@@ -30,6 +30,33 @@ def test_language_figures_and_files(tmp_path, capsys):
     assert (tmp_path / "eval_language.png").stat().st_size > 10_000
 
 
+def test_video_figures_and_files(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    options = ["--methods", "block_topk,vertical_slash", "--densities", "0.25", "--no-profile", "--threads", "1"]
+    assert main(["eval", "--model", "video", "--clips", "1", *options, "--output", str(tmp_path), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    dense, row = result["rows"]
+    assert dense["ssim"] == 1 and row["name"] == "block_topk" and row["density"] == pytest.approx(0.25, rel=0.05)
+    assert 10 < row["psnr"] < 60 and 0.3 < row["ssim"] < 1 and 0 < row["recall"] < 1
+    assert result["skipped"]["vertical_slash"].startswith("vertical_slash needs a causal layout, got bidirectional")
+    for name in ("eval_video.png", "eval_video_frames.png"):
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
+def test_a_budget_that_no_choice_meets_is_said():
+    from hf_sparse_attn.demo import load_model
+    from hf_sparse_attn.evaluate_language import needle_document, profile_batch, profiles
+
+    document, skipped = needle_document(700, 8), {}
+    found = profiles(load_model(), [document], (1e-3, 0.5), skipped)
+    assert list(found) == [0.5] and found[0.5].density <= 0.5
+    assert skipped == {"per-head profile at 0.001": skipped["per-head profile at 0.001"]}
+    assert "`budget` must be at least" in skipped["per-head profile at 0.001"]
+    asked, stated = profile_batch(document)["needles"][0]
+    ids = document.token_ids[0]
+    assert [ids[a + 1] for a in asked] == [ids[s] for s in stated]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
