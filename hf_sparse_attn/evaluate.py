@@ -113,6 +113,9 @@ def base_method(name: str, tokens: int) -> Method:
     given: dict[str, Any] = {}
     if "block_size" in known:
         given["block_size"] = block
+    if "local" in known:
+        # Blocks around the query; the default of 16 is a quarter of the input now.
+        given["local"] = 1
     # Sinks in tokens; some methods have a switch of this name.
     if type(made.params().get("sink")) is int:
         given["sink"] = 16

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from hf_sparse_attn import coverage, coverage_diffusers, coverage_page
 from hf_sparse_attn.coverage_diffusers import Failed, verify
@@ -35,6 +36,8 @@ def kinds() -> dict[str, Any]:
 def test_a_tiny_instance_is_verified(name: str, kinds: dict[str, Any]) -> None:
     if name not in kinds:
         pytest.skip("not in this diffusers")
+    if name == "ZImageTransformer2DModel" and Version(diffusers.__version__) < Version("0.37"):
+        pytest.skip("a tiny instance of it overflows: float32 and float64 have nothing in common")
     verify(kinds[name])
 
 
