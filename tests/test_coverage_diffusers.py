@@ -37,7 +37,7 @@ def test_a_tiny_instance_is_verified(name: str, kinds: dict[str, Any]) -> None:
     if name not in kinds:
         pytest.skip("not in this diffusers")
     if name == "ZImageTransformer2DModel" and Version(diffusers.__version__) < Version("0.37"):
-        pytest.skip("a tiny instance of it overflows: float32 and float64 have nothing in common")
+        pytest.skip("rounding alone moves the output of a tiny instance of it by more than a per cent")
     verify(kinds[name])
 
 
