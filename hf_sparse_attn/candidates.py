@@ -57,7 +57,7 @@ def _text(n: int) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _tile(layout: TokenLayout) -> tuple[int, int, int]:
+def tile_for(layout: TokenLayout) -> tuple[int, int, int]:
     """A tile of about a sixth of the canvas along each side, at most the published (6, 8, 8)."""
     grid = layout.video_part[1].grid if layout.video_part is not None else None
     frames, height, width = (max(2, -(-size // 6)) for size in grid or (1, 1, 1))
@@ -71,7 +71,7 @@ def _video(n: int, layout: TokenLayout) -> list[tuple[str, dict[str, Any]]]:
         for density in (1 / 32, 1 / 8, 1 / 4):
             found.append(("svg", {"kind": kind, "density": density, "block_size": size}))
     for share_kept in (1 / 32, 1 / 8, 1 / 4):
-        found.append(("sliding_tile", {"window": share_kept, "tile": _tile(layout), "block_size": size}))
+        found.append(("sliding_tile", {"window": share_kept, "tile": tile_for(layout), "block_size": size}))
     for density in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
         found.append(("block_topk", {"density": density, "block_size": size}))
     for share in (32, 16):

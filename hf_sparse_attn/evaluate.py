@@ -16,6 +16,8 @@ import torch
 
 from hf_sparse_attn.bench_patterns import scaled
 from hf_sparse_attn.budget import BudgetError
+from hf_sparse_attn.candidates import tile_for
+from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.equal_density import Fit, fit_density
 from hf_sparse_attn.fidelity import Call, Reference
@@ -99,13 +101,14 @@ class Result:
         return "\n".join([text, *(f"{name}: left out, {why}" for name, why in self.skipped.items())])
 
 
-def base_method(name: str, tokens: int) -> Method:
+def base_method(name: str, layout: TokenLayout) -> Method:
     """A method with its defaults, brought down to a short input: smaller blocks, and counts of tokens in proportion.
 
     Args:
         name: of the method.
-        tokens: length of the input.
+        layout: the tokens of a call.
     """
+    tokens = layout.kv_len
     made = scaled(METHODS.get(name), tokens)
     known = {f.name for f in fields(made)}
     # A 64th part of the input: coarser blocks would keep much that no head wants.
@@ -113,11 +116,14 @@ def base_method(name: str, tokens: int) -> Method:
     given: dict[str, Any] = {}
     if "block_size" in known:
         given["block_size"] = block
+    if "tile" in known:
+        given["tile"] = tile_for(layout)
     if "local" in known:
         # Blocks around the query; the default of 16 is a quarter of the input now.
         given["local"] = 1
-    # Sinks in tokens; some methods have a switch of this name.
-    if type(made.params().get("sink")) is int:
+    # Sinks of tokens shrink; those of blocks, and switches of this name, stay.
+    sink = made.params().get("sink")
+    if type(sink) is int and sink > 16:
         given["sink"] = 16
     return replace(made, **given)
 
@@ -140,12 +146,17 @@ def fitted(
     """Every method at every density on captured calls: (name, density, the fit, or why there is none)."""
     seen = [(call.q, call.k, call.ctx) for call in calls]
     for name in names:
-        method = base_method(name, calls[0].k.shape[2])
-        reason = method.why_not(calls[0].ctx)
+        method = base_method(name, calls[0].ctx.layout)
+        reason, known = method.why_not(calls[0].ctx), dict[Method, float]()
         for density in densities:
             if progress is not None:
                 progress.set_postfix_str(f"{name} at {density:g}")
-            yield name, density, reason or fit_density(method, density, seen)
+            found = reason or fit_density(method, density, seen)
+            if isinstance(found, Fit) and found.method in known:
+                found = f"{density:g} is out of reach, the nearest is what is shown for {known[found.method]:g}"
+            elif isinstance(found, Fit):
+                known[found.method] = density
+            yield name, density, found
 
 
 def estimate_share(method: Method, calls: Sequence[Call]) -> float:

@@ -91,7 +91,7 @@ def evaluate(
             if isinstance(fit, Fit):
                 rows.append(score(model, fit.method, name, density, scored, held_out))
             else:
-                skipped[name] = fit
+                skipped[name] = f"{skipped[name]}; {fit}" if name in skipped and skipped[name] != fit else fit
             bar.update()
     if profiled:
         for density, found in profiles(model, calibration, densities, skipped).items():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_sparse_attn.cli import main
+from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.evaluate import base_method, estimate_share, turnable_methods
 from hf_sparse_attn.registry import METHODS
 
@@ -77,7 +78,7 @@ def test_bad_options_are_one_clear_line(options, message, capsys):
 @pytest.mark.parametrize("name", turnable_methods(None))
 @pytest.mark.parametrize("tokens, block", [(300, 16), (2048, 32), (4096, 64), (100_000, 128)])
 def test_base_methods_have_blocks_in_proportion(name, tokens, block):
-    method = base_method(name, tokens)
+    method = base_method(name, TokenLayout.causal(tokens))
     assert getattr(method, "block_size", block) == block
     assert type(method) is METHODS.get(name)
 
@@ -87,5 +88,8 @@ def test_choosing_costs_a_static_method_nothing_to_speak_of():
 
     calls = captured(load_model(), needle_document(1024, 8))
     assert [call.ctx.layer for call in calls] == list(range(len(calls)))
-    shares = {n: estimate_share(base_method(n, 1024), calls) for n in ("sliding_window", "vertical_slash", "dense")}
+    shares = {
+        n: estimate_share(base_method(n, calls[0].ctx.layout), calls)
+        for n in ("sliding_window", "vertical_slash", "dense")
+    }
     assert shares["sliding_window"] < shares["vertical_slash"]
