@@ -26,8 +26,8 @@ _PROMPTS = (
     "a chef cuts vegetables in a bright kitchen, close up",
     "rain falls on a busy street at night, neon lights in the puddles",
 )
-# What a lost needle weighs beside the squared error of a layer. That hardly sees it: a question is a few rows
-# of thousands. Chosen on documents of the training split.
+# What a lost needle weighs beside the squared error of a layer, which hardly sees it: a question is a few rows of
+# thousands. Of 0.02, 0.1 and 0.5 the one that answered the most needles at the least loss.
 NEEDLE_WEIGHT = 0.02
 # Needles hidden in every document for the shipped language model.
 _NEEDLES = 16
