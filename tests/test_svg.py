@@ -270,7 +270,9 @@ def test_errors_of_rows_against_plain_attention(softcap: float, values: bool, mo
     got = row_errors(q, k, v if values else None, rows, masks, 0.7, softcap)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-8)
     monkeypatch.setattr(svg, "_SCORES_AT_A_TIME", 1)
-    assert torch.equal(row_errors(q, k, v if values else None, rows, masks, 0.7, softcap), got)
+    # Products of one head and of all heads at once may differ in the last digit.
+    one_by_one = row_errors(q, k, v if values else None, rows, masks, 0.7, softcap)
+    torch.testing.assert_close(one_by_one, got, rtol=1e-5, atol=1e-8)
 
 
 def test_rows_are_drawn_over_the_whole_video_without_repeats() -> None:
