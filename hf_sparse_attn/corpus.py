@@ -120,6 +120,11 @@ class NeedleDocument:
         return torch.from_numpy(np.frombuffer(self.text, dtype=np.uint8).astype(np.int64))[None]
 
     @property
+    def questions(self) -> list[tuple[list[int], list[int]]]:
+        """For each needle the positions whose logits choose its answer, and those of the same digits where hidden."""
+        return [([p - 1 for p in n.answer_positions], list(n.statement_positions)) for n in self.needles]
+
+    @property
     def code_mask(self) -> Tensor:
         """True at the positions that hold code, shape (length,)."""
         mask = torch.zeros(len(self.text), dtype=torch.bool)

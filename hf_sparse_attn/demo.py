@@ -247,8 +247,8 @@ def _telling_heads(seen: Captured, document: NeedleDocument) -> list[tuple[str, 
 
     Shares are of the attention of the positions that choose the digits of the answers.
     """
-    asked = torch.tensor([p - 1 for needle in document.needles for p in needle.answer_positions])
-    stated = torch.tensor([p for needle in document.needles for p in needle.statement_positions])
+    asked = torch.tensor([p for positions, _ in document.questions for p in positions])
+    stated = torch.tensor([p for _, positions in document.questions for p in positions])
     shares: dict[tuple[int, int], tuple[float, float, float]] = {}
     for layer, (q, k, _, ctx) in seen.calls.items():
         group = q.shape[1] // k.shape[1]

@@ -105,6 +105,12 @@ def run_pattern(
     return out, lse, name
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Exact attention: output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len]."""
+    whole = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, device=q.device)
+    return run_pattern(q, k, v, whole, ctx.softmax_scale, softcap=ctx.softcap)[:2]
+
+
 # ---------------------------------------------------------------------- static patterns
 
 _STATIC: OrderedDict[Any, BlockPattern | Decline] = OrderedDict()

@@ -6,17 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
-from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
+from hf_sparse_attn.observe import Call
 from hf_sparse_attn.selection import check_share
 
 _ROUNDS = 24
 # A density this close to the one asked for, as a share of it, ends the search.
 _CLOSE = 0.005
-
-Call = tuple[Tensor, Tensor, Context]
 
 
 class Fit(NamedTuple):
@@ -36,7 +32,7 @@ def mean_density(method: Method, calls: Sequence[Call]) -> float:
 
     Args:
         method: makes one pattern per call; extra branches are not counted.
-        calls: (q [batch, heads, q_len, dim], k [batch, kv_heads, kv_len, dim], context) of attention calls.
+        calls: attention calls; their values are not looked at.
 
     Raises:
         ValueError: no call is given.
@@ -45,7 +41,7 @@ def mean_density(method: Method, calls: Sequence[Call]) -> float:
     if not calls:
         raise ValueError("`calls` must hold at least one attention call, got none")
     found = []
-    for q, k, ctx in calls:
+    for q, k, _, ctx in calls:
         pattern = method.pattern_for(q, k, ctx)
         if isinstance(pattern, Decline):
             raise MethodDoesNotApply(f"`method` {method.name!r} does not apply: {pattern.reason}")
@@ -74,7 +70,7 @@ def fit_density(method: Method, density: float, calls: Sequence[Call]) -> Fit:
     if knob is None:
         raise TypeError(f"method {method.name!r} has no parameter that sets its density")
     # No call has a use for more tokens than it holds.
-    most = max((ctx.layout.kv_len for _, _, ctx in calls), default=1)
+    most = max((call.ctx.layout.kv_len for call in calls), default=1)
     high = min(knob.high, max(knob.low, most)) if knob.integer else knob.high
 
     def at(value: float) -> Fit:

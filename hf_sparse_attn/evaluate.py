@@ -6,27 +6,28 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+from tqdm import tqdm
 
 from hf_sparse_attn.bench_patterns import scaled
 from hf_sparse_attn.budget import BudgetError
-from hf_sparse_attn.candidates import tile_for
+from hf_sparse_attn.candidates import block_for, tile_for
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.dispatch import run_pattern
-from hf_sparse_attn.equal_density import Fit, fit_density
-from hf_sparse_attn.fidelity import Call, Reference
+from hf_sparse_attn.equal_density import fit_density
+from hf_sparse_attn.fidelity import Reference
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.measurements import label_of
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.observe import Call
 from hf_sparse_attn.profiling import from_measurements
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.report import table
+from hf_sparse_attn.timing import threads
 
 PROFILED = "per-head profile"
 SUBJECTS = ("language", "video")
@@ -111,11 +112,9 @@ def base_method(name: str, layout: TokenLayout) -> Method:
     tokens = layout.kv_len
     made = scaled(METHODS.get(name), tokens)
     known = {f.name for f in fields(made)}
-    # A 64th part of the input: coarser blocks would keep much that no head wants.
-    block = max(16, min(128, 1 << ((tokens // 64).bit_length() - 1)))
     given: dict[str, Any] = {}
     if "block_size" in known:
-        given["block_size"] = block
+        given["block_size"] = block_for(tokens)
     if "tile" in known:
         given["tile"] = tile_for(layout)
     if "local" in known:
@@ -141,22 +140,37 @@ def turnable_methods(wanted: Sequence[str] | None) -> list[str]:
 
 
 def fitted(
-    names: Sequence[str], densities: Sequence[float], calls: Sequence[Call], progress: Any = None
-) -> Iterator[tuple[str, float, Fit | str]]:
-    """Every method at every density on captured calls: (name, density, the fit, or why there is none)."""
-    seen = [(call.q, call.k, call.ctx) for call in calls]
-    for name in names:
-        method = base_method(name, calls[0].ctx.layout)
-        reason, known = method.why_not(calls[0].ctx), dict[Method, float]()
-        for density in densities:
-            if progress is not None:
-                progress.set_postfix_str(f"{name} at {density:g}")
-            found = reason or fit_density(method, density, seen)
-            if isinstance(found, Fit) and found.method in known:
-                found = f"{density:g} is out of reach, the nearest is what is shown for {known[found.method]:g}"
-            elif isinstance(found, Fit):
-                known[found.method] = density
-            yield name, density, found
+    names: Sequence[str], densities: Sequence[float], calls: Sequence[Call], skipped: dict[str, str], title: str
+) -> Iterator[tuple[str, float, Method]]:
+    """Every method at every density on captured calls, with a bar: (name, density asked for, the method turned to it).
+
+    Args:
+        names, densities: of the methods, and what they are turned to.
+        calls: of the model.
+        skipped: gets the reasons of what is left out, by method.
+        title: of the bar.
+    """
+    with tqdm(total=len(names) * len(densities), desc=title, leave=False, disable=None) as bar:
+        for name in names:
+            method = base_method(name, calls[0].ctx.layout)
+            reason = method.why_not(calls[0].ctx)
+            if reason is not None:
+                skipped[name] = reason
+                bar.update(len(densities))
+                continue
+            known: dict[Method, float] = {}
+            beyond: list[str] = []
+            for density in densities:
+                bar.set_postfix_str(f"{name} at {density:g}")
+                found = fit_density(method, density, calls).method
+                if found in known:
+                    beyond.append(f"{density:g} is out of reach, the nearest is what is shown for {known[found]:g}")
+                else:
+                    known[found] = density
+                    yield name, density, found
+                bar.update()
+            if beyond:
+                skipped[name] = "; ".join(beyond)
 
 
 def estimate_share(method: Method, calls: Sequence[Call]) -> float:
@@ -213,20 +227,6 @@ def dense_figures() -> dict[str, Any]:
     return {
         "name": name, "label": name, "wanted": None, "recall": 1.0, "output_error": 0.0, "estimate_share": 0.0
     }  # fmt: skip
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Runs with that many CPU threads, and goes back."""
-    before = torch.get_num_threads()
-    if count is not None:
-        if count < 1:
-            raise ValueError(f"`threads` must be at least 1, got {count}")
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def main(args: argparse.Namespace) -> str:

@@ -11,17 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.demo import load_model
-from hf_sparse_attn.equal_density import Fit
 from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
-from hf_sparse_attn.fidelity import Call, Reference
+from hf_sparse_attn.fidelity import Reference
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.observe import capture
+from hf_sparse_attn.observe import Call, capture
 from hf_sparse_attn.profile_command import default_metric
 from hf_sparse_attn.profiling import profile
 from hf_sparse_attn.registry import METHODS
@@ -82,17 +80,12 @@ def evaluate(
     model = load_model()
     calibration = [needle_document(args.tokens, NEEDLES, seed, "train") for seed in CALIBRATION_SEEDS]
     scored = [needle_document(args.tokens, NEEDLES, _FIRST_SEED + i) for i in range(args.documents)]
-    calls = [call for document in calibration[:1] for call in captured(model, document)]
+    calls = captured(model, calibration[0])
     held_out = Reference(captured(model, scored[0]))
     skipped: dict[str, str] = {}
     rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, held_out)]
-    with tqdm(total=len(names) * len(densities), desc="language", leave=False, disable=None) as bar:
-        for name, density, fit in fitted(names, densities, calls, bar):
-            if isinstance(fit, Fit):
-                rows.append(score(model, fit.method, name, density, scored, held_out))
-            else:
-                skipped[name] = f"{skipped[name]}; {fit}" if name in skipped and skipped[name] != fit else fit
-            bar.update()
+    for name, density, method in fitted(names, densities, calls, skipped, "language"):
+        rows.append(score(model, method, name, density, scored, held_out))
     if profiled:
         for density, found in profiles(model, calibration, densities, skipped).items():
             rows.append(score(model, found.method(), PROFILED, density, scored, held_out))
@@ -113,16 +106,12 @@ def profiles(
 
 def profile_batch(document: NeedleDocument) -> dict[str, Any]:
     """A document as the profiler wants it, with the positions that ask and those that know the answer."""
-    needles = [
-        ([position - 1 for position in needle.answer_positions], list(needle.statement_positions))
-        for needle in document.needles
-    ]
-    return {"input_ids": document.token_ids, "needles": needles}
+    return {"input_ids": document.token_ids, "needles": document.questions}
 
 
 def captured(model: nn.Module, document: NeedleDocument) -> list[Call]:
     """The attention calls of a dense forward, layer by layer."""
-    return [Call(*call) for call in capture(model, document.token_ids).calls.values()]
+    return list(capture(model, document.token_ids).calls.values())
 
 
 @torch.no_grad()

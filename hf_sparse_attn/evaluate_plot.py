@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from hf_sparse_attn.cost import device_name
 from hf_sparse_attn.evaluate import PROFILED, Result
+from hf_sparse_attn.profiling import library_versions
 
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.
 _COLOURS = (
@@ -33,15 +33,8 @@ _MARKERS = "osD^vP<>X*"
 
 def machine() -> dict[str, str]:
     """Device, versions and date of the figures."""
-    names = ("hf_sparse_attn", "torch", "transformers", "diffusers")
     found = {"device": device_name(torch.device("cpu")), "threads": str(torch.get_num_threads())}
-    found["python"] = platform.python_version()
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:
-            continue
-    return {**found, "date": date.today().isoformat()}
+    return {**found, "python": platform.python_version(), **library_versions(), "date": date.today().isoformat()}
 
 
 def write(results: Sequence[Result], folder: Path) -> list[Path]:

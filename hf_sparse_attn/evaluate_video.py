@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.equal_density import Fit
 from hf_sparse_attn.evaluate import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
-from hf_sparse_attn.fidelity import Call, Reference, psnr, ssim
+from hf_sparse_attn.fidelity import Reference, psnr, ssim
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.moving import SceneClass, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
-from hf_sparse_attn.observe import Seen, observing
+from hf_sparse_attn.observe import Call, Seen, observing
 from hf_sparse_attn.profiling import profile
 
 STEPS = 8
@@ -97,13 +95,8 @@ def evaluate(
             )
         )
 
-    with tqdm(total=len(names) * len(densities), desc="video", leave=False, disable=None) as bar:
-        for name, density, fit in fitted(names, densities, calls, bar):
-            if isinstance(fit, Fit):
-                score(fit.method, name, density)
-            else:
-                skipped[name] = f"{skipped[name]}; {fit}" if name in skipped and skipped[name] != fit else fit
-            bar.update()
+    for name, density, method in fitted(names, densities, calls, skipped, "video"):
+        score(method, name, density)
     if profiled:
         for density, found in profiles(model, densities, skipped).items():
             score(found.method(), PROFILED, density)

@@ -9,28 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.api import attention
-from hf_sparse_attn.context import Context
-from hf_sparse_attn.dispatch import run_pattern
+from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.observe import Call
 
 # Constants and window of SSIM for pixels in [0, 1].
 _C1, _C2, _WINDOW = 0.01**2, 0.03**2, 11
-
-
-class Call(NamedTuple):
-    """One attention call of a model.
-
-    Args:
-        q: [batch, heads, q_len, dim].
-        k, v: [batch, kv_heads, kv_len, dim].
-        ctx: where it is.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    ctx: Context
 
 
 class CallFidelity(NamedTuple):
@@ -72,12 +56,6 @@ class Reference:
             recalls.append(float((lse - dense_lse).exp().clamp(max=1).mean()))
             errors.append(float((out - dense).norm() / dense.norm()))
         return CallFidelity(sum(recalls) / len(recalls), sum(errors) / len(errors))
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Exact attention: output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len]."""
-    whole = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, device=q.device)
-    return run_pattern(q, k, v, whole, ctx.softmax_scale, softcap=ctx.softcap)[:2]
 
 
 def psnr(clip: Tensor, reference: Tensor) -> float:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.dispatch import Policy, run_pattern
+from hf_sparse_attn.dispatch import Policy, dense_attention
 from hf_sparse_attn.family import find_family, install
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch, Session, Span, _span_layout
-from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.record import LayerRecord
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
@@ -108,11 +107,10 @@ class Observing(Session):
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
         for span, own in _spans(q, k, ctx, spans):
-            layout, cut = own.layout, span.cut(q, k, v)
+            cut = span.cut(q, k, v)
             done = None if isinstance(self.method, _Nothing) else self._attend(record, *cut, own)
             if done is None:
-                pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
-                one, two, _ = run_pattern(*cut, pattern, own.softmax_scale, softcap=own.softcap)
+                one, two = dense_attention(*cut, own)
             else:
                 one, two = done.out, done.lse
             if self.policy.why_dense(own, q.device) is None:
@@ -178,11 +176,26 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
             part.training = training
 
 
+class Call(NamedTuple):
+    """One attention call of a model.
+
+    Args:
+        q: [batch, heads, q_len, dim].
+        k, v: [batch, kv_heads, kv_len, dim].
+        ctx: where it is.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ctx: Context
+
+
 @dataclass
 class Captured:
     """q, k, v of every layer in one dense forward."""
 
-    calls: dict[int, tuple[Tensor, Tensor, Tensor, Context]] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, tokens: Tensor) -> Captured:
@@ -190,7 +203,7 @@ def capture(model: nn.Module, tokens: Tensor) -> Captured:
     found = Captured()
 
     def keep(seen: Seen) -> None:
-        found.calls[seen.ctx.layer] = (seen.q, seen.k, seen.v, seen.ctx)
+        found.calls[seen.ctx.layer] = Call(seen.q, seen.k, seen.v, seen.ctx)
 
     with observing(model, keep), torch.no_grad():
         model(tokens, use_cache=False)

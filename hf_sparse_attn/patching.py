@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.dispatch import Policy, run_pattern
+from hf_sparse_attn.dispatch import Policy, dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.record import KEPT_SHAPES, Done
@@ -207,9 +207,7 @@ class Session:
         lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
         for span, own, done in zip(spans, contexts, results, strict=True):
             if done is None:
-                layout = own.layout
-                pattern = BlockPattern.dense(layout.q_len, layout.kv_len, layout.is_causal, device=q.device)
-                one, two, _ = run_pattern(*span.cut(q, k, v), pattern, own.softmax_scale, softcap=own.softcap)
+                one, two = dense_attention(*span.cut(q, k, v), own)
             else:
                 one, two = done.out, done.lse
             rows = span.row_index

@@ -213,8 +213,7 @@ def _documents(lengths: Sequence[int], batches: int, seed: int) -> list[dict[str
         for i in range(batches):
             document = needle_document(length, needles=_NEEDLES, seed=seed + i, split="train")
             ids = document.token_ids
-            asked = [([p - 1 for p in n.answer_positions], list(n.statement_positions)) for n in document.needles]
-            made.append({"input_ids": ids, "labels": ids, "needles": asked})
+            made.append({"input_ids": ids, "labels": ids, "needles": document.questions})
     return made
 
 

@@ -168,7 +168,7 @@ def from_measurements(
         calibration=dict(calibration or {}),
         pareto=tuple(front),
         same_in_group=same_in_group,
-        versions=_versions(),
+        versions=library_versions(),
         measurements=found,
     )
 
@@ -245,7 +245,8 @@ def _lengths(found: Measurements, steps: Sequence[Steps]) -> NDArray[np.int64]:
     return np.array(ordered, np.int64).T
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Installed versions of this package and of those a profile depends on."""
     found = {}
     for name in _LIBRARIES:
         try:

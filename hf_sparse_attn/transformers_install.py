@@ -41,7 +41,7 @@ def attention_modules(model: nn.Module, wanted: Wanted = _is_text) -> list[tuple
 
     Args:
         model: any module.
-        wanted: which modules, by themselves and their name; None means causal text attention.
+        wanted: which modules, by themselves and their name; causal text attention if not given.
     """
     owners: dict[str, PreTrainedModel] = {}
     found = []

@@ -81,6 +81,7 @@ class Encoder:
         """See family.Family."""
         from hf_sparse_attn.transformers_encoder import (
             image_model,
+            is_any_attention,
             other_tokens,
             patch_embedding,
             watch_grid,
@@ -101,8 +102,6 @@ class Encoder:
                 more["source"], handle = watch_source(module)
                 patch.on_remove(handle.remove)
             return more
-
-        from hf_sparse_attn.transformers_encoder import is_any_attention
 
         many = len([model for model in models if _own(model)]) > 1
         install_text(patch, [(f"{type(m).__name__}." if many else "", m) for m in models], is_any_attention, known)

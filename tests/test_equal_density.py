@@ -9,6 +9,7 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn.bench_patterns import structured
 from hf_sparse_attn.equal_density import fit_density, mean_density
+from hf_sparse_attn.observe import Call
 from hf_sparse_attn.registry import METHODS
 
 TURNABLE = sorted(name for name, cls in METHODS.items() if cls.knob is not None)
@@ -19,7 +20,7 @@ def calls(name, count=2):
     video = METHODS.get(name).needs & {"bidirectional", "video grid"}
     layout = hsa.TokenLayout.video(7, 13, 11) if video else hsa.TokenLayout.causal(1000)
     ctx = hsa.Context(layout, num_heads=4, num_kv_heads=4, head_dim=16)
-    return [(*structured(layout.kv_len, 4, 16, seed), ctx) for seed in range(count)]
+    return [Call(q, k, k, ctx) for q, k in (structured(layout.kv_len, 4, 16, seed) for seed in range(count))]
 
 
 def smallest(name):
@@ -100,4 +101,4 @@ def test_guards():
         fit_density(smallest("block_topk"), 0.5, [])
     ctx = hsa.Context(hsa.TokenLayout.bidirectional(64), num_heads=2, num_kv_heads=2, head_dim=8)
     with pytest.raises(hsa.MethodDoesNotApply, match="vertical_slash needs a causal layout"):
-        fit_density(smallest("vertical_slash"), 0.5, [(torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8), ctx)])
+        fit_density(smallest("vertical_slash"), 0.5, [Call(*torch.randn(3, 1, 2, 64, 8), ctx)])
