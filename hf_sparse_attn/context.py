@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -179,6 +179,20 @@ class TokenLayout:
         return f"{'causal' if self.is_causal else 'bidirectional'} {parts}{start}"
 
 
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What a layer had besides q, k and v, for methods that read it (`Method.reads`); what is not read is None.
+
+    Args:
+        hidden: [batch, tokens, width], what the layer's projections read.
+        q, k: [batch, heads, tokens, dim] and [batch, kv_heads, tokens, dim] before positions were put into them.
+    """
+
+    hidden: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Context:
     """Where an attention call is: which tokens, which layer, which denoising step.
@@ -195,6 +209,7 @@ class Context:
         scale: factor on the logits; None means head_dim ** -0.5.
         softcap: the scaled logits x become softcap * tanh(x / softcap) (Gemma 2); 0 leaves them.
         branch: name of the guidance branch ("cond", "uncond"), or None.
+        inputs: what else the layer had, where the method asks for it; no part of what makes two contexts equal.
     """
 
     layout: TokenLayout
@@ -208,6 +223,7 @@ class Context:
     scale: float | None = None
     softcap: float = 0.0
     branch: str | None = None
+    inputs: LayerInputs | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, TokenLayout):

@@ -60,8 +60,9 @@ class Method:
     """Base of all methods: a frozen dataclass whose fields are the parameters and whose `pattern` is the method.
 
     A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
-    so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, and the `knob` that
-    sets its density, where it has one.
+    so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
+    sets its density, where it has one, and what it `reads` besides q, k and v (fields of LayerInputs), which the model
+    family then puts into `ctx.inputs`.
     """
 
     name: ClassVar[str] = ""
@@ -70,6 +71,7 @@ class Method:
     static: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = None
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
         """Which keys each block of queries reads.
