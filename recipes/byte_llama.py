@@ -218,7 +218,8 @@ class ByteLlamaTask(Task):
 
     def __init__(self, recipe: ByteLlama, run: Run) -> None:
         self.recipe, self.run = recipe, run
-        self.module = build_model(recipe).to(run.device)
+        model: Any = build_model(recipe)
+        self.model = self.module = model.to(run.device)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.recipe.optimizer.make(list(self.module.parameters()))]
@@ -243,20 +244,20 @@ class ByteLlamaTask(Task):
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         ids, weights = batch
-        logits = self.module(input_ids=ids, use_cache=False).logits
+        logits = self.model(input_ids=ids, use_cache=False).logits
         guesses, truth = logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()
         losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none")
         return (losses * weights[:, 1:].flatten()).sum()
 
     def evaluate(self) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for length, documents in ((512, 8), (2048, 4)):
-            needles, loss = evaluate(self.module, length, range(documents))
+            needles, loss = evaluate(self.model, length, range(documents))
             found |= {f"needles at {length}": needles, f"loss at {length}": loss}
         return found
 
     def save(self, folder: Path, figures: dict[str, Any]) -> None:
-        self.module.save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
 
 RECIPE = ByteLlama
