@@ -212,8 +212,7 @@ class Task:
 
         Args:
             folder: where; complete or not there at all afterwards.
-            figures: what was measured: "before" and "after" as `evaluate` gave it, "steps", "seconds", "step_seconds"
-                (median), "peak_memory" (bytes), "loss" (mean of the last tenth of the steps), "processes".
+            figures: what was measured, as training.train returns it.
         """
         raise TypeError(f"{type(self).__name__} must define save()")
 
