@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.head_profile_file import _object, _refuse, _replace, _shortened
+from hf_sparse_attn.head_profile import _shortened
+from hf_sparse_attn.head_profile_file import _object, _refuse, _replace
 from hf_sparse_attn.lora import ADAPTER, Adapter, add_lora
 from hf_sparse_attn.recipe import LoraSettings
 
-CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 # How peft names what it wraps, and diffusers the part of a pipeline.
 _PEFT_PREFIX, _DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 # Where diffusers looks for rank, alpha and the rest.
