@@ -40,7 +40,7 @@ WINDOW = SparseSettings(
 )
 # For clips of 18 tokens.
 NARROW = SparseSettings(
-    method="sliding_window", params={"window": 5, "sink": 1, "block_size": 4}, backend="torch_reference", min_tokens=0
+    method="sliding_window", params={"window": 5, "sink": 1, "block_size": 16}, backend="torch_reference", min_tokens=0
 )
 FIGURES = {"before": {"loss": 2.5}, "after": {"loss": np.float32(1.25), "accuracy": math.nan}, "steps": 7}
 RECIPE = {"recipe": "test", "lora": {"rank": 3, "targets": ["q_proj"]}, "data": Path("some/where")}
