@@ -37,8 +37,8 @@ class SeerGate(AdapterRecipe):
     The target of a gate is the layer's own attention, its largest weight in every tile of blocks, rows made to sum to
     1; the loss is the Kullback-Leibler divergence of the gate's shares from it. As published the first quarter of
     the rows, which see few blocks, is left out. Deviations: the target is float32 and exact (published: bfloat16,
-    where small weights are lost); the loss is the mean over rows and heads and the sum over layers, where the published one
-    is ten times the mean over all elements, which only scales it.
+    where small weights are lost); the loss is the mean over rows and heads and the sum over layers, where the
+    published one is ten times the mean over all elements, which only scales it.
 
     Args:
         data: text to train on.
