@@ -189,5 +189,5 @@ def test_bad_settings_are_named(change: dict, message: str) -> None:
 
 
 def test_the_shipped_file_is_a_recipe() -> None:
-    made = read_recipe("seer_gate", ["steps=3"])
-    assert isinstance(made, SeerGate) and made.steps == made.total_steps == 3
+    made = read_recipe("seer_gate", ["steps=30"])
+    assert isinstance(made, SeerGate) and made.steps == made.total_steps == 30
