@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.gates import GateSet
     from hf_sparse_attn.head_profile import HeadProfile
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import DenseFallback, Patch
@@ -34,6 +35,7 @@ _WHERE = {
     "Segment": "context",
     "TokenLayout": "context",
     "BackendUnavailable": "dispatch",
+    "GateSet": "gates",
     "HeadProfile": "head_profile",
     "Decline": "method",
     "Method": "method",
@@ -52,6 +54,7 @@ __all__ = [
     "Context",
     "Decline",
     "DenseFallback",
+    "GateSet",
     "HeadProfile",
     "Method",
     "MethodDoesNotApply",

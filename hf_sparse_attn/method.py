@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.fingerprint import Fingerprint
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 
@@ -17,6 +20,13 @@ NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
     "video grid": "exactly one video segment with its (frames, height, width)",
+}
+
+# Fields of LayerInputs in words.
+READS = {
+    "hidden": "hidden states",
+    "q": "queries before positions",
+    "k": "keys before positions",
 }
 
 
@@ -72,6 +82,28 @@ class Method:
     trainable: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
+        """The untrained gates of the method for a model, one module for each layer; see gates.GateSet.
+
+        All their tensors must be weights: gates are also built without memory, to be filled from a file.
+
+        Args:
+            model: sizes of the model.
+            settings: of the gates, as they stand in their file.
+
+        Raises:
+            ValueError: the method has no gates, or settings that are none of its.
+        """
+        raise ValueError(f"`kind` must be a method with trained gates, got {cls.name!r}, which has none")
+
+    def check_model(self, model: Any) -> None:
+        """Raises where the method cannot be used with a model: what it was trained with is missing or is another's.
+
+        Raises:
+            ValueError, OSError: why not.
+        """
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
         """Which keys each block of queries reads.
