@@ -186,9 +186,7 @@ def _pieces(tiles: VideoTiles) -> _Pieces:
     return _Pieces(groups, blocks[:, 0].tolist(), blocks[:, -1].tolist(), cut, cuts, most)
 
 
-def tile_pattern(
-    tiles: VideoTiles, choose: Callable[[int, int], Tensor], batch: int, heads: int
-) -> BlockPattern:
+def tile_pattern(tiles: VideoTiles, choose: Callable[[int, int], Tensor], batch: int, heads: int) -> BlockPattern:
     """The pattern in which the tokens of a tile read those of the tiles chosen for it; text reads and is read whole.
 
     Exact to the token. A block that lies in several tiles has a mask where it is not kept whole; of equal masks there

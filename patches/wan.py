@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.diffusers_hook import DiffusersHooks
 from hf_sparse_attn.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
@@ -110,6 +111,7 @@ class Wan:
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden"})
     presets: ClassVar[tuple[Preset, ...]] = _PRESETS
     models: ClassVar[str] = "diffusers: Wan 2.1, Wan 2.2 (two experts), TI2V-5B, VACE; text, image and video to video"
 
@@ -166,3 +168,7 @@ class _WanHooks(DiffusersHooks):
         sizes = zip(inputs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
         frames, height, width = (size // patch for size, patch in sizes)
         return Tokens((frames, height, width))
+
+    def layer_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs | None:
+        # The block has normalised them: attention makes q, k and v of them as they are.
+        return LayerInputs(hidden=self.by_name(attention, args, kwargs).get("hidden_states"))

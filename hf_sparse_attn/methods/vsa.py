@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
+from hf_sparse_attn.fingerprint import Fingerprint
+from hf_sparse_attn.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
 from hf_sparse_attn.method import Decline, Knob, Method, Run
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
@@ -52,13 +55,14 @@ class Vsa(Method):
 
     density: float = 0.125
     tile: Sizes = (4, 4, 4)
-    gates: str = ""
+    gates: Gates = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_share("density", self.density))
         object.__setattr__(self, "tile", check_sizes("tile", self.tile))
-        if self.gates:
-            object.__setattr__(self, "reads", frozenset({"hidden"}))
+        object.__setattr__(self, "gates", checked_gates(self.gates, "vsa"))
+        # Without gates there is nothing to read, and no model needs to hand it over.
+        object.__setattr__(self, "reads", frozenset({"hidden"} if self.gates else ()))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, run: Run) -> tuple[Tensor, Tensor] | Decline:
         """Both branches; see Method.attention."""
@@ -70,7 +74,7 @@ class Vsa(Method):
         pattern = self._pattern(queries, keys, tiles, ctx)
         if not self.gates:
             return run(q, k, v, pattern)
-        gate = self._gate(q, v, ctx)
+        gate = self._gate(v, ctx)
         if isinstance(gate, Decline):
             return gate
         out, lse = run(q, k, v, pattern)
@@ -94,6 +98,33 @@ class Vsa(Method):
     def why_not(self, ctx: Context) -> str | None:
         """Also where not all tokens are queries; see Method.why_not."""
         return super().why_not(ctx) or ("vsa needs all tokens as queries" if ctx.layout.query_start else None)
+
+    @classmethod
+    def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
+        """A linear layer of zeros for each layer, as wide as its heads together; see Method.make_gates."""
+        unknown_settings("vsa", settings, ())
+        width = model.heads * model.head_dim
+        return [_zero_linear(width) for _ in range(model.layers)]
+
+    def check_model(self, model: Any) -> None:
+        """Whether the gates are the model's; see Method.check_model."""
+        if self.gates:
+            find_gates(self.gates, "vsa").check(model)
+
+    def _gate(self, v: Tensor, ctx: Context) -> Tensor | Decline:
+        """What the coarse branch is multiplied by, [batch, heads, tokens, value dim]."""
+        hidden = None if ctx.inputs is None else ctx.inputs.hidden
+        if hidden is None:
+            return Decline("vsa with gates needs the hidden states that the layer reads, and was given none")
+        gate: Any = gate_of(self.gates, "vsa", ctx.layer, hidden, hidden.dtype)
+        width = ctx.num_heads * v.shape[3]
+        if (gate.out_features, gate.in_features) != (width, hidden.shape[2]):
+            return Decline(
+                f"the gates of vsa are for {gate.in_features} hidden states and {gate.out_features} values of all "
+                f"heads together, the call has {hidden.shape[2]} and {width}"
+            )
+        weights: Tensor = gate(hidden.to(gate.weight.dtype)).to(v.dtype)
+        return weights.unflatten(2, (ctx.num_heads, -1)).transpose(1, 2)
 
     def count(self, tiles: int) -> int:
         """Tiles that a tile reads, of so many."""
@@ -130,6 +161,13 @@ class Vsa(Method):
     def full_budget(cls) -> dict[str, Any]:
         """All tiles."""
         return {"density": 1.0}
+
+
+def _zero_linear(width: int) -> nn.Linear:
+    made = nn.Linear(width, width)
+    nn.init.zeros_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made
 
 
 def _coarse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
