@@ -24,6 +24,7 @@ _CLASSES = {
 
 _OURS = "ours, not measured on a trained model: "
 _STA = "Sliding Tile Attention (arXiv 2502.04507)"
+_VSA = "Video Sparse Attention (arXiv 2505.13389)"
 _RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
 
 
@@ -91,6 +92,19 @@ _PRESETS = (
     Preset(
         "sliding_tile", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
         {"window": 0.1}, dense_steps=0.1,
+    ),
+    Preset(
+        "vsa", "high", f"{_VSA}: the share of the tiles that its scripts fine-tune with. There the model is trained "
+        "with it, and with gates (recipe vsa_gate); without them not measured",
+        {"density": 0.2}, dense_steps=0.1,
+    ),
+    Preset(
+        "vsa", "balanced", f"{_VSA}: 32 of 256 tiles, as trained with in the paper; else as for high",
+        {"density": 0.125}, dense_steps=0.1,
+    ),
+    Preset(
+        "vsa", "fast", f"{_VSA}: the share at which the sparsity of its training schedule ends; else as for high",
+        {"density": 0.1}, dense_steps=0.1,
     ),
     # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
     # no number of tokens means the same twice, and nobody has published one.
