@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
+    from hf_sparse_attn.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
     from hf_sparse_attn.gates import GateSet
@@ -31,6 +32,10 @@ _WHERE = {
     "attention": "api",
     "patch": "api",
     "unpatch": "api",
+    "LoadedBundle": "bundle",
+    "load_bundle": "bundle",
+    "push_bundle": "bundle",
+    "save_bundle": "bundle",
     "Context": "context",
     "Segment": "context",
     "TokenLayout": "context",
@@ -56,6 +61,7 @@ __all__ = [
     "DenseFallback",
     "GateSet",
     "HeadProfile",
+    "LoadedBundle",
     "Method",
     "MethodDoesNotApply",
     "Patch",
@@ -65,9 +71,12 @@ __all__ = [
     "attention",
     "get_method",
     "list_methods",
+    "load_bundle",
     "patch",
     "profile",
+    "push_bundle",
     "register_method",
+    "save_bundle",
     "unpatch",
 ]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
-from hf_sparse_attn.family import find_family, install, provided
+from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
-from hf_sparse_attn.method import NEEDS, READS, Decline, Method, MethodDoesNotApply, make_method
+from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.presets import find_preset
@@ -88,12 +88,7 @@ def patch(
             f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "
             f"{type(model).__name__} (family {found[0]}) has none"
         )
-    unread = sorted(made.reads - getattr(found[1], "reads", frozenset()))
-    if unread:
-        raise MethodDoesNotApply(
-            f"`method` {made.name!r} reads the {' and '.join(READS[n] for n in unread)} of a layer, "
-            f"which family {found[0]} does not hand over"
-        )
+    check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
     return install(model, found, Session(made, policy, backend, strict))
 

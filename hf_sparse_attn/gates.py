@@ -152,9 +152,11 @@ def checked_gates(gates: object, kind: str) -> Gates:
         if gates.kind != kind:
             raise ValueError(f"`gates` must be of {kind}, got those of {gates.kind}")
         return gates
-    if not isinstance(gates, (str, os.PathLike)):
-        raise TypeError(f"`gates` must be a folder, a Hub id or a GateSet, got {gates!r} of type {type(gates).__name__}")
-    return os.fspath(gates)  # type: ignore[return-value]  # paths of bytes are refused when they are read
+    path = os.fspath(gates) if isinstance(gates, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        kind = type(gates).__name__
+        raise TypeError(f"`gates` must be a folder, a Hub id or a GateSet, got {gates!r} of type {kind}")
+    return path
 
 
 _LOCK = Lock()

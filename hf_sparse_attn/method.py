@@ -136,7 +136,7 @@ class Method:
         return cached_pattern(self, ctx, q.device) if self.static else self.pattern(q, k, ctx)
 
     def why_not(self, ctx: Context) -> str | None:
-        """Why the method does not apply to the layout, or None where it does."""
+        """Why the method does not apply to the call, or None where it does."""
         layout = ctx.layout
         has = {
             "causal": layout.is_causal,
@@ -146,7 +146,8 @@ class Method:
         for need in sorted(self.needs):
             if not has[need]:
                 return f"{self.name} needs {NEEDS[need]}, got {layout}"
-        return None
+        unread = [READS[name] for name in sorted(self.reads) if getattr(ctx.inputs, name, None) is None]
+        return f"{self.name} reads the {' and '.join(unread)}, which the call has not" if unread else None
 
     def dense_here(self, ctx: Context) -> str | None:
         """Why the method leaves a call to the model's own attention on purpose, which is no fallback; or None."""
