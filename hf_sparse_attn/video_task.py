@@ -98,12 +98,14 @@ class Material:
         shift: middle of the odds of noise, where the recipe says none.
         bounds: noise levels that this transformer is responsible for.
         nothing: conditions that stand for none, by name; None where conditions cannot be dropped.
+        part: name of the transformer in its pipeline, where that has two.
     """
 
     model: nn.Module
     shift: float
     bounds: tuple[float, float] = (0.0, 1.0)
     nothing: dict[str, Tensor] | None = None
+    part: str = ""
 
     def sample(self, number: int, seed: int) -> LatentSample:
         """The training sample of a number over the whole training, and a seed of its own."""
@@ -217,6 +219,9 @@ class VideoTask(AdapterTask):
             "cond", step_index=self._sparse_step, num_inference_steps=int(TIMES)
         )
         return told
+
+    def bundle_parts(self) -> dict[str, Any]:
+        return {"part": self.material.part}
 
     def end_step(self, step: int) -> None:
         self.done = step + 1

@@ -53,7 +53,7 @@ class HunyuanMaterial(PipelineMaterial):
             "hidden_states": noisy.to(weight.dtype),
             "timestep": level * TIMES,
             "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
-            "encoder_attention_mask": conditions["prompt_attention_mask"],
+            "encoder_attention_mask": conditions["prompt_attention_mask"].to(weight.dtype),
             "pooled_projections": conditions["pooled_prompt_embeds"].to(weight.dtype),
         }
         if config.guidance_embeds:

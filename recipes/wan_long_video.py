@@ -73,11 +73,15 @@ class WanMaterial(PipelineMaterial):
         if (expert is None) != (boundary is None):
             rule = "none for a model with one transformer" if boundary is None else '"high" or "low" for Wan 2.2'
             raise ValueError(f"`expert` must be {rule}, got {expert!r}")
+        name = "transformer_2" if expert == "low" else "transformer"
         if boundary is not None:
-            self.bounds = (float(boundary), 1.0) if expert == "high" else (0.0, float(boundary))
+            self.part = name
+            self.bounds = (boundary, 1.0) if expert == "high" else (0.0, min(boundary, 1.0))
+            if not 0 <= self.bounds[0] < self.bounds[1]:
+                raise ValueError(f"`expert` must be one that the pipeline asks, got {expert!r} of boundary {boundary}")
         # TI2V-5B: a timestep for each token.
         self.by_token = bool(pipe.config.get("expand_timesteps"))
-        super().__init__(recipe, run, pipe, "transformer_2" if expert == "low" else "transformer")
+        super().__init__(recipe, run, pipe, name)
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         config: Any = self.model.config
