@@ -1,4 +1,4 @@
-"""The small Wan model of moving scenes as material for the video recipes: drawn samples, and motion that is checked."""
+"""The small Wan model of moving scenes as material for the video recipes: samples are drawn, motion is checked."""
 
 from __future__ import annotations
 

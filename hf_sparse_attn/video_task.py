@@ -158,7 +158,7 @@ class VideoTask(AdapterTask):
     def __init__(self, recipe: VideoRecipe, run: Run, material: Material) -> None:
         if recipe.flow.drop and material.nothing is None:
             raise ValueError(
-                f"`flow.drop` must be 0 where the model's pipeline cannot encode an empty prompt, got {recipe.flow.drop}"
+                f"`flow.drop` must be 0 where the pipeline cannot encode an empty prompt, got {recipe.flow.drop}"
             )
         super().__init__(recipe, run, material.model, base_model=recipe.model)
         self.material, self.done = material, 0
@@ -178,7 +178,7 @@ class VideoTask(AdapterTask):
         return (first + last) // 2
 
     def batch(self, step: int, samples: Sequence[int]) -> VideoBatch:
-        return self.draw([self.number(step, sample) for sample in samples], self.material.sample, self.recipe.flow.drop)
+        return self.draw(self.numbers(step, samples), self.material.sample, self.recipe.flow.drop)
 
     def draw(self, numbers: Sequence[int], source: Any, drop: float) -> VideoBatch:
         """Samples with noise.
@@ -239,7 +239,7 @@ class VideoTask(AdapterTask):
         total = 0.0
         for number in range(self.recipe.held_out):
             batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
-            total += float(self.loss(batch)) / self.recipe.held_out
+            total += float(self.loss(batch).detach()) / self.recipe.held_out
         figures = {"flow_loss": total}
         if self.patch is not None:
             figures["density"] = self.patch.report().density

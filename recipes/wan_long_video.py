@@ -3,9 +3,10 @@
     hf-sparse-attn train wan_long_video model=FOLDER_OR_ID videos.source=FOLDER extend=2 --output DIR
 
 Radial attention's way to longer videos (Li et al. 2025, arXiv 2506.19852): only a LoRA of rank 128 on the queries,
-keys, values and outputs of self-attention is trained, by flow matching at the longer length, with the sparse pattern in
-force. Any trainable method of the package can take radial's place. The paper gives neither learning rate nor steps;
-those of wan_long_video.yaml are ours.
+keys, values and outputs of self-attention is trained, by flow matching at the longer length, with the sparse pattern
+in force. Any trainable method of the package can take radial's place. The paper gives neither learning rate nor
+steps; those of wan_long_video.yaml are ours. moving_wan_long.yaml does it to the small Wan that comes with the
+package, on a processor.
 """
 
 from __future__ import annotations

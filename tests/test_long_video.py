@@ -31,14 +31,12 @@ pytest.importorskip("peft")
 
 SOME = SceneClass("cross", "blue", "down-left")
 SCENES = SceneSettings(frames=4, height=12, width=12, turn=3, clips=0)
-# Height and width of latents of 3 frames, with tokens of 1 x 2 x 2: 90 of video, and 18 as in the pipelines' own tests.
+# Height and width of latents of 3 frames, with tokens of 1 x 2 x 2: 90 of video, and 18 as `generate` has them.
 SIZE, SMALL = (12, 10), (4, 6)
 COMMON: dict[str, Any] = {"steps": 4, "batch": 4, "held_out": 2, "optimizer": OptimizerSettings(learning_rate=1e-2)}
 WINDOW = SparseSettings(method="sliding_window", params={"window": 8, "sink": 0, "block_size": 16}, min_tokens=0)
 WAN_LORA = LoraSettings(targets=("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"), rank=4)
-HUNYUAN_LORA = LoraSettings(
-    targets=(r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",), rank=4
-)
+HUNYUAN_LORA = LoraSettings(targets=(r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",), rank=4)
 NO_DROP = FlowSettings(drop=0.0)
 
 
@@ -84,7 +82,13 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., WanLon
             return pipe
 
         monkeypatch.setattr(wan_long_video, "load_pipeline", load)
-        made = {"model": "tiny", "videos": videos(tmp_path, "wan", size), "lora": WAN_LORA, "sparse": WINDOW, "flow": NO_DROP}
+        made = {
+            "model": "tiny",
+            "videos": videos(tmp_path, "wan", size),
+            "lora": WAN_LORA,
+            "sparse": WINDOW,
+            "flow": NO_DROP,
+        }
         return WanLongVideo(**{**COMMON, **made, **given})
 
     return recipe
@@ -96,7 +100,13 @@ def hunyuan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hu
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> HunyuanLongVideo:
         monkeypatch.setattr(hunyuan_long_video, "load_pipeline", lambda recipe: tiny_hunyuan.pipeline(kind))
-        made = {"model": "tiny", "videos": videos(tmp_path, "hunyuan", size), "lora": HUNYUAN_LORA, "sparse": WINDOW, "flow": NO_DROP}
+        made = {
+            "model": "tiny",
+            "videos": videos(tmp_path, "hunyuan", size),
+            "lora": HUNYUAN_LORA,
+            "sparse": WINDOW,
+            "flow": NO_DROP,
+        }
         return HunyuanLongVideo(**{**COMMON, **made, **given})
 
     return recipe
@@ -110,6 +120,13 @@ def any_recipe(request: pytest.FixtureRequest) -> Callable[..., Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(output=tmp_path, device=torch.device("cpu"))
+
+
+def calls_of(model: Any) -> list[dict[str, Any]]:
+    """A list that gets the keyword arguments of every call."""
+    calls: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    return calls
 
 
 def gradients(task: VideoTask, parts: list[list[int]]) -> tuple[float, dict[str, Tensor]]:
@@ -229,8 +246,8 @@ def test_scenes_are_given_as_the_sampler_gives_them(run: Run) -> None:
 
 def test_wan_is_given_what_its_pipeline_gives(wan: Any, run: Run) -> None:
     for kind in ("t2v", "ti2v"):
-        pipe, calls = tiny_wan.pipeline(kind), []
-        pipe.transformer.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+        pipe = tiny_wan.pipeline(kind)
+        calls = calls_of(pipe.transformer)
         tiny_wan.generate(pipe)
         with closing(wan(kind, SMALL).task(run)) as task:
             given = task.batch(0, [0]).given
@@ -240,8 +257,8 @@ def test_wan_is_given_what_its_pipeline_gives(wan: Any, run: Run) -> None:
 
 
 def test_hunyuan_is_given_what_its_pipeline_gives(hunyuan: Any, run: Run) -> None:
-    pipe, calls = tiny_hunyuan.pipeline(), []
-    pipe.transformer.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    pipe = tiny_hunyuan.pipeline()
+    calls = calls_of(pipe.transformer)
     tiny_hunyuan.generate(pipe)
     with closing(hunyuan(size=SMALL, guidance=6.0).task(run)) as task:
         given = task.batch(0, [0, 1]).given
