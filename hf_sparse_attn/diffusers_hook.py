@@ -242,7 +242,7 @@ class DiffusersHooks:
 
     def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
-        if self.session.method.reads:
+        if self.session.reads:
             self.inputs = self.layer_inputs(attention, args, kwargs)
         if torch.compiler.is_compiling():
             self.traced = attention
@@ -348,8 +348,7 @@ class DiffusersHooks:
             head_dim=q.shape[3],
             scale=asked.scale,
             branch=call.branch,
-            # These are not cut: a method that reads them then says that they are missing.
-            inputs=asked.inputs if cut is None else None,
+            inputs=asked.inputs if cut is None else cut.front_inputs(asked.inputs),
         )
         if cut is None:
             done = self.session.sparse(layer.record, q, k, v, context, dense=lambda: asked.dense(q, k, v, asked.mask))

@@ -67,6 +67,9 @@ class VideoRecipe(AdapterRecipe):
         held_out: samples that are kept for evaluation.
     """
 
+    # False where something else is trained.
+    needs_lora: ClassVar[bool] = True
+
     videos: VideoSettings | None = None
     extend: int = 1
     flow: FlowSettings = field(default_factory=FlowSettings)
@@ -76,7 +79,7 @@ class VideoRecipe(AdapterRecipe):
         super().__post_init__()
         check_int("extend", self.extend, 1)
         check_int("held_out", self.held_out, 1)
-        if self.lora is None:
+        if self.lora is None and self.needs_lora:
             raise ValueError("`lora` must say what is trained, got none")
 
     def long_videos(self) -> VideoSettings:

@@ -12,7 +12,7 @@ rises in steps. The paper trains all weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from hf_sparse_attn.gates import GateSet
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.video_task import Material, VideoTask
+from hf_sparse_attn.video_task import _HELD_OUT, Material, VideoTask
 
 METHOD = "vsa"
 
@@ -73,7 +73,7 @@ class VsaGate(WanLongVideo):
         schedule: how the sparsity rises; None starts with the final one.
     """
 
-    needs_lora = False
+    needs_lora: ClassVar[bool] = False
 
     schedule: SparsitySchedule | None = field(default_factory=SparsitySchedule)
 
@@ -134,12 +134,18 @@ class VsaGateTask(VideoTask):
         same tiles and no pooled branch.
         """
         self._attend(self.recipe.density, "", anew=True)
-        plain = self.held_out_loss()
+        plain = self._held_out_loss()
         self._attend(self.recipe.density, self.gates, anew=True)
         return {**super().evaluate(), "flow_loss_no_gates": plain}
 
+    def _held_out_loss(self) -> float:
+        """Of the same samples, levels and noise as `flow_loss`."""
+        numbers = range(_HELD_OUT, _HELD_OUT + self.recipe.held_out)
+        losses = [float(self.loss(self.draw([number], self._kept_out, 0.0)).detach()) for number in numbers]
+        return sum(losses) / len(losses)
+
     def bundle_parts(self) -> dict[str, Any]:
-        return {"gates": self.gates}
+        return {**super().bundle_parts(), "gates": self.gates}
 
     def close(self) -> None:
         if self.patch is not None:
