@@ -459,6 +459,15 @@ def test_families_that_hand_over_no_hidden_states_are_refused() -> None:
         pass
 
 
+def test_gates_are_those_of_one_expert() -> None:
+    pipe = tiny_wan.pipeline("experts")
+    gates = wan_gates(pipe.transformer)
+    with pytest.raises(ValueError, match="`model` must be the one transformer that the gates were trained for, got 2"):
+        hsa.patch(pipe, "vsa", gates=gates)
+    with hsa.patch(pipe.transformer, "vsa", gates=gates), hsa.patch(pipe.transformer_2, "vsa", gates=wan_gates(pipe)):
+        pass
+
+
 def test_presets_of_wan_work() -> None:
     model = tiny_wan.transformer()
     densities = []

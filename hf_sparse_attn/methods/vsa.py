@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
+from hf_sparse_attn.family import find_family
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
 from hf_sparse_attn.method import Decline, Knob, Method, Run
@@ -43,7 +44,8 @@ class Vsa(Method):
     Args:
         density: share of the tiles that is kept, in (0, 1]: 1 - sparsity of the published code.
         tile: (frames, height, width) of a tile in tokens; larger than the canvas means the canvas.
-        gates: trained gates: a folder, a Hub id or a GateSet; "" for none.
+        gates: trained gates: a folder, a Hub id or a GateSet; "" for none. They belong to one transformer: of a
+            pipeline with two experts (Wan 2.2) each is patched by itself.
 
     Raises:
         ValueError, TypeError: a parameter out of its range or of the wrong type.
@@ -107,9 +109,13 @@ class Vsa(Method):
         return [_zero_linear(width) for _ in range(model.layers)]
 
     def check_model(self, model: Any) -> None:
-        """Whether the gates are the model's; see Method.check_model."""
-        if self.gates:
-            find_gates(self.gates, "vsa").check(model)
+        """Whether the gates are the model's, and those of one transformer; see Method.check_model."""
+        if not self.gates:
+            return
+        find_gates(self.gates, "vsa").check(model)
+        experts = len(find_family(model)[2])
+        if experts > 1:
+            raise ValueError(f"`model` must be the one transformer that the gates were trained for, got {experts}")
 
     def _gate(self, v: Tensor, ctx: Context) -> Tensor | Decline:
         """What the coarse branch is multiplied by, [batch, heads, tokens, value dim]."""
