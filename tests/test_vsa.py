@@ -273,7 +273,7 @@ def test_calls_that_it_cannot_serve_are_declined() -> None:
         assert isinstance(found, Decline)
         return found.reason
 
-    assert "needs the hidden states" in reason(gated, ctx)
+    assert "reads the hidden states, which the call has not" in reason(gated, ctx)
     assert "are for 32 hidden states and 32 values" in reason(
         gated, replace(ctx, inputs=LayerInputs(hidden[..., :30]))
     )
@@ -281,7 +281,7 @@ def test_calls_that_it_cannot_serve_are_declined() -> None:
     assert "exactly one video segment" in reason(method("ragged"), replace(ctx, layout=two))
     assert "all tokens as queries" in reason(method("ragged"), replace(ctx, layout=ctx.layout.continued(70)))
     assert method("ragged").pattern(q, k, replace(ctx, layout=two)).reason
-    with pytest.raises(MethodDoesNotApply, match="needs the hidden states"):
+    with pytest.raises(MethodDoesNotApply, match="reads the hidden states"):
         hsa.attention(q, k, v, gated, ctx)
     with pytest.raises(ValueError, match="`gates` must be of more than 3 layers"):
         hsa.attention(q, k, v, gated, replace(ctx, num_layers=9, layer=3, inputs=LayerInputs(hidden)))

@@ -119,9 +119,9 @@ class Vsa(Method):
 
     def _gate(self, v: Tensor, ctx: Context) -> Tensor | Decline:
         """What the coarse branch is multiplied by, [batch, heads, tokens, value dim]."""
-        hidden = None if ctx.inputs is None else ctx.inputs.hidden
-        if hidden is None:
-            return Decline("vsa with gates needs the hidden states that the layer reads, and was given none")
+        if ctx.inputs is None or ctx.inputs.hidden is None:
+            raise ValueError("`ctx.inputs` must hold the hidden states, got none")
+        hidden = ctx.inputs.hidden
         gate: Any = gate_of(self.gates, "vsa", ctx.layer, hidden, hidden.dtype)
         width = ctx.num_heads * v.shape[3]
         if (gate.out_features, gate.in_features) != (width, hidden.shape[2]):
