@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentSample
 from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
-from hf_sparse_attn.video_vae import encode_caption
+from hf_sparse_attn.video_vae import encode_caption, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
 TIMES = 1000.0
@@ -293,11 +294,10 @@ class PipelineMaterial(Material):
         self.model = model.to(run.device).eval()
 
     def _nothing(self, pipe: Any) -> dict[str, Tensor]:
-        videos, device = self.recipe.videos, self.run.device
-        pipe.text_encoder.to(device)
-        if getattr(pipe, "text_encoder_2", None) is not None:
-            pipe.text_encoder_2.to(device)
-        found = encode_caption(pipe, "", device, None if videos is None else videos.tokens)
+        tokens, device = self.recipe.long_videos().tokens, self.run.device
+        encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+        with placed([encoder for encoder in encoders if encoder is not None], device):
+            found = encode_caption(pipe, "", device, tokens)
         return {name: value.cpu() for name, value in found.items()}
 
     def sample(self, number: int, seed: int) -> LatentSample:
@@ -313,14 +313,17 @@ def load_pipeline(recipe: VideoRecipe, **parts: Any) -> Any:
     Args:
         recipe: `model` and `dtype`; "auto" is bfloat16 where there is an accelerator, else float32. A VAE is always
             in float32: it encodes once, and Wan's loses in less.
-        parts: components in place of those that the folder names; None leaves one out.
+        parts: components in place of those that the folder names.
     """
     from diffusers import DiffusionPipeline
 
     other = torch.accelerator.is_available()
     dtype = (torch.bfloat16 if other else torch.float32) if recipe.dtype == "auto" else recipe.torch_dtype
     kinds = {"default": dtype, "vae": torch.float32}
-    return DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=kinds, **parts)
+    with warnings.catch_warnings():
+        # Its new name is not known to the oldest versions that are supported.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=kinds, **parts)
 
 
 def scheduler_shift(scheduler: Any) -> float:

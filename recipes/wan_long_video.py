@@ -49,9 +49,7 @@ class WanLongVideo(VideoRecipe):
     def _material(self, run: Run) -> Material:
         if self.scenes is not None:
             return SceneMaterial(self, run, self.scenes)
-        # The other expert is not needed, and large.
-        other = {"high": {"transformer_2": None}, "low": {"transformer": None}}
-        return WanMaterial(self, run, load_pipeline(self, **other.get(self.expert or "", {})), self.expert)
+        return WanMaterial(self, run, load_pipeline(self), self.expert)
 
 
 class WanMaterial(PipelineMaterial):
