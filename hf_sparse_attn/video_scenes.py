@@ -90,6 +90,7 @@ class SceneMaterial(Material):
         if self.frames > longest:
             raise ValueError(f"`extend` must give at most {longest} frames, got {self.frames}")
         self.model = model.to(run.device, None if recipe.dtype == "auto" else recipe.torch_dtype)
+        self.dtype = self.model.dtype
         self.shift = _SHIFT
         self.nothing = self._conditions(None)
 
@@ -108,11 +109,10 @@ class SceneMaterial(Material):
     held_out = sample
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        weight = next(self.model.parameters())
         return {
-            "hidden_states": torch.cat([noisy, conditions["motion"]], dim=1).to(weight.dtype),
+            "hidden_states": torch.cat([noisy, conditions["motion"]], dim=1).to(self.dtype),
             "timestep": level * TIMES,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
 
     def evaluate(self, task: VideoTask) -> dict[str, float]:

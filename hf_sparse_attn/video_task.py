@@ -96,6 +96,7 @@ class Material:
 
     Attributes:
         model: the transformer, on the device of the run.
+        dtype: what it takes; read before an adapter of another dtype is on it.
         shift: middle of the odds of noise, where the recipe says none.
         bounds: noise levels that this transformer is responsible for.
         nothing: conditions that stand for none, by name; None where conditions cannot be dropped.
@@ -103,6 +104,7 @@ class Material:
     """
 
     model: nn.Module
+    dtype: torch.dtype
     shift: float
     bounds: tuple[float, float] = (0.0, 1.0)
     nothing: dict[str, Tensor] | None = None
@@ -291,7 +293,7 @@ class PipelineMaterial(Material):
             )
         if recipe.flow.drop and getattr(pipe, "text_encoder", None) is not None:
             self.nothing = self._nothing(pipe)
-        self.model = model.to(run.device).eval()
+        self.model, self.dtype = model.to(run.device).eval(), model.dtype
 
     def _nothing(self, pipe: Any) -> dict[str, Tensor]:
         tokens, device = self.recipe.long_videos().tokens, self.run.device

@@ -84,7 +84,6 @@ class WanMaterial(PipelineMaterial):
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         config: Any = self.model.config
-        weight = next(self.model.parameters())
         time = level * TIMES
         if self.by_token:
             tokens = 1
@@ -92,9 +91,9 @@ class WanMaterial(PipelineMaterial):
                 tokens *= size // patch
             time = time[:, None].expand(-1, tokens)
         return {
-            "hidden_states": noisy.to(weight.dtype),
+            "hidden_states": noisy.to(self.dtype),
             "timestep": time,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
 
 
