@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,30 +124,42 @@ class SceneMaterial(Material):
         if not size.clips:
             return {}
         scenes = draw_classes(size.clips, size.seed)
-        clips = torch.cat([self._clip(scene, size.seed + place) for place, scene in enumerate(scenes)])
+        clips = torch.cat([self.clip(place) for place in range(size.clips)])
         if self.run.output.is_dir():
             from safetensors.torch import save_file
 
             save_file({"clips": (clips * 255).round().byte()}, self.run.output / _CLIPS.format(task.done))
-        checks = [check_motion(clip, scene, size.turn) for clip, scene in zip(clips, scenes, strict=True)]
-        most = max(size.height, size.width) / 2
-        return {
-            "right": sum(check.right for check in checks) / len(checks),
-            "motion_error": sum(min(check.error, most) for check in checks) / len(checks),
-            "seen": sum(math.isfinite(check.error) for check in checks) / len(checks),
-            "flicker": sum(check.flicker for check in checks) / len(checks),
-        }
+        return motion_figures(clips, scenes, size)
 
-    def _clip(self, scene: SceneClass, seed: int) -> Tensor:
+    def clip(self, place: int) -> Tensor:
+        """Samples one of the clips of an evaluation, [1, frames, 3, height, width]."""
         size = self.settings
         return sample(
             self.model,
-            [scene],
+            [draw_classes(size.clips, size.seed)[place]],
             self.frames,
             size.height,
             size.width,
             size.sampling_steps,
-            seed,
+            size.seed + place,
             size.guidance,
             turn=size.turn,
         )
+
+
+def motion_figures(clips: Tensor, scenes: Sequence[SceneClass], settings: SceneSettings) -> dict[str, float]:
+    """How well clips move, as `SceneMaterial.evaluate` tells it.
+
+    Args:
+        clips: [clips, frames, 3, height, width] in [0, 1].
+        scenes: what they should show.
+        settings: of the scenes.
+    """
+    checks = [check_motion(clip, scene, settings.turn) for clip, scene in zip(clips, scenes, strict=True)]
+    most = max(settings.height, settings.width) / 2
+    return {
+        "right": sum(check.right for check in checks) / len(checks),
+        "motion_error": sum(min(check.error, most) for check in checks) / len(checks),
+        "seen": sum(math.isfinite(check.error) for check in checks) / len(checks),
+        "flicker": sum(check.flicker for check in checks) / len(checks),
+    }

@@ -239,14 +239,18 @@ class VideoTask(AdapterTask):
         """`flow_loss` on the held-out samples, each with a level and noise of its own, the same in every run with the
         same seed; `density` where attention is sparse; and what the material measures.
         """
-        total = 0.0
-        for number in range(self.recipe.held_out):
-            batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
-            total += float(self.loss(batch).detach()) / self.recipe.held_out
-        figures = {"flow_loss": total}
+        figures = {"flow_loss": self.held_out_loss()}
         if self.patch is not None:
             figures["density"] = self.patch.report().density
         return {**figures, **self.material.evaluate(self)}
+
+    def held_out_loss(self) -> float:
+        """Mean loss of the held-out samples."""
+        total = 0.0
+        for number in range(self.recipe.held_out):
+            batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
+            total += float(self.loss(batch).detach())
+        return total / self.recipe.held_out
 
     def _kept_out(self, number: int, seed: int) -> LatentSample:
         return self.material.held_out(number - _HELD_OUT, seed)

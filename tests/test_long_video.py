@@ -482,6 +482,28 @@ def test_the_report_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "wan_long_video.png").stat().st_size > 10_000
 
 
+def test_the_report_evaluates_what_was_trained(run: Run) -> None:
+    scenes = SceneSettings(frames=4, height=12, width=12, turn=3, clips=0, sampling_steps=1, guidance=1.0)
+    recipe = scenes_recipe(scenes=scenes, extend=2)
+    with closing(recipe.task(run)) as task:
+        for p in task.trained().values():
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+        task.save(run.output / "result", {})
+        with torch.no_grad():
+            expected = task.held_out_loss()
+    (run.output / "settings.json").write_text(json.dumps(plain(recipe) | {"recipe": "wan_long_video"}))
+    found = {w: wan_long_video_report.piece(run.output, w, None, 1, 2) for w in ("before", "after")}
+    losses = {when: json.loads(file.read_text()) for when, file in found.items()}
+    assert losses["after"]["flow_loss"] == pytest.approx(expected)
+    assert losses["before"]["flow_loss"] != pytest.approx(expected) and losses["before"]["density"] < 1
+    clip = wan_long_video_report.piece(run.output, "after", 0, 1, 2)
+    assert load_file(clip)["clip"].shape == (1, 8, 3, 12, 12)
+    found["after"].write_text("kept")
+    assert wan_long_video_report.piece(run.output, "after", None, 1, 2).read_text() == "kept"
+    with pytest.raises(ValueError, match="`saved` must have the weights"):
+        wan_long_video_report.put_weights({"a.default.weight": torch.nn.Parameter(torch.zeros(1))}, {})
+
+
 # ---------------------------------------------------------------------- scenes that turn
 
 
