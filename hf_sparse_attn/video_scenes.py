@@ -128,7 +128,7 @@ class SceneMaterial(Material):
         if self.run.output.is_dir():
             from safetensors.torch import save_file
 
-            save_file({"clips": (clips * 255).round().byte()}, self.run.output / _CLIPS.format(task.done))
+            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(task.done))
         return motion_figures(clips, scenes, size)
 
     def clip(self, place: int) -> Tensor:

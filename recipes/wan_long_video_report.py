@@ -96,7 +96,8 @@ def piece(folder: Path, when: str, place: int | None, clips: int, held_out: int)
                 found["density"] = task.patch.report().density
             file.write_text(json.dumps(found))
         else:
-            save_file({"clip": (task.material.clip(place) * 255).round().byte()}, file)
+            clip = (task.material.clip(place) * 255).round().byte()
+            save_file({"clip": clip.contiguous()}, file)
     return file
 
 
