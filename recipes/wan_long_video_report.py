@@ -8,7 +8,8 @@
 
 Evaluates the four models before and after their training, measures the time and memory of a step of each in a process
 of its own, and writes a table (wan_long_video.md, .json) and a contact sheet (wan_long_video.png). Every piece of the
-evaluation is kept beside its training as soon as it is there, and not computed again.
+evaluation is kept beside its training as soon as it is there, and not computed again; a model whose training has not
+ended has no figures.
 """
 
 from __future__ import annotations
@@ -129,20 +130,21 @@ def _length(runs: Path, times: int, clips: int, held_out: int) -> dict[str, Any]
     found: dict[str, Any] = {"times": times, "rows": {}, "steps": {}, "clips": {}}
     for kind in ("dense", "radial"):
         folder = runs / f"{times}x-{kind}"
-        figures = json.loads((folder / "figures.json").read_text())
         settings = json.loads((folder / "settings.json").read_text())
         for when, name in (("before", f"{kind}, not adapted"), ("after", f"{kind} + LoRA")):
+            if when == "after" and not (folder / "result").is_dir():
+                continue
             found["rows"][name], found["clips"][name] = _evaluated(folder, when, clips, held_out)
         seconds, memory = _apart(settings)
         found["steps"][kind] = {
-            "density": found["rows"][f"{kind} + LoRA"].get("density", 1.0),
+            "density": found["rows"][f"{kind}, not adapted"].get("density", 1.0),
             "processor_seconds": seconds,
             "peak_memory": memory,
-            "wall_seconds": figures["step_seconds"],
         }
         found[kind] = settings
+    target = found["clips"].get("dense + LoRA")
     for name, row in found["rows"].items():
-        row["psnr"] = None if name == "dense + LoRA" else psnr(found["clips"][name], found["clips"]["dense + LoRA"])
+        row["psnr"] = None if target is None or name == "dense + LoRA" else psnr(found["clips"][name], target)
     return found
 
 
@@ -198,7 +200,7 @@ def write(lengths: Sequence[dict[str, Any]], output: Path) -> None:
         frames = found["times"] * scenes["frames"]
         size = f"{found['times']}x, {frames} frames"
         for name in _NAMES:
-            row = found["rows"][name]
+            row = found["rows"].get(name, {})
             quality.append([size, name, *(_shown(row.get(key), form) for _, key, form in _COLUMNS)])
         for kind in ("radial", "dense"):
             step = found["steps"][kind]
@@ -243,7 +245,7 @@ def write(lengths: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _clips(found: dict[str, Any]) -> int:
-    return len(found["clips"]["dense + LoRA"])
+    return len(found["clips"][_NAMES[0]])
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -270,7 +272,8 @@ def contact_sheet(lengths: Sequence[dict[str, Any]], file: Path, place: int = 0)
         title = f"{frames} frames: a {scene.colour} {scene.shape}, first {scene.direction}; frames "
         title += ", ".join(str(int(n) + 1) for n in shown)
         rows.append((title, "a true clip", true[:, shown]))
-        rows += [("", name, found["clips"][name][place : place + 1, shown]) for name in _NAMES]
+        made = [name for name in _NAMES if name in found["clips"]]
+        rows += [("", name, found["clips"][name][place : place + 1, shown]) for name in made]
     figure = Figure(figsize=(8.2, 0.86 * len(rows) + 0.6), layout="constrained")
     for ax, (title, name, clips) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         ax.imshow(frames_to_image(clips, scale=4))
