@@ -132,7 +132,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
     names = _RULES[type(pipe.vae).__name__].prompt
     if len(made) != len(names):
         raise ValueError(
-            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} of {type(pipe).__name__}"
+            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} from {type(pipe).__name__}"
         )
     return {name: value[0] for name, value in zip(names, made, strict=True) if name is not None}
 

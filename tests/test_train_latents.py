@@ -219,7 +219,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no shard": (lambda f: _shards(f)[1].unlink(), FileNotFoundError, "got none at .*latents-00001.safetensors"),
     "truncated": (_truncate, ValueError, "`folder` must hold whole shards, got .*latents-00001.safetensors"),
     "shape": (_wrong_shape, ValueError, r"`prompt_embeds` of \[7, 5\] for sample 1, got \[6, 5\] in .*00000"),
-    "tensor": (_edit(lambda i: _conditions(i).update(more=[3])), ValueError, r"`more` of \[3\] for sample 2, got None"),
+    "tensor": (_edit(lambda i: _conditions(i).update(more=[3])), ValueError, r"`more` of \[3\] for sample 2, got"),
     "no json": (lambda f: (f / INDEX).write_text("{"), ValueError, "must hold an index.json of latents, got"),
     "other json": (lambda f: (f / INDEX).write_text("[]"), ValueError, "must hold an index.json of latents, got"),
     "format": (_edit(lambda i: i.update(format="x")), ValueError, "must hold an index.json of latents, got"),
