@@ -135,7 +135,7 @@ def _length(runs: Path, times: int, clips: int, held_out: int) -> dict[str, Any]
             if when == "after" and not (folder / "result").is_dir():
                 continue
             found["rows"][name], found["clips"][name] = _evaluated(folder, when, clips, held_out)
-        seconds, memory = _apart(settings)
+        seconds, memory = _cost(folder, settings)
         found["steps"][kind] = {
             "density": found["rows"][f"{kind}, not adapted"].get("density", 1.0),
             "processor_seconds": seconds,
@@ -148,11 +148,14 @@ def _length(runs: Path, times: int, clips: int, held_out: int) -> dict[str, Any]
     return found
 
 
-def _apart(settings: dict[str, Any]) -> tuple[float, int]:
-    """`step_cost` in a process of its own, whose memory nothing else has used."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        cost: tuple[float, int] = pool.apply(step_cost, (settings,))
-    return cost
+def _cost(folder: Path, settings: dict[str, Any]) -> tuple[float, int]:
+    """`step_cost` in a process of its own, whose memory nothing else has used; kept as the pieces are."""
+    file = folder / "evaluation" / "cost.json"
+    if not file.is_file():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            file.write_text(json.dumps(pool.apply(step_cost, (settings,))))
+    seconds, memory = json.loads(file.read_text())
+    return seconds, memory
 
 
 def step_cost(settings: dict[str, Any]) -> tuple[float, int]:
