@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ class SceneMaterial(Material):
         if self.frames > longest:
             raise ValueError(f"`extend` must give at most {longest} frames, got {self.frames}")
         self.model = model.to(run.device, None if recipe.dtype == "auto" else recipe.torch_dtype)
+        self.dtype = self.model.dtype
         self.shift = _SHIFT
         self.nothing = self._conditions(None)
 
@@ -108,11 +109,10 @@ class SceneMaterial(Material):
     held_out = sample
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        weight = next(self.model.parameters())
         return {
-            "hidden_states": torch.cat([noisy, conditions["motion"]], dim=1).to(weight.dtype),
+            "hidden_states": torch.cat([noisy, conditions["motion"]], dim=1).to(self.dtype),
             "timestep": level * TIMES,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
 
     def evaluate(self, task: VideoTask) -> dict[str, float]:
@@ -124,30 +124,42 @@ class SceneMaterial(Material):
         if not size.clips:
             return {}
         scenes = draw_classes(size.clips, size.seed)
-        clips = torch.cat([self._clip(scene, size.seed + place) for place, scene in enumerate(scenes)])
+        clips = torch.cat([self.clip(place) for place in range(size.clips)])
         if self.run.output.is_dir():
             from safetensors.torch import save_file
 
-            save_file({"clips": (clips * 255).round().byte()}, self.run.output / _CLIPS.format(task.done))
-        checks = [check_motion(clip, scene, size.turn) for clip, scene in zip(clips, scenes, strict=True)]
-        most = max(size.height, size.width) / 2
-        return {
-            "right": sum(check.right for check in checks) / len(checks),
-            "motion_error": sum(min(check.error, most) for check in checks) / len(checks),
-            "seen": sum(math.isfinite(check.error) for check in checks) / len(checks),
-            "flicker": sum(check.flicker for check in checks) / len(checks),
-        }
+            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(task.done))
+        return motion_figures(clips, scenes, size)
 
-    def _clip(self, scene: SceneClass, seed: int) -> Tensor:
+    def clip(self, place: int) -> Tensor:
+        """Samples one of the clips of an evaluation, [1, frames, 3, height, width]."""
         size = self.settings
         return sample(
             self.model,
-            [scene],
+            [draw_classes(size.clips, size.seed)[place]],
             self.frames,
             size.height,
             size.width,
             size.sampling_steps,
-            seed,
+            size.seed + place,
             size.guidance,
             turn=size.turn,
         )
+
+
+def motion_figures(clips: Tensor, scenes: Sequence[SceneClass], settings: SceneSettings) -> dict[str, float]:
+    """How well clips move, as `SceneMaterial.evaluate` tells it.
+
+    Args:
+        clips: [clips, frames, 3, height, width] in [0, 1].
+        scenes: what they should show.
+        settings: of the scenes.
+    """
+    checks = [check_motion(clip, scene, settings.turn) for clip, scene in zip(clips, scenes, strict=True)]
+    most = max(settings.height, settings.width) / 2
+    return {
+        "right": sum(check.right for check in checks) / len(checks),
+        "motion_error": sum(min(check.error, most) for check in checks) / len(checks),
+        "seen": sum(math.isfinite(check.error) for check in checks) / len(checks),
+        "flicker": sum(check.flicker for check in checks) / len(checks),
+    }

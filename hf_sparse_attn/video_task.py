@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentSample
 from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
-from hf_sparse_attn.video_vae import encode_caption
+from hf_sparse_attn.video_vae import encode_caption, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
 TIMES = 1000.0
@@ -98,6 +99,7 @@ class Material:
 
     Attributes:
         model: the transformer, on the device of the run.
+        dtype: what it takes; read before an adapter of another dtype is on it.
         shift: middle of the odds of noise, where the recipe says none.
         bounds: noise levels that this transformer is responsible for.
         nothing: conditions that stand for none, by name; None where conditions cannot be dropped.
@@ -105,6 +107,7 @@ class Material:
     """
 
     model: nn.Module
+    dtype: torch.dtype
     shift: float
     bounds: tuple[float, float] = (0.0, 1.0)
     nothing: dict[str, Tensor] | None = None
@@ -239,14 +242,18 @@ class VideoTask(AdapterTask):
         """`flow_loss` on the held-out samples, each with a level and noise of its own, the same in every run with the
         same seed; `density` where attention is sparse; and what the material measures.
         """
-        total = 0.0
-        for number in range(self.recipe.held_out):
-            batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
-            total += float(self.loss(batch).detach()) / self.recipe.held_out
-        figures = {"flow_loss": total}
+        figures = {"flow_loss": self.held_out_loss()}
         if self.patch is not None:
             figures["density"] = self.patch.report().density
         return {**figures, **self.material.evaluate(self)}
+
+    def held_out_loss(self) -> float:
+        """Mean loss of the held-out samples."""
+        total = 0.0
+        for number in range(self.recipe.held_out):
+            batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
+            total += float(self.loss(batch).detach())
+        return total / self.recipe.held_out
 
     def _kept_out(self, number: int, seed: int) -> LatentSample:
         return self.material.held_out(number - _HELD_OUT, seed)
@@ -293,14 +300,13 @@ class PipelineMaterial(Material):
             )
         if recipe.flow.drop and getattr(pipe, "text_encoder", None) is not None:
             self.nothing = self._nothing(pipe)
-        self.model = model.to(run.device).eval()
+        self.model, self.dtype = model.to(run.device).eval(), model.dtype
 
     def _nothing(self, pipe: Any) -> dict[str, Tensor]:
-        videos, device = self.recipe.videos, self.run.device
-        pipe.text_encoder.to(device)
-        if getattr(pipe, "text_encoder_2", None) is not None:
-            pipe.text_encoder_2.to(device)
-        found = encode_caption(pipe, "", device, None if videos is None else videos.tokens)
+        tokens, device = self.recipe.long_videos().tokens, self.run.device
+        encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+        with placed([encoder for encoder in encoders if encoder is not None], device):
+            found = encode_caption(pipe, "", device, tokens)
         return {name: value.cpu() for name, value in found.items()}
 
     def sample(self, number: int, seed: int) -> LatentSample:
@@ -316,14 +322,17 @@ def load_pipeline(recipe: VideoRecipe, **parts: Any) -> Any:
     Args:
         recipe: `model` and `dtype`; "auto" is bfloat16 where there is an accelerator, else float32. A VAE is always
             in float32: it encodes once, and Wan's loses in less.
-        parts: components in place of those that the folder names; None leaves one out.
+        parts: components in place of those that the folder names.
     """
     from diffusers import DiffusionPipeline
 
     other = torch.accelerator.is_available()
     dtype = (torch.bfloat16 if other else torch.float32) if recipe.dtype == "auto" else recipe.torch_dtype
     kinds = {"default": dtype, "vae": torch.float32}
-    return DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=kinds, **parts)
+    with warnings.catch_warnings():
+        # Its new name is not known to the oldest versions that are supported.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return DiffusionPipeline.from_pretrained(recipe.model, torch_dtype=kinds, **parts)
 
 
 def scheduler_shift(scheduler: Any) -> float:

@@ -48,16 +48,15 @@ class HunyuanMaterial(PipelineMaterial):
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         config: Any = self.model.config
-        weight = next(self.model.parameters())
         given = {
-            "hidden_states": noisy.to(weight.dtype),
+            "hidden_states": noisy.to(self.dtype),
             "timestep": level * TIMES,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
-            "encoder_attention_mask": conditions["prompt_attention_mask"].to(weight.dtype),
-            "pooled_projections": conditions["pooled_prompt_embeds"].to(weight.dtype),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
+            "encoder_attention_mask": conditions["prompt_attention_mask"].to(self.dtype),
+            "pooled_projections": conditions["pooled_prompt_embeds"].to(self.dtype),
         }
         if config.guidance_embeds:
-            given["guidance"] = level.new_full(level.shape, self.recipe.guidance * TIMES).to(weight.dtype)
+            given["guidance"] = level.new_full(level.shape, self.recipe.guidance * TIMES).to(self.dtype)
         return given
 
 

@@ -49,9 +49,7 @@ class WanLongVideo(VideoRecipe):
     def _material(self, run: Run) -> Material:
         if self.scenes is not None:
             return SceneMaterial(self, run, self.scenes)
-        # The other expert is not needed, and large.
-        other = {"high": {"transformer_2": None}, "low": {"transformer": None}}
-        return WanMaterial(self, run, load_pipeline(self, **other.get(self.expert or "", {})), self.expert)
+        return WanMaterial(self, run, load_pipeline(self), self.expert)
 
 
 class WanMaterial(PipelineMaterial):
@@ -86,7 +84,6 @@ class WanMaterial(PipelineMaterial):
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         config: Any = self.model.config
-        weight = next(self.model.parameters())
         time = level * TIMES
         if self.by_token:
             tokens = 1
@@ -94,9 +91,9 @@ class WanMaterial(PipelineMaterial):
                 tokens *= size // patch
             time = time[:, None].expand(-1, tokens)
         return {
-            "hidden_states": noisy.to(weight.dtype),
+            "hidden_states": noisy.to(self.dtype),
             "timestep": time,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(weight.dtype),
+            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
 
 

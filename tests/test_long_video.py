@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,16 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_sparse_attn import moving
+from hf_sparse_attn import moving, video_task
+from hf_sparse_attn.flow_matching import noise_levels, sample_seed
 from hf_sparse_attn.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
-from hf_sparse_attn.recipes import hunyuan_long_video, wan_long_video
+from hf_sparse_attn.recipe_config import plain
+from hf_sparse_attn.recipes import hunyuan_long_video, wan_long_video, wan_long_video_report
 from hf_sparse_attn.recipes.hunyuan_long_video import HunyuanLongVideo
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
 from hf_sparse_attn.train_latents import LatentSample, write_latents
 from hf_sparse_attn.train_videos import VideoSettings
 from hf_sparse_attn.video_scenes import SceneSettings
-from hf_sparse_attn.video_task import FlowSettings, VideoTask
+from hf_sparse_attn.video_task import FlowSettings, VideoTask, load_pipeline
 
 pytest.importorskip("peft")
 
@@ -75,13 +78,7 @@ def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., WanLon
     """A recipe for a tiny Wan pipeline; `kind` as in tiny_wan.pipeline."""
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> WanLongVideo:
-        def load(recipe: Any, **parts: Any) -> Any:
-            pipe = tiny_wan.pipeline(kind)
-            for name, part in parts.items():
-                pipe.register_modules(**{name: part})
-            return pipe
-
-        monkeypatch.setattr(wan_long_video, "load_pipeline", load)
+        monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: tiny_wan.pipeline(kind))
         made = {
             "model": "tiny",
             "videos": videos(tmp_path, "wan", size),
@@ -401,6 +398,110 @@ def test_hunyuan_refuses_other_transformers(hunyuan: Any, run: Run) -> None:
         hunyuan("1.5").task(run)
     with pytest.raises(ValueError, match="`guidance` must be 0 or more"):
         hunyuan(guidance=-1.0)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_an_expert_of_a_saved_pipeline_is_loaded(expert: str, tmp_path: Path, run: Run) -> None:
+    tiny_wan.pipeline("experts").save_pretrained(tmp_path / "pipe")
+    source = videos(tmp_path, "wan", SIZE)
+    recipe = WanLongVideo(**COMMON, model=str(tmp_path / "pipe"), videos=source, lora=WAN_LORA, flow=NO_DROP)
+    loaded: list[Any] = []
+
+    def load(recipe: Any) -> Any:
+        # A folder without text encoders says so only by leaving them out.
+        loaded.append(load_pipeline(recipe, text_encoder=None, tokenizer=None))
+        return loaded[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(wan_long_video, "load_pipeline", load)
+        with closing(replace(recipe, expert=expert, dtype="bfloat16").task(run)) as task:
+            pipe = loaded[0]
+            assert task.model is (pipe.transformer if expert == "high" else pipe.transformer_2)
+            assert task.model.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+            assert math.isfinite(float(task.loss(task.batch(0, [0])).detach()))
+
+
+def test_the_shift_is_the_schedulers(wan: Any, hunyuan: Any, run: Run) -> None:
+    for recipe, shift in ((wan(), 3.0), (hunyuan(), 7.0)):
+        with closing(recipe.task(run)) as task:
+            assert task.material.shift == shift
+            seed = sample_seed(recipe.seed, 4)
+            expected = float(noise_levels([seed], shift)[0]) * 1000
+            assert float(task.batch(1, [0]).given["timestep"].flatten()[0]) == pytest.approx(expected)
+
+
+def test_an_empty_prompt_stands_for_none(wan: Any, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_wan.pipeline()
+    pipe.text_encoder = torch.nn.Linear(1, 1)
+    pipe.text_encoder.device = torch.device("cpu")
+    asked: list[str] = []
+
+    def encode(pipe: Any, caption: str, device: Any, tokens: int | None) -> dict[str, Tensor]:
+        asked.append(caption)
+        return {"prompt_embeds": torch.full((9, 32), 7.0)}
+
+    recipe = wan(flow=FlowSettings(drop=0.5), batch=20)
+    monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: pipe)
+    monkeypatch.setattr(video_task, "encode_caption", encode)
+    with closing(recipe.task(run)) as task:
+        told = task.batch(0, range(20)).given["encoder_hidden_states"]
+        empty = (told == 7.0).flatten(1).all(1)
+        # 20 draws of a half: 10 with a standard deviation of 2.2.
+        assert asked == [""] and 2 <= int(empty.sum()) <= 18
+        assert not any((task.draw([1 << 40], task._kept_out, 0.0).given["encoder_hidden_states"] == 7.0).flatten())
+
+
+# ---------------------------------------------------------------------- report
+
+
+def test_the_report_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    settings = plain(read_recipe("moving_wan_long"))
+    assert wan_long_video_report.recipe_of(settings | {"recipe": "x"}) == read_recipe("moving_wan_long")
+    lengths = []
+    for times in (2, 4):
+        names = ("dense, not adapted", "radial, not adapted", "radial + LoRA", "dense + LoRA")
+        row = {"flow_loss": 0.25, "right": 0.5, "motion_error": 1.0, "seen": 1.0, "flicker": 0.01, "psnr": 20.0}
+        lengths.append(
+            {
+                "times": times,
+                "rows": {name: {**row, "psnr": None} if name == "dense + LoRA" else row for name in names},
+                "clips": {name: torch.rand(2, 12 * times, 3, 24, 24) for name in names},
+                "steps": {
+                    kind: {"density": 0.2, "processor_seconds": 1.5, "peak_memory": 1 << 30}
+                    for kind in ("dense", "radial")
+                },
+                "dense": settings,
+                "radial": settings,
+            }
+        )
+    wan_long_video_report.write(lengths, tmp_path)
+    text = (tmp_path / "wan_long_video.md").read_text()
+    assert "4x, 48 frames" in text and "6912" in text and "1024" in text and "0.2500" in text
+    assert "clips" not in json.loads((tmp_path / "wan_long_video.json").read_text())["lengths"][0]
+    assert (tmp_path / "wan_long_video.png").stat().st_size > 10_000
+
+
+def test_the_report_evaluates_what_was_trained(run: Run) -> None:
+    scenes = SceneSettings(frames=4, height=12, width=12, turn=3, clips=0, sampling_steps=1, guidance=1.0)
+    recipe = scenes_recipe(scenes=scenes, extend=2)
+    with closing(recipe.task(run)) as task:
+        for p in task.trained().values():
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+        task.save(run.output / "result", {})
+        with torch.no_grad():
+            expected = task.held_out_loss()
+    (run.output / "settings.json").write_text(json.dumps(plain(recipe) | {"recipe": "wan_long_video"}))
+    found = {w: wan_long_video_report.piece(run.output, w, None, 1, 2) for w in ("before", "after")}
+    losses = {when: json.loads(file.read_text()) for when, file in found.items()}
+    assert losses["after"]["flow_loss"] == pytest.approx(expected)
+    assert losses["before"]["flow_loss"] != pytest.approx(expected) and losses["before"]["density"] < 1
+    clip = wan_long_video_report.piece(run.output, "after", 0, 1, 2)
+    assert load_file(clip)["clip"].shape == (1, 8, 3, 12, 12)
+    found["after"].write_text("kept")
+    assert wan_long_video_report.piece(run.output, "after", None, 1, 2).read_text() == "kept"
+    with pytest.raises(ValueError, match="`saved` must have the weights"):
+        wan_long_video_report.put_weights({"a.default.weight": torch.nn.Parameter(torch.zeros(1))}, {})
 
 
 # ---------------------------------------------------------------------- scenes that turn
