@@ -4,25 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, make_patch
+from hf_sparse_attn.candidates import default_candidates
 from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy
-from hf_sparse_attn.context import check_int
+from hf_sparse_attn.context import TokenLayout, check_int
+from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.profile_command import default_metric
+from hf_sparse_attn.profiling import profile
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.rope_scaling import RopeSettings, scale_rope
-from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text
+from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
 
 # Sources that come apart into text to train on and text to evaluate on.
 _SHIPPED = frozenset({"needles", "standard_library"})
 _BYTES = 256
+_NEEDLE_METRIC = default_metric("byte_llama")
+
+# What `sparse.method` is called where the method is a profile that is found first.
+_PROFILE = "profile"
 
 How = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateSettings:
+    """A method that heads may get, with its parameters."""
+
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """How a method is found for every head, before the first step; see hsa.profile.
+
+    Damage is the error of a layer's output, and of documents with needles also what is lost of the attention to the
+    answers.
+
+    Args:
+        candidates: to choose from, besides dense attention; none takes those that suit the length. Methods without a
+            backward pass are left out of these.
+        budget: share of the dense cost.
+        samples: of the training text that it is measured on.
+    """
+
+    candidates: tuple[CandidateSettings, ...] = ()
+    budget: float = 0.25
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("samples", self.samples, 1)
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"`budget` must be more than 0 and at most 1, got {self.budget}")
+
+    def methods(self, length: int) -> list[Method]:
+        """The candidates for texts of so many tokens."""
+        if self.candidates:
+            return [make_method(entry.method, entry.params) for entry in self.candidates]
+        return [m for m in default_candidates(TokenLayout.causal(length)) if m.trainable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +83,7 @@ class LlamaLongContext(AdapterRecipe):
 
     Args:
         data: text to train on; its `length` is the new context.
+        profile: how a method is found for every head; `sparse.method` is then "profile".
         rope: how positions are stretched; None leaves them.
         train_with: attention while training: that of `sparse`, or the model's own.
         evaluate_with: attention that held-out text is read with, each in turn; the first is what the bundle puts on
@@ -48,6 +97,7 @@ class LlamaLongContext(AdapterRecipe):
 
     data: TextSettings
     rope: RopeSettings | None = None
+    profile: ProfileSettings | None = None
     train_with: How = "sparse"
     evaluate_with: tuple[How, ...] = ("sparse", "dense")
     held_out: TextSettings | None = None
@@ -70,6 +120,9 @@ class LlamaLongContext(AdapterRecipe):
             raise ValueError("`evaluate_with` must be sparse, dense or both, got none")
         if self.sparse is None and "sparse" in (self.train_with, *self.evaluate_with):
             raise ValueError("`sparse` must be given to train or evaluate with sparse attention, got none")
+        named = self.sparse is not None and self.sparse.method == _PROFILE
+        if named != (self.profile is not None):
+            raise ValueError(f"`profile` and `sparse.method: {_PROFILE}` must be given together, got one of them")
         if self.held_out is None and self.data.source not in _SHIPPED:
             raise ValueError(f"`held_out` must be given for text of one's own, got none for {self.data.source!r}")
 
@@ -106,13 +159,19 @@ class LongContextTask(AdapterTask):
                 )
         model.to(run.device)
         parts = CausalParts(model)
-        if recipe.sparse is not None and recipe.train_with == "dense":
+        sparse = recipe.sparse
+        if sparse is not None and recipe.profile is not None:
+            with run.main_first():
+                sparse = replace(sparse, method=str(_find_profile(recipe.profile, model, self.data, run)))
+        if sparse is not None and recipe.train_with == "dense":
             # What is put on for evaluations alone must be refused before the first step as well.
-            make_patch(model, recipe.sparse).remove()
-        trained_with = recipe if recipe.train_with == "sparse" else replace(recipe, evaluate_with=("dense",), sparse=None)
+            make_patch(model, sparse).remove()
+        used = sparse if recipe.train_with == "sparse" else None
+        trained_with = replace(recipe, evaluate_with=(recipe.train_with,), sparse=used, profile=None)
         rope = None if recipe.rope is None else {k: v for k, v in plain(recipe.rope).items() if v is not None}
         super().__init__(trained_with, run, model, base_model=recipe.model, rope=rope)
         self.recipe: LlamaLongContext = recipe
+        self.sparse = sparse
         self.parts = parts
         self._undo_rope = undo_rope
 
@@ -125,7 +184,7 @@ class LongContextTask(AdapterTask):
         return float(batch.weights[:, 1:].sum())
 
     def loss(self, batch: TextSample) -> Tensor:
-        return self._loss(self.parts.hidden(batch.ids), batch)
+        return text_loss(self.parts, self.parts.hidden(batch.ids), batch, self.recipe.loss_positions)
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out text, named what_how_length.
@@ -137,7 +196,7 @@ class LongContextTask(AdapterTask):
         for how in self.recipe.evaluate_with:
             with self.attention(how):
                 for length, data in self.held_out.items():
-                    found = self._figures(data)
+                    found = held_out_figures(self.parts, data, self.recipe, self.run.device)
                     figures.update({f"{name}_{how}_{length}": value for name, value in found.items()})
                 if how == "sparse" and self.patch is not None:
                     figures["density"] = self.patch.report().density
@@ -157,7 +216,7 @@ class LongContextTask(AdapterTask):
             self._switch(trained_with)
 
     def bundle_parts(self) -> dict[str, Any]:
-        return {"sparse": self.recipe.sparse if self.recipe.evaluate_with[0] == "sparse" else None}
+        return {"sparse": self.sparse if self.recipe.evaluate_with[0] == "sparse" else None}
 
     def close(self) -> None:
         if self.patch is not None:
@@ -170,35 +229,43 @@ class LongContextTask(AdapterTask):
         if how == "dense" and self.patch is not None:
             self.patch.remove()
             self.patch = None
-        elif how == "sparse" and self.recipe.sparse is not None:
-            self.patch = make_patch(self.model, self.recipe.sparse)
+        elif how == "sparse" and self.sparse is not None:
+            self.patch = make_patch(self.model, self.sparse)
 
-    def _loss(self, hidden: Tensor, batch: TextSample) -> Tensor:
-        positions = self.recipe.loss_positions or self.parts.positions
-        shifted = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
-        return chunked_cross_entropy(*shifted, self.parts.logits, positions)
 
-    @torch.no_grad()
-    def _figures(self, data: TextData) -> dict[str, float]:
-        total, count, answers = 0.0, 0.0, []
-        device = self.run.device
-        for index in range(self.recipe.evaluation_samples):
-            document = data.document(index) if isinstance(data, NeedleData) else None
-            sample = data[index]
-            ids = sample.ids[None].to(device)
-            weights = sample.weights if document is None else document.code_mask.float()
-            hidden = self.parts.hidden(ids)
-            batch = TextSample(ids, weights[None].to(device))
-            total += float(self._loss(hidden, batch))
-            count += self.weight(batch)
-            if document is not None:
-                asked = torch.tensor([list(needle.answer_positions) for needle in document.needles], device=device)
-                told = self.parts.logits(hidden[:, (asked - 1).flatten()])[0].argmax(-1).view(asked.shape)
-                answers += (told == ids[0, asked]).all(-1).tolist()
-        found = {"loss": total / count}
-        if answers:
-            found["needles"] = sum(answers) / len(answers)
-        return found
+def text_loss(parts: CausalParts, hidden: Tensor, batch: TextSample, positions: int | None = None) -> Tensor:
+    """Weighted sum of the next-token losses of samples, in nats.
+
+    Args:
+        parts: the model.
+        hidden: what it makes of the samples.
+        batch: the samples, [batch, length].
+        positions: as `loss_positions` of the recipe.
+    """
+    shifted = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
+    return chunked_cross_entropy(*shifted, parts.logits, positions or parts.positions)
+
+
+@torch.no_grad()
+def held_out_figures(
+    parts: CausalParts, data: TextData, recipe: LlamaLongContext, device: torch.device
+) -> dict[str, float]:
+    """`loss` and, of documents with needles, `needles`, over the first samples; see LongContextTask.evaluate."""
+    total, count = 0.0, 0.0
+    answers: list[bool] = []
+    for index in range(recipe.evaluation_samples):
+        document = data.document(index) if isinstance(data, NeedleData) else None
+        sample = data[index]
+        weights = sample.weights if document is None else document.code_mask.float()
+        batch = TextSample(sample.ids[None].to(device), weights[None].to(device))
+        hidden = parts.hidden(batch.ids)
+        total += float(text_loss(parts, hidden, batch, recipe.loss_positions))
+        count += float(batch.weights[:, 1:].sum())
+        if document is not None:
+            asked = torch.tensor([list(needle.answer_positions) for needle in document.needles], device=device)
+            told = parts.logits(hidden[:, (asked - 1).flatten()])[0].argmax(-1).view(asked.shape)
+            answers += (told == batch.ids[0, asked]).all(-1).tolist()
+    return {"loss": total / count} | ({"needles": sum(answers) / len(answers)} if answers else {})
 
 
 def load_language_model(source: str, dtype: Any) -> tuple[Any, Any]:
@@ -220,6 +287,28 @@ def load_language_model(source: str, dtype: Any) -> tuple[Any, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     reads_bytes = model.config.get_text_config().vocab_size == _BYTES
     return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
+
+
+def _find_profile(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:
+    """The folder with a profile of the model as it is now; one that a resumed run finds there stays."""
+    folder = run.output / "profile"
+    if folder.is_dir():
+        HeadProfile.from_pretrained(folder).check(model)
+        return folder
+    methods = settings.methods(data.length)
+    for method in methods:
+        if not method.trainable:
+            raise ValueError(f"`profile.candidates` must have a backward pass, got {method.name!r}, which has none")
+    batches: list[dict[str, Any]] = []
+    for number in range(settings.samples):
+        index = sample_order(data.seed, len(data), number)
+        batches.append({"input_ids": data[index].ids[None].to(run.device)})
+        if isinstance(data, NeedleData):
+            batches[-1]["needles"] = data.document(index).questions
+    metric = _NEEDLE_METRIC if isinstance(data, NeedleData) else "layer_error"
+    found = profile(model, batches, methods, settings.budget, metric, progress=run.progress, source="training text")
+    found.save_pretrained(folder)
+    return folder
 
 
 def _check_lengths(recipe: LlamaLongContext, model: Any) -> None:

@@ -215,7 +215,7 @@ def test_models_that_cannot_be_stretched():
         "sdpa", rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0, **llama3}
     )
     plain = _logits(model)
-    with pytest.raises(ValueError, match="'yarn' needs .* of type default or yarn, got 'llama3'; type 'ntk'"):
+    with pytest.raises(ValueError, match=r"'yarn' needs .* of type default or yarn, got 'llama3'; type 'ntk'"):
         scale_rope(model, {"type": "yarn", "factor": 2.0})
     undo = scale_rope(model, {"type": "ntk", "factor": 2.0})
     assert model.config.rope_parameters["factor"] == 8.0 and not torch.equal(_logits(model), plain)
