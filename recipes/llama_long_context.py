@@ -162,7 +162,7 @@ class LongContextTask(AdapterTask):
         sparse = recipe.sparse
         if sparse is not None and recipe.profile is not None:
             with run.main_first():
-                sparse = replace(sparse, method=str(_find_profile(recipe.profile, model, self.data, run)))
+                sparse = replace(sparse, method=str(profile_folder(recipe.profile, model, self.data, run)))
         if sparse is not None and recipe.train_with == "dense":
             # What is put on for evaluations alone must be refused before the first step as well.
             make_patch(model, sparse).remove()
@@ -289,8 +289,15 @@ def load_language_model(source: str, dtype: Any) -> tuple[Any, Any]:
     return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
 
 
-def _find_profile(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:
-    """The folder with a profile of the model as it is now; one that a resumed run finds there stays."""
+def profile_folder(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:
+    """The folder with a profile of the model as it is now; one that a resumed run finds there stays.
+
+    Args:
+        settings: how it is found.
+        model: on the device of the run, not patched.
+        data: text to measure on.
+        run: where it runs; the profile goes into the folder "profile" of its output.
+    """
     folder = run.output / "profile"
     if folder.is_dir():
         HeadProfile.from_pretrained(folder).check(model)

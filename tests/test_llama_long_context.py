@@ -14,7 +14,12 @@ from hf_sparse_attn.corpus import needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.dispatch import BackendUnavailable
 from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.recipe_config import build_config, plain
-from hf_sparse_attn.recipes.llama_long_context import LlamaLongContext, LongContextTask, load_language_model
+from hf_sparse_attn.recipes.llama_long_context import (
+    LlamaLongContext,
+    LongContextTask,
+    ProfileSettings,
+    load_language_model,
+)
 from hf_sparse_attn.rope_scaling import scale_rope
 
 LENGTH = 301
@@ -189,6 +194,42 @@ def test_the_bundle_puts_on_what_is_evaluated_first(model: str, tmp_path: Path, 
         assert (bundle.patch.method.name if bundle.patch is not None else None) == method
 
 
+PROFILED: dict[str, Any] = {
+    "sparse": {"method": "profile", "min_tokens": 0},
+    "profile": {
+        "budget": 0.5,
+        "candidates": [
+            {"method": "sliding_window", "params": {"window": 64, "sink": 8, "block_size": 16}},
+            {"method": "block_topk", "params": {"density": 0.25, "block_size": 16}},
+        ],
+    },
+}
+
+
+def test_a_profile_is_found_first_kept_for_a_resumed_run_and_put_into_the_bundle(model: str, tmp_path: Path) -> None:
+    made = task(model, tmp_path, **PROFILED)
+    assert made.patch is not None and made.patch.method.name == "head_profile"
+    found = hsa.HeadProfile.from_pretrained(tmp_path / "profile")
+    assert found.density <= 0.5 and {m.name for m in found.methods} <= {"dense", "sliding_window", "block_topk"}
+    # Of the model as it is trained, with stretched positions.
+    with pytest.raises(ValueError):
+        found.check(load_language_model(model, torch.float32)[0])
+    before = (tmp_path / "profile" / "head_profile.json").stat().st_mtime_ns
+    made.save(tmp_path / "bundle", {})
+    made.close()
+    task(model, tmp_path, **PROFILED).close()
+    assert (tmp_path / "profile" / "head_profile.json").stat().st_mtime_ns == before
+    loaded, _ = load_language_model(model, torch.float32)
+    with hsa.load_bundle(loaded, tmp_path / "bundle") as bundle:
+        assert bundle.patch is not None and bundle.patch.method.name == "head_profile"
+        assert bundle.recipe["sparse"]["method"] == "profile"
+
+
+def test_candidates_of_a_profile_where_none_are_given_can_train() -> None:
+    methods = ProfileSettings().methods(4096)
+    assert len(methods) > 5 and all(method.trainable for method in methods)
+
+
 def test_text_of_ones_own(model: str, tmp_path: Path) -> None:
     for name, count in (("train", 3000), ("held", 900)):
         (tmp_path / f"{name}.txt").write_text("one two three four\n" * (count // 19), encoding="utf-8")
@@ -240,6 +281,19 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such module": ({"lora": {"targets": ["query"]}}, ValueError, "query"),
     "no sparse attention": ({"sparse": None}, ValueError, "`sparse` must be given"),
     "nothing to evaluate": ({"evaluate_with": []}, ValueError, "`evaluate_with` must be"),
+    "a profile that is not asked for": ({"profile": {}}, ValueError, "must be given together"),
+    "a profile without settings": ({"sparse": {"method": "profile"}}, ValueError, "must be given together"),
+    "a budget of nothing": (PROFILED | {"profile": {"budget": 0.0}}, ValueError, "`budget` must be more than 0"),
+    "an unknown candidate": (
+        PROFILED | {"profile": {"candidates": [{"method": "sliding"}]}},
+        ValueError,
+        "sliding_window",
+    ),
+    "a candidate without a backward pass": (
+        PROFILED | {"profile": {"candidates": [{"method": "@no_backward"}]}},
+        ValueError,
+        "`profile.candidates` must have a backward pass",
+    ),
     "an unknown attention": ({"train_with": "flash"}, ValueError, "one of sparse, dense"),
     "no positions": ({"loss_positions": 0}, ValueError, "`loss_positions`"),
     "a length of one token": ({"evaluation_lengths": [1]}, ValueError, "`evaluation_lengths`"),
@@ -252,16 +306,18 @@ def test_refused_before_the_first_step(model: str, tmp_path: Path, case: str, mo
     changes, error, message = REFUSED[case]
     (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     text = {"@short": str(tmp_path / "short.txt"), "@no_backward": "sliding_window"}
-    if changes.get("sparse") and changes["sparse"]["method"] == "@no_backward":
+    if "@no_backward" in str(changes):
         monkeypatch.setattr(hsa.get_method("sliding_window"), "trainable", False)
-    filled = {
-        key: {k: text.get(v, v) if isinstance(v, str) else v for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-        for key, value in changes.items()
-    }
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [filled(inner) for inner in value]
+        return text.get(value, value) if isinstance(value, str) else value
+
     with pytest.raises(error, match=message):
-        task(model, tmp_path, **filled)
+        task(model, tmp_path, **filled(changes))
 
 
 def test_the_shipped_recipe_reads() -> None:
