@@ -112,13 +112,28 @@ def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> 
 
 
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that compute a transformers model's rotary positions from its config."""
+    """Modules that compute a transformers model's rotary positions of text from its config.
+
+    In a model of images and text those of the vision tower are none of them.
+    """
+    text = _text_config(model)
     return [
         module
         for module in model.modules()
         if any(name.endswith("inv_freq") for name in module._buffers)
-        and isinstance(getattr(getattr(module, "config", None), "rope_parameters", None), dict)
+        # A model may give a module a copy of its config.
+        and type(getattr(module, "config", None)) is type(text)
+        and isinstance(getattr(module.config, "rope_parameters", None), dict)
     ]
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the outermost transformers model, or of its text decoder; None where there is none."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "get_text_config"):
+            return config.get_text_config(decoder=True)
+    return None
 
 
 class _Changes:
@@ -164,14 +179,12 @@ class _Changes:
                 setattr(owner, name, before)
 
 
-def _configs(model: Any, rotary: list[nn.Module]) -> list[Any]:
+def _configs(model: nn.Module, rotary: list[nn.Module]) -> list[Any]:
     """The configs that the modules read, and the model's own where that is another object."""
-    found = [module.config for module in rotary]
-    own = getattr(model, "config", None)
-    if hasattr(own, "get_text_config"):
-        text: Any = own.get_text_config(decoder=True)
-        if isinstance(getattr(text, "rope_parameters", None), dict):
-            found.append(text)
+    found: list[Any] = [module.config for module in rotary]
+    text = _text_config(model)
+    if isinstance(getattr(text, "rope_parameters", None), dict):
+        found.append(text)
     return list({id(config): config for config in found}.values())
 
 
@@ -187,12 +200,19 @@ def _planned(config: Any, settings: RopeSettings) -> dict[str, Any]:
         lengths = [_stretch(value, config, settings) for value in wide.values()]
     else:
         lengths = [_stretch(after, config, settings)]
-    longest = max(config.max_position_embeddings, *lengths)
+    longest = max(_length(config), *lengths)
     changed = {"rope_parameters": after, "max_position_embeddings": longest}
     if settings.type == "yarn" and hasattr(config, "original_max_position_embeddings"):
         # Where a config has this one, transformers puts it before the one in the parameters.
         changed["original_max_position_embeddings"] = _original(after if not layers else wide.popitem()[1])
     return changed
+
+
+def _length(config: Any) -> int:
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        raise ValueError(f"`model` must have max_position_embeddings in its config, got {found!r}")
+    return found
 
 
 def _original(parameters: dict[str, Any]) -> int:
@@ -202,7 +222,7 @@ def _original(parameters: dict[str, Any]) -> int:
 def _stretch(parameters: dict[str, Any], config: Any, settings: RopeSettings) -> int:
     """Changes rope parameters of transformers; returns the length they are then good for."""
     kind, factor = parameters.get("rope_type", "default"), float(settings.factor)
-    length = settings.original_length or config.max_position_embeddings
+    length = settings.original_length or _length(config)
     if settings.type == "ntk":
         _check_kind(kind, _BASED, settings)
         # The slowest of dim / 2 frequencies is base ** -((dim - 2) / dim).
@@ -217,7 +237,7 @@ def _stretch(parameters: dict[str, Any], config: Any, settings: RopeSettings) ->
     if settings.type == "linear":
         return math.ceil(length * factor)
     known = parameters.get("original_max_position_embeddings") if kind == "yarn" else None
-    original = settings.original_length or known or config.max_position_embeddings
+    original = settings.original_length or known or _length(config)
     parameters["original_max_position_embeddings"] = int(original)
     parameters.update(settings.of_yarn())
     return math.ceil(original * stretched * factor)
