@@ -241,8 +241,8 @@ def _host(model: Any, part: str) -> nn.Module:
     parts = _parts(model)
     if len(parts) > 1 and part not in parts:
         raise ValueError(
-            f"`model` must be {' or '.join(parts)} of the {type(model).__name__}: the bundle does not say which of them "
-            "it is for"
+            f"`model` must be {' or '.join(parts)} of the {type(model).__name__}: the bundle does not say which of "
+            "them it is for"
         )
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     found = parts.get(part, next(iter(parts.values()), inner))

@@ -54,7 +54,13 @@ class VideoSettings:
 
 
 def open_videos(
-    settings: VideoSettings, pipe: Any, *, cache: Path, run: Run | None = None, shard_bytes: int = _SHARD_BYTES
+    settings: VideoSettings,
+    pipe: Any,
+    *,
+    cache: Path,
+    run: Run | None = None,
+    family: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
 ) -> LatentData:
     """Opens videos as latents; those that have not been encoded before are encoded now, with a progress bar.
 
@@ -67,15 +73,17 @@ def open_videos(
         pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile.
         cache: folder for latents, made if missing.
         run: where the training runs; the first process encodes and the others wait.
+        family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
         shard_bytes: about how large a file of the cache is.
 
     Raises:
         ValueError: a size that the VAE cannot take, a video that cannot be read or has no caption, or latents of
             another size.
         FileNotFoundError: no such folder, or nothing in it.
-        TypeError: a VAE of an unknown class.
+        TypeError: a VAE of an unknown class, or of another family.
         MissingExtra: nothing that reads the videos is installed.
     """
+    check_vae(getattr(pipe, "vae", None), family)
     shape = latent_shape(settings, pipe)
     source = Path(settings.source).expanduser()
     if (source / INDEX).is_file():
@@ -159,10 +167,8 @@ def _encode(
 
     kept = set(writer.names)
     wanted = [clip for clip in clips if clip.name not in kept]
-    bar = tqdm(
-        wanted, "encode videos", len(clips), initial=len(kept), unit="video", disable=None if progress else True
-    )
-    for clip in bar:
+    hidden = None if progress else True
+    for clip in tqdm(wanted, "encode videos", len(clips), initial=len(kept), unit="video", disable=hidden):
         try:
             video = read_clip(clip, settings.frames, settings.height, settings.width, settings.fps)
         except ShortClipError:

@@ -112,11 +112,11 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
             raise ValueError(f"`fps` must be at most the {rate:g} of the video, got {fps:g} for {clip.name}")
         step = max(1.0, rate / fps)
     wanted = [math.floor(i * step + 0.5) for i in range(frames)]
-    kept = []
+    kept: list[Tensor] = []
     try:
         for number, frame in enumerate(decoded):
             if number == wanted[len(kept)]:
-                kept.append(_fitted(torch.from_numpy(np.ascontiguousarray(frame)), height, width))
+                kept.append(_fitted(torch.from_numpy(np.array(frame)), height, width))
                 if len(kept) == frames:
                     return torch.stack(kept, 1)
     except MissingExtra:
@@ -125,8 +125,8 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
     except Exception as error:
         raise ValueError(f"`source` must hold videos that can be read, got {clip.path}: {error}") from error
     raise ShortClipError(
-        f"`frames` must be at most what every video has, {frames} of them take {wanted[-1] + 1} frames of {clip.name}, "
-        "which has fewer; `skip_short` leaves such videos out"
+        f"`frames` must be at most what every video has, got {frames}, for which {clip.name} must have "
+        f"{wanted[-1] + 1} frames and has fewer; `skip_short` leaves such videos out"
     )
 
 
@@ -246,14 +246,14 @@ def _pillow() -> Any:
 
 
 def _reader() -> Any:
-    """The first reader of video files that is installed."""
+    """The first reader of video files that is installed; av is the one that the extra brings."""
     for package, read in (("av", _by_av), ("imageio", _by_imageio), ("decord", _by_decord)):
         try:
             __import__(package)
         except ImportError:
             continue
         return read
-    raise MissingExtra("reading video files", "av, imageio with imageio-ffmpeg, or decord", "video")
+    raise MissingExtra("reading video files", "av", "video")
 
 
 def _by_av(path: Path) -> Decoded:

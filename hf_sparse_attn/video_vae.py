@@ -31,32 +31,39 @@ class _Rules:
     """Of one class of VAE.
 
     Args:
+        family: of the transformers that take its latents.
         normal: shift and factor, [channels or 1, 1, 1, 1]: latents for the transformer are (z - shift) * factor.
         prompt: names of what `encode_prompt` of its pipelines returns; None for what is not kept.
     """
 
+    family: str
     normal: Callable[[Any], tuple[Tensor, Tensor]]
     prompt: tuple[str | None, ...]
 
 
 _HUNYUAN_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 _RULES = {
-    "AutoencoderKLWan": _Rules(_mean_and_std, ("prompt_embeds", None)),
+    "AutoencoderKLWan": _Rules("wan", _mean_and_std, ("prompt_embeds", None)),
     "AutoencoderKLHunyuanVideo": _Rules(
-        _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+        "hunyuan_video", _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     ),
-    "AutoencoderKLHunyuanVideo15": _Rules(_scaling_factor, _HUNYUAN_15),
+    "AutoencoderKLHunyuanVideo15": _Rules("hunyuan_video", _scaling_factor, _HUNYUAN_15),
 }
 
 
-def check_vae(vae: Any) -> None:
-    """Refuses a VAE that nothing here knows.
+def check_vae(vae: Any, family: str | None = None) -> None:
+    """Refuses a VAE that nothing here knows, or one that does not go with a family.
 
     Raises:
         TypeError: it is of another class.
+        ValueError: an unknown family.
     """
-    if type(vae).__name__ not in _RULES:
-        raise TypeError(f"`vae` must be one of {', '.join(_RULES)}; got {type(vae).__name__}")
+    families = sorted({rules.family for rules in _RULES.values()})
+    if family is not None and family not in families:
+        raise ValueError(f"`family` must be {' or '.join(families)}, got {family!r}")
+    fitting = [name for name, rules in _RULES.items() if family in (None, rules.family)]
+    if type(vae).__name__ not in fitting:
+        raise TypeError(f"`vae` must be {' or '.join(fitting)}; got {type(vae).__name__}")
 
 
 def normalised(vae: Any, z: Tensor) -> Tensor:
@@ -121,13 +128,11 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
         # Releases of diffusers without this check fail in the middle of their own code.
         if error.name != "ftfy":
             raise
-        raise ImportError(
-            f"{type(pipe).__name__} needs ftfy to read prompts (pip install ftfy)", name="ftfy"
-        ) from error
+        raise ImportError("encode_prompt of this pipeline needs ftfy (pip install ftfy)", name="ftfy") from error
     names = _RULES[type(pipe.vae).__name__].prompt
     if len(made) != len(names):
         raise ValueError(
-            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} of {type(pipe).__name__}"
+            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} from {type(pipe).__name__}"
         )
     return {name: value[0] for name, value in zip(names, made, strict=True) if name is not None}
 
@@ -137,9 +142,7 @@ def fingerprint(module: Any) -> str:
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
     # Where it came from and who saved it change nothing.
     said = {k: v for k, v in config.items() if not k.startswith("_") and not k.endswith("version")}
-    tiling = {
-        name: getattr(module, name) for name in ("use_tiling", "use_framewise_encoding") if hasattr(module, name)
-    }
+    tiling = [getattr(module, name, None) for name in ("use_tiling", "use_framewise_encoding")]
     found = hashlib.sha256(json.dumps([type(module).__name__, said, tiling], sort_keys=True, default=str).encode())
     for name, weight in module.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
