@@ -206,8 +206,7 @@ def attend_sparse(
     """
     session, record = state.session, state.record
     q_len, kv_len = q.shape[2], k.shape[2]
-    if session.method.name == "dense":
-        record.dense_reasons["method dense"] += 1
+    if session.as_before(record):
         return None
     if mask is None and kwargs.get("is_causal") is True and getattr(module, "is_causal", False):
         raise ValueError(
