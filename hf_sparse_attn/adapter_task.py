@@ -171,9 +171,7 @@ def check_backward(sparse: SparseSettings, model: nn.Module) -> None:
     profile = find_profile(sparse.method)
     method = make_method(sparse.method, sparse.params) if profile is None else profile.method()
     if not method.trainable:
-        raise ValueError(
-            f"`sparse.method` must have a backward pass to train with, got {method.name!r}, which has none"
-        )
+        raise ValueError(f"`sparse.method` must have a backward pass, got {method.name!r}, which has none")
     if sparse.backend == "auto":
         return
     weight = next(model.parameters())

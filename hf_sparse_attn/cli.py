@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, eval. Tables go to stdout."""
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, train, eval. Tables go to stdout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
         try:
-            args = _parser().parse_args(argv)
+            args = _parsed(argv)
             status = int(args.run(args))
             sys.stdout.flush()
             return status
@@ -54,6 +54,18 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from hf_sparse_attn.patching import DenseFallback
 
     return ValueError, TypeError, OSError, BackendUnavailable, DenseFallback, MissingExtra
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments; settings of a recipe may stand behind the options as well."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train" and args.recipe is not None:
+        args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in args.settings]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +146,12 @@ def _parser() -> _Parser:
     evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
+
+    train = command("train", _train, "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention")
+    train.add_argument("recipe", nargs="?", help="a YAML file, or one that comes with the package; none lists those")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="in place of the file's: optimizer.beta1=0.9")
+    train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
 
     report = command("report", _report, "show a head profile: tables, and a page with pictures")
     report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
@@ -286,6 +304,12 @@ def _profile(args: argparse.Namespace) -> int:
 
     print(profile_command.main(args))
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from hf_sparse_attn import train_command
+
+    return train_command.main(args, _width())
 
 
 def _eval(args: argparse.Namespace) -> int:

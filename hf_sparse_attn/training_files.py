@@ -1,0 +1,202 @@
+"""What a training writes: settings, log, checkpoints and the result; readable after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_sparse_attn.recipe import Task
+
+# Settings that change how a run goes about its work, not what it computes.
+_FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
+# Adam keeps two numbers for each weight, and the checkpoint before stands until the new one is complete.
+_ADAM, _CHECKPOINTS = 2, 2
+
+
+class TrainingFiles:
+    """The folder of a training.
+
+    It holds `settings.json`, `log.jsonl` (a line for every step and evaluation), `checkpoints/` with the last one, and
+    in the end `result/` and `figures.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.result = folder / "result"
+        self._checkpoints = folder / "checkpoints"
+        self._log = folder / "log.jsonl"
+        self._entries: list[dict[str, Any]] = []
+
+    def open(self, settings: dict[str, Any], resume: bool) -> None:
+        """Makes the folder, or checks that it holds a training with these settings.
+
+        Raises:
+            ValueError: it holds one and `resume` is not set, or the settings differ.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "settings.json"
+        text = json.dumps(settings, indent=2)
+        if file.is_file():
+            if not resume:
+                raise ValueError(
+                    f"`output` must be a folder without a training, got {self.folder}: resume it, or choose another"
+                )
+            before = _read_json(file)
+            names = sorted({*settings, *before} - _FREE)
+            plain = json.loads(text)
+            for name in names:
+                if before.get(name) != plain.get(name):
+                    raise ValueError(
+                        f"`{name}` must be as in the training of {self.folder}, {before.get(name)!r}, "
+                        f"got {plain.get(name)!r}"
+                    )
+        write_text(file, text)
+
+    def load(
+        self,
+        weights: dict[str, nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        task: Task,
+        device: torch.device,
+    ) -> int:
+        """Takes the last checkpoint back; returns the number of steps done.
+
+        Raises:
+            ValueError: the checkpoint is of other weights.
+        """
+        from safetensors.torch import load_file
+
+        found = self._last()
+        step = 0 if found is None else int(found.name.removeprefix("step-"))
+        if found is not None:
+            kept = load_file(found / "weights.safetensors", device=str(device))
+            if {n: tuple(t.shape) for n, t in kept.items()} != {n: tuple(p.shape) for n, p in weights.items()}:
+                odd = sorted(set(kept) ^ set(weights))[:5] or "shapes"
+                raise ValueError(f"the checkpoint {found} must hold the weights that are trained, got other {odd}")
+            with torch.no_grad():
+                for name, parameter in weights.items():
+                    parameter.copy_(kept[name])
+            states = torch.load(found / "optimizers.pt", weights_only=True, map_location=device)
+            for optimizer, state in zip(optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
+            task.load_state(load_file(found / "state.safetensors", device=str(device)))
+        self._entries = [e for e in self._read_log() if e["step"] <= step]
+        return step
+
+    def save(
+        self,
+        step: int,
+        weights: dict[str, nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        task: Task,
+    ) -> None:
+        """Writes a checkpoint, then removes those before it."""
+        from safetensors.torch import save_file
+
+        # What a step noted is written before the checkpoint that counts it.
+        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        self._checkpoints.mkdir(exist_ok=True)
+        scratch = self._checkpoints / ".partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        save_file({n: p.detach().contiguous().clone() for n, p in weights.items()}, scratch / "weights.safetensors")
+        save_file({n: t.detach().contiguous().clone() for n, t in task.state().items()}, scratch / "state.safetensors")
+        torch.save([optimizer.state_dict() for optimizer in optimizers], scratch / "optimizers.pt")
+        done = self._checkpoints / f"step-{step:08d}"
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(scratch, done)
+        for old in self._all():
+            if old != done:
+                shutil.rmtree(old)
+
+    def finish(self, task: Task, figures: dict[str, Any]) -> None:
+        """Writes the result; the checkpoint, which nothing needs any more, goes."""
+        scratch = self.folder / ".result"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        task.save(scratch, figures)
+        shutil.rmtree(self.result, ignore_errors=True)
+        os.replace(scratch, self.result)
+        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    def figures(self) -> dict[str, Any] | None:
+        """The figures of a training that is finished, else None."""
+        file = self.folder / "figures.json"
+        return _read_json(file) if file.is_file() and self.result.is_dir() else None
+
+    def note(self, step: int, entry: dict[str, float]) -> None:
+        """Keeps what a step showed, for the log."""
+        self._entries.append({"step": step, **entry})
+
+    def note_evaluation(self, step: int, found: dict[str, float]) -> None:
+        """Keeps what an evaluation showed, and writes the log at once: evaluations are few and dear."""
+        self._entries.append({"step": step, "evaluation": found})
+        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What the steps showed so far, those before a resumption included."""
+        return [entry for entry in self._entries if "evaluation" not in entry]
+
+    def last(self, name: str) -> float:
+        """A value of the last step."""
+        return float(self.steps()[-1][name])
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """What an evaluation showed."""
+        found = [e["evaluation"] for e in self._entries if e["step"] == step and "evaluation" in e]
+        return dict(found[-1]) if found else {}
+
+    def _all(self) -> list[Path]:
+        return sorted(self._checkpoints.glob("step-*"))
+
+    def _last(self) -> Path | None:
+        found = self._all()
+        return found[-1] if found else None
+
+    def _read_log(self) -> list[dict[str, Any]]:
+        if not self._log.is_file():
+            return []
+        return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+
+
+def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> None:
+    """Raises where the disk cannot take the checkpoints and the result.
+
+    Raises:
+        OSError: naming how much is needed and how much is free.
+    """
+    own = sum(p.numel() * p.element_size() for p in weights.values())
+    state = sum(t.numel() * t.element_size() for t in task.state().values())
+    needed = _CHECKPOINTS * (own * (1 + _ADAM) + state) + task.result_bytes()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"`output` must have room for {needed / 2**20:,.0f} MiB of checkpoints and result, "
+            f"got {free / 2**20:,.0f} MiB free at {folder}"
+        )
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file by a finished one, so that an interruption leaves the old or the new."""
+    scratch = file.with_name(f".{file.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold an object, got {type(found).__name__}")
+    return found
