@@ -1,0 +1,223 @@
+"""Recipe distill_sparse: a model with sparse attention and a LoRA adapter learns to do what it does dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
+from hf_sparse_attn.context import check_int
+from hf_sparse_attn.matching import AttentionMatch, mean_error, teaching
+from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.train_scenes import SceneSettings
+from hf_sparse_attn.train_text import TextSettings
+from hf_sparse_attn.train_videos import VideoSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings:
+    """What is matched, each with its weight in the loss.
+
+    Args:
+        output: of the divergence of the next-token distributions, or of the squared error of the velocity.
+        attention: of the relative squared error of the attention outputs, mean over the layers.
+    """
+
+    output: float = 0.0
+    attention: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("output", "attention"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`match.{name}` must be 0 or more, got {getattr(self, name)}")
+        if not self.output and not self.attention:
+            raise ValueError("`match` must have a weight more than 0, got output 0 and attention 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """Noise levels that a video model is asked at; see flow_matching.noise_levels.
+
+    Args:
+        shift: middle of the odds of noise to latents.
+        spread: standard deviation of the logarithm of the odds.
+        drop: share of the samples without their condition, for guidance.
+    """
+
+    shift: float = 3.0
+    spread: float = 1.6
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "spread"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`noise.{name}` must be more than 0, got {getattr(self, name)}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"`noise.drop` must be from 0 to 1, got {self.drop}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSparse(AdapterRecipe):
+    """A sparse student learns from its dense self.
+
+    The teacher is the same model without adapter and patch, in the same step: there is no second copy in memory.
+
+    Args:
+        data: text for a language model; latents, videos or moving scenes for a video model.
+        match: "output": what the model gives, for which the teacher runs a forward of its own. "attention": the output
+            of every sparse attention against dense attention on the same q, k and v, which needs none. Or both, with
+            weights.
+        temperature: of the next-token distributions that are matched.
+        held_out: text to evaluate on; None takes the held-out part of the shipped text, and of other text its last
+            samples, which are then not trained on.
+        evaluation_samples: how many samples the figures are means over.
+        noise: for video models.
+    """
+
+    data: TextSettings | SceneSettings | VideoSettings
+    match: Literal["output", "attention"] | MatchSettings = "output"
+    temperature: float = 1.0
+    held_out: TextSettings | None = None
+    evaluation_samples: int = 4
+    noise: NoiseSettings = NoiseSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("evaluation_samples", self.evaluation_samples, 1)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be more than 0, got {self.temperature}")
+        for name in ("sparse", "lora"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` must be given to distill, got none")
+        if self.held_out is not None and not isinstance(self.data, TextSettings):
+            raise ValueError("`held_out` must be left out for video, got one")
+
+    @property
+    def weights(self) -> MatchSettings:
+        """What is matched, with weights."""
+        return self.match if isinstance(self.match, MatchSettings) else MatchSettings(**{self.match: 1.0})
+
+    def task(self, run: Run) -> DistillTask:
+        return DistillTask(self, run)
+
+
+class Material(Protocol):
+    """A kind of model with its data: text or video.
+
+    Attributes:
+        model: on the device of the run, in evaluation mode.
+        base_model: folder or Hub id that it came from.
+    """
+
+    model: nn.Module
+    base_model: str
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """Samples by their numbers over the whole training, on the device."""
+
+    def weights(self, batch: Any) -> Tensor:
+        """Weight of each sample in the loss, [batch]."""
+
+    def run(self, batch: Any) -> Any:
+        """What the model gives for a batch, for `output_loss`."""
+
+    def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Teacher) -> Tensor:
+        """Sum over the samples of weight times what their outputs are apart."""
+
+    def evaluate(self, teacher: Teacher, student: Dense, match: AttentionMatch) -> dict[str, float]:
+        """Figures on held-out samples."""
+
+
+class Teacher(Protocol):
+    """Makes a context in which the model is its own teacher."""
+
+    def __call__(self) -> AbstractContextManager[None]: ...
+
+
+class Dense(Protocol):
+    """Makes a context in which the student runs dense, its adapter in force."""
+
+    def __call__(self) -> AbstractContextManager[None]: ...
+
+
+class DistillTask(AdapterTask):
+    """See DistillSparse."""
+
+    recipe: DistillSparse
+
+    def __init__(self, recipe: DistillSparse, run: Run) -> None:
+        self.material = material(recipe, run)
+        super().__init__(recipe, run, self.material.model, base_model=self.material.base_model)
+        self.match = AttentionMatch(self._patch, trains=recipe.weights.attention > 0)
+        self._sparse = False
+
+    @property
+    def _patch(self) -> Any:
+        return self.patch
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """Within it the model is its own teacher."""
+        return teaching(self.model, self._patch, self.adapter)
+
+    def batch(self, step: int, samples: Sequence[int]) -> Any:
+        return self.material.batch(self.numbers(step, samples))
+
+    def weight(self, batch: Any) -> float:
+        return float(self.material.weights(batch).sum())
+
+    def loss(self, batch: Any) -> Tensor:
+        wanted = self.recipe.weights
+        weights = self.material.weights(batch)
+        taught = None
+        if wanted.output:
+            with self.teacher():
+                taught = self.material.run(batch)
+        with self.match.collecting() if wanted.attention else _nothing() as errors:
+            mine = self.material.run(batch)
+        self._check_sparse()
+        loss = torch.zeros((), device=weights.device)
+        if wanted.output:
+            loss = loss + wanted.output * self.material.output_loss(batch, mine, taught, self.teacher)
+        if wanted.attention:
+            loss = loss + wanted.attention * (mean_error(errors, len(weights)) * weights).sum()
+        return loss
+
+    def _check_sparse(self) -> None:
+        """Raises where the first batch ran dense: there would be nothing to learn."""
+        if self._sparse:
+            return
+        layers = self._patch.report().layers
+        if not any(layer.sparse_calls for layer in layers):
+            reasons = sorted({reason for layer in layers for reason in layer.reasons})
+            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {'; '.join(reasons)}")
+        self._sparse = True
+
+    def evaluate(self) -> dict[str, float]:
+        return self.material.evaluate(self.teacher, self._patch.paused, self.match)
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext([])
+
+
+def material(recipe: DistillSparse, run: Run) -> Material:
+    """Model and data of a recipe, by the kind of its data."""
+    if isinstance(recipe.data, TextSettings):
+        from hf_sparse_attn.recipes.distill_sparse_language import LanguageMaterial
+
+        return LanguageMaterial(recipe, run)
+    from hf_sparse_attn.recipes.distill_sparse_video import SceneMaterial, VideoMaterial
+
+    return SceneMaterial(recipe, run) if isinstance(recipe.data, SceneSettings) else VideoMaterial(recipe, run)
+
+
+RECIPE = DistillSparse
