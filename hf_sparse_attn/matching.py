@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -108,6 +109,22 @@ def mean_error(found: Sequence[tuple[int, Tensor]], batch: int) -> Tensor:
     if any(error.shape != (batch,) for _, error in found):
         raise ValueError(f"attention matching must have {batch} samples without padding in every call")
     return torch.stack([error.to(found[0][1].device) for _, error in found]).mean(0)
+
+
+def layer_figures(found: Sequence[tuple[int, Tensor]]) -> dict[str, float]:
+    """`attention_error` and `attention_error_layer_<n>`: roots of mean errors, over the layers and of each.
+
+    Args:
+        found: what AttentionMatch gathered in some forwards.
+    """
+    layers: dict[int, list[float]] = {}
+    for layer, error in found:
+        layers.setdefault(layer, []).extend(error.tolist())
+    roots = {layer: math.sqrt(sum(e) / len(e)) for layer, e in sorted(layers.items())}
+    if not roots:
+        return {}
+    mean = sum(roots.values()) / len(roots)
+    return {"attention_error": mean, **{f"attention_error_layer_{layer}": root for layer, root in roots.items()}}
 
 
 # ---------------------------------------------------------------------- next tokens

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.matching import AttentionMatch, mean_error, teaching
+from hf_sparse_attn.moving_scenes import least_size
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_scenes import SceneSettings
 from hf_sparse_attn.train_text import TextSettings
-from hf_sparse_attn.train_videos import VideoSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,34 @@ class MatchSettings:
                 raise ValueError(f"`match.{name}` must be 0 or more, got {getattr(self, name)}")
         if not self.output and not self.attention:
             raise ValueError("`match` must have a weight more than 0, got output 0 and attention 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSettings:
+    """Moving scenes for the shipped video model, drawn as they are asked for; see moving_scenes.
+
+    Args:
+        source: says that it is these.
+        frames, height, width: of a clip, in pixels; even.
+        clips: clips that are sampled for the figures.
+        sampling_steps: of each.
+    """
+
+    source: Literal["moving_scenes"]
+    frames: int = 12
+    height: int = 24
+    width: int = 24
+    clips: int = 4
+    sampling_steps: int = 8
+
+    def __post_init__(self) -> None:
+        check_int("clips", self.clips, 1)
+        check_int("sampling_steps", self.sampling_steps, 1)
+        least = least_size(check_int("frames", self.frames, 2))
+        for name in ("height", "width"):
+            size = check_int(name, getattr(self, name), 1)
+            if size % 2 or size < least:
+                raise ValueError(f"`data.{name}` must be even and at least {least}, got {size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +107,7 @@ class DistillSparse(AdapterRecipe):
         noise: for video models.
     """
 
-    data: TextSettings | SceneSettings | VideoSettings
+    data: TextSettings | SceneSettings
     match: Literal["output", "attention"] | MatchSettings = "output"
     temperature: float = 1.0
     held_out: TextSettings | None = None
@@ -108,6 +134,10 @@ class DistillSparse(AdapterRecipe):
         return DistillTask(self, run)
 
 
+# Makes a context in which the model is another: its own teacher, or the student run dense.
+Context = Callable[[], AbstractContextManager[None]]
+
+
 class Material(Protocol):
     """A kind of model with its data: text or video.
 
@@ -128,23 +158,11 @@ class Material(Protocol):
     def run(self, batch: Any) -> Any:
         """What the model gives for a batch, for `output_loss`."""
 
-    def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Teacher) -> Tensor:
+    def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Context) -> Tensor:
         """Sum over the samples of weight times what their outputs are apart."""
 
-    def evaluate(self, teacher: Teacher, student: Dense, match: AttentionMatch) -> dict[str, float]:
+    def evaluate(self, teacher: Context, dense: Context, match: AttentionMatch) -> dict[str, float]:
         """Figures on held-out samples."""
-
-
-class Teacher(Protocol):
-    """Makes a context in which the model is its own teacher."""
-
-    def __call__(self) -> AbstractContextManager[None]: ...
-
-
-class Dense(Protocol):
-    """Makes a context in which the student runs dense, its adapter in force."""
-
-    def __call__(self) -> AbstractContextManager[None]: ...
 
 
 class DistillTask(AdapterTask):
@@ -179,7 +197,7 @@ class DistillTask(AdapterTask):
         if wanted.output:
             with self.teacher():
                 taught = self.material.run(batch)
-        with self.match.collecting() if wanted.attention else _nothing() as errors:
+        with self.match.collecting() if wanted.attention else nullcontext([]) as errors:
             mine = self.material.run(batch)
         self._check_sparse()
         loss = torch.zeros((), device=weights.device)
@@ -201,12 +219,6 @@ class DistillTask(AdapterTask):
 
     def evaluate(self) -> dict[str, float]:
         return self.material.evaluate(self.teacher, self._patch.paused, self.match)
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext([])
 
 
 def material(recipe: DistillSparse, run: Run) -> Material:
