@@ -227,9 +227,9 @@ def material(recipe: DistillSparse, run: Run) -> Material:
         from hf_sparse_attn.recipes.distill_sparse_language import LanguageMaterial
 
         return LanguageMaterial(recipe, run)
-    from hf_sparse_attn.recipes.distill_sparse_video import SceneMaterial, VideoMaterial
+    from hf_sparse_attn.recipes.distill_sparse_video import SceneMaterial
 
-    return SceneMaterial(recipe, run) if isinstance(recipe.data, SceneSettings) else VideoMaterial(recipe, run)
+    return SceneMaterial(recipe, run)
 
 
 RECIPE = DistillSparse
