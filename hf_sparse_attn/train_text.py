@@ -219,7 +219,7 @@ def document_weights(document: NeedleDocument, answer: float, other: float) -> N
 def _prepared(settings: TextSettings, tokenizer: Any, cache: Path, progress: bool) -> NDArray[Any]:
     """All tokens of a source, mapped from the disk; made if they are not there."""
     asked = {name: getattr(settings, name) for name in ("source", "split", "name", "column", "revision", "tokens")}
-    key = {"version": _VERSION, **asked, "files": identity(settings), "tokenizer": _tokenizer_identity(tokenizer)}
+    key = {"version": _VERSION, **asked, "files": identity(settings), "tokenizer": tokenizer_identity(tokenizer)}
     name = "text-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / name
@@ -322,7 +322,7 @@ def _encode(batch: list[Piece], tokenizer: Any, dtype: np.dtype[Any]) -> NDArray
     return np.concatenate(parts)
 
 
-def _tokenizer_identity(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
     """A hash of everything that decides what tokens a text becomes."""
     if tokenizer is None:
         return "bytes"

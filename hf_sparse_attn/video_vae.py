@@ -1,0 +1,167 @@
+"""What differs between the VAEs of video pipelines: how latents are normalised, and what a prompt becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Values of each weight that a fingerprint looks at.
+_LOOKED_AT = 64
+
+
+def _mean_and_std(vae: Any) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(getattr(vae.config, name)).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, 1.0 / std
+
+
+def _scaling_factor(vae: Any) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), float(vae.config.scaling_factor))
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """Of one class of VAE.
+
+    Args:
+        family: of the transformers that take its latents.
+        normal: shift and factor, [channels or 1, 1, 1, 1]: latents for the transformer are (z - shift) * factor.
+        prompt: names of what `encode_prompt` of its pipelines returns; None for what is not kept.
+    """
+
+    family: str
+    normal: Callable[[Any], tuple[Tensor, Tensor]]
+    prompt: tuple[str | None, ...]
+
+
+_HUNYUAN_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+_RULES = {
+    "AutoencoderKLWan": _Rules("wan", _mean_and_std, ("prompt_embeds", None)),
+    "AutoencoderKLHunyuanVideo": _Rules(
+        "hunyuan_video", _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+    ),
+    "AutoencoderKLHunyuanVideo15": _Rules("hunyuan_video", _scaling_factor, _HUNYUAN_15),
+}
+
+
+def check_vae(vae: Any, family: str | None = None) -> None:
+    """Refuses a VAE that nothing here knows, or one that does not go with a family.
+
+    Raises:
+        TypeError: it is of another class.
+    """
+    fitting = [name for name, rules in _RULES.items() if family in (None, rules.family)]
+    if type(vae).__name__ not in fitting:
+        raise TypeError(f"`vae` must be {' or '.join(fitting)}; got {type(vae).__name__}")
+
+
+def normalised(vae: Any, z: Tensor) -> Tensor:
+    """What the VAE gave, as the transformer takes it: float32, [..., channels, frames, height, width]."""
+    shift, factor = (t.to(z.device) for t in _RULES[type(vae).__name__].normal(vae))
+    return (z.float() - shift) * factor
+
+
+def denormalised(vae: Any, latents: Tensor) -> Tensor:
+    """What the VAE decodes, from latents of the transformer: the inverse of `normalised`."""
+    shift, factor = (t.to(latents.device) for t in _RULES[type(vae).__name__].normal(vae))
+    return latents.float() / factor + shift
+
+
+def encode_video(vae: Any, video: Tensor) -> Tensor:
+    """Latents of a video, normalised: the mode of the VAE's distribution, as the video-to-video pipelines take it.
+
+    Args:
+        vae: of a known class.
+        video: [3, frames, height, width], from -1 to 1.
+
+    Returns:
+        [channels, latent frames, latent height, latent width], float32.
+    """
+    with torch.no_grad():
+        z = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()
+    return normalised(vae, z)[0]
+
+
+def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | None = None) -> dict[str, Tensor]:
+    """What a pipeline's text encoders make of a caption, by the names that the pipeline itself takes it under.
+
+    Args:
+        pipe: of a VAE of a known class.
+        caption: may be empty, for training without a prompt.
+        device: where the text encoders are.
+        tokens: longest prompt; None takes what the pipeline takes when it generates.
+
+    Returns:
+        Tensors without a batch axis.
+
+    Raises:
+        ValueError: the pipeline has no text encoder, or needs more than a text.
+        ImportError: the pipeline needs ftfy, which is not installed.
+    """
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    needed = [n for n, p in accepted.items() if p.default is p.empty and n not in ("prompt", "kwargs")]
+    if needed:
+        raise ValueError(
+            f"`pipe` must encode a prompt from text alone, got {type(pipe).__name__}, which needs {', '.join(needed)}"
+        )
+    if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+        raise ValueError(f"`pipe` must have a text encoder and a tokenizer, got a {type(pipe).__name__} without")
+    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    if tokens is None and longest is not None and isinstance(longest.default, int):
+        tokens = longest.default
+    given = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": tokens}
+    try:
+        with torch.no_grad():
+            made = pipe.encode_prompt(caption, **{k: v for k, v in given.items() if k in accepted and v is not None})
+    except NameError as error:
+        # Releases of diffusers without this check fail in the middle of their own code.
+        if error.name != "ftfy":
+            raise
+        raise ImportError("encode_prompt of this pipeline needs ftfy (pip install ftfy)", name="ftfy") from error
+    names = _RULES[type(pipe.vae).__name__].prompt
+    if len(made) != len(names):
+        raise ValueError(
+            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} of {type(pipe).__name__}"
+        )
+    return {name: value[0] for name, value in zip(names, made, strict=True) if name is not None}
+
+
+def fingerprint(module: Any) -> str:
+    """A hash of the class, config and some of the values of every weight of a model of diffusers or transformers."""
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    # Where it came from and who saved it change nothing.
+    said = {k: v for k, v in config.items() if not k.startswith("_") and not k.endswith("version")}
+    tiling = [getattr(module, name, None) for name in ("use_tiling", "use_framewise_encoding")]
+    found = hashlib.sha256(json.dumps([type(module).__name__, said, tiling], sort_keys=True, default=str).encode())
+    for name, weight in module.state_dict().items():
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        # Quantised weights are of classes of their own, and offloaded ones are not there.
+        if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
+            values = weight.detach().flatten()
+            found.update(values[:: max(1, len(values) // _LOOKED_AT)].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:20]
+
+
+@contextmanager
+def placed(modules: list[Any], device: torch.device) -> Iterator[None]:
+    """Models on a device, in eval mode; afterwards where and as they were. One that is offloaded stays where it is."""
+    moved = [(m, m.device) for m in modules if not hasattr(m, "_hf_hook") and m.device != device]
+    training = [(part, part.training) for m in modules for part in m.modules()]
+    try:
+        for module, _ in moved:
+            module.to(device)
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, was in training:
+            part.training = was
+        for module, before in moved:
+            module.to(before)
