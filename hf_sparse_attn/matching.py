@@ -42,7 +42,7 @@ class AttentionMatch:
     """How far sparse attention is from dense attention on the same q, k and v, layer by layer and with a gradient.
 
     The error of a sample in a layer is the sum of the squared differences of the outputs over the sum of the squares
-    of the dense one. The dense output is what is taught: it has no gradient, but is computed anew in every forward from
+    of the dense one. The dense output is what is taught: it has no gradient, but is computed anew in every forward of
     what q, k and v are then. No forward of a teacher is needed.
 
     Works with gradient checkpointing of the form that is not reentrant.
@@ -60,7 +60,7 @@ class AttentionMatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> None:
         """See patching.Watcher."""
-        if self._found is None and not (self.trains and torch.is_grad_enabled()):
+        if not (self.trains if torch.is_grad_enabled() else self._found is not None):
             return
         error = output_error(out, *(x.detach() for x in (q, k, v)), ctx)
         if self._found is not None:
@@ -68,12 +68,77 @@ class AttentionMatch:
 
     @contextmanager
     def collecting(self) -> Iterator[list[tuple[int, Tensor]]]:
-        """Within it the errors of all calls are gathered: layer and [batch], in the order they ran."""
+        """Within it the errors of all calls are gathered: layer and [batch], in the order they ran.
+
+        With a gradient only where it was said that it trains.
+        """
         before, self._found = self._found, []
         try:
             yield self._found
         finally:
             self._found = before
+
+
+class LayerOutputs:
+    """What the attention modules of a patched model return, gathered while it runs dense and while it runs sparse.
+
+    Works with gradient checkpointing of the form that is not reentrant.
+
+    Args:
+        patch: sparse attention on the model; its removal ends this, too.
+        wanted: whether anything is gathered at all.
+    """
+
+    def __init__(self, patch: Patch, wanted: bool = True) -> None:
+        self._found: dict[str, list[Tensor]] | None = None
+        if not wanted:
+            return
+        names = [name for name, record in patch.session.records.items() if not record.exact]
+        for name, module in zip(names, _modules(patch, names), strict=True):
+            patch.on_remove(module.register_forward_hook(self._keeper(name)).remove)
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if self._found is not None:
+                self._found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
+
+        return keep
+
+    @contextmanager
+    def collecting(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Within it outputs are gathered: [batch, tokens, width] by the layer's name, one for each of its calls."""
+        before, self._found = self._found, {}
+        try:
+            yield self._found
+        finally:
+            self._found = before
+
+
+def _modules(patch: Patch, names: Sequence[str]) -> list[nn.Module]:
+    """The attention modules of some layers, by their names in the report."""
+    known = {name: m for owner in patch.modules for name, m in owner.named_modules()}
+    # A part of a pipeline, or of a model with several decoders, has its name before that of the layer.
+    found = [known.get(name, known.get(name.partition(".")[2])) for name in names]
+    missing = [name for name, module in zip(names, found, strict=True) if module is None]
+    if missing:
+        raise ValueError(f"`match.layers` must have modules of the layers' names, there is none for {missing[0]}")
+    return [module for module in found if module is not None]
+
+
+def layers_error(mine: dict[str, list[Tensor]], taught: dict[str, list[Tensor]]) -> Tensor:
+    """Squared error of what attention modules return over the squares of what was taught, mean over them, [batch].
+
+    Args:
+        mine, taught: what LayerOutputs gathered in a forward of the student and of the teacher; no gradient goes to
+            the latter.
+    """
+    errors = []
+    for name, outputs in taught.items():
+        for out, told in zip(mine[name], outputs, strict=True):
+            told = told.detach().to(torch.promote_types(told.dtype, torch.float32))
+            size = told.square().flatten(1).sum(1).clamp(min=torch.finfo(told.dtype).tiny)
+            errors.append((out.to(told.dtype) - told).square().flatten(1).sum(1) / size)
+    return torch.stack([error.to(errors[0].device) for error in errors]).mean(0)
 
 
 def output_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:

@@ -109,7 +109,7 @@ class Session:
             self._steady -= training
 
     def as_before(self, record: LayerRecord) -> bool:
-        """Whether a call runs as in the unpatched model, to the bit: method "dense", counted, or a pause, not counted."""
+        """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""
         if self.method.name == "dense" and not self.pauses:
             record.dense_reasons["method dense"] += 1
         return self.method.name == "dense" or self.pauses > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.matching import AttentionMatch, mean_error, teaching
+from hf_sparse_attn.matching import AttentionMatch, LayerOutputs, layers_error, mean_error, teaching
 from hf_sparse_attn.moving_scenes import least_size
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_text import TextSettings
+from hf_sparse_attn.train_videos import VideoSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,21 @@ class MatchSettings:
 
     Args:
         output: of the divergence of the next-token distributions, or of the squared error of the velocity.
-        attention: of the relative squared error of the attention outputs, mean over the layers.
+        layers: of the relative squared error of what every attention module returns, mean over them.
+        attention: of the relative squared error of every sparse attention against dense attention on the same q, k
+            and v, mean over the layers.
     """
 
     output: float = 0.0
+    layers: float = 0.0
     attention: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("output", "attention"):
+        for name in ("output", "layers", "attention"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`match.{name}` must be 0 or more, got {getattr(self, name)}")
-        if not self.output and not self.attention:
-            raise ValueError("`match` must have a weight more than 0, got output 0 and attention 0")
+        if not (self.output or self.layers or self.attention):
+            raise ValueError("`match` must have a weight more than 0, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class SceneSettings:
     Args:
         source: says that it is these.
         frames, height, width: of a clip, in pixels; even.
+        drop: share of the samples without their condition, for guidance.
         clips: clips that are sampled for the figures.
         sampling_steps: of each.
     """
@@ -54,10 +59,13 @@ class SceneSettings:
     frames: int = 12
     height: int = 24
     width: int = 24
+    drop: float = 0.1
     clips: int = 4
     sampling_steps: int = 8
 
     def __post_init__(self) -> None:
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"`data.drop` must be from 0 to 1, got {self.drop}")
         check_int("clips", self.clips, 1)
         check_int("sampling_steps", self.sampling_steps, 1)
         least = least_size(check_int("frames", self.frames, 2))
@@ -74,19 +82,15 @@ class NoiseSettings:
     Args:
         shift: middle of the odds of noise to latents.
         spread: standard deviation of the logarithm of the odds.
-        drop: share of the samples without their condition, for guidance.
     """
 
     shift: float = 3.0
     spread: float = 1.6
-    drop: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("shift", "spread"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`noise.{name}` must be more than 0, got {getattr(self, name)}")
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"`noise.drop` must be from 0 to 1, got {self.drop}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +101,10 @@ class DistillSparse(AdapterRecipe):
 
     Args:
         data: text for a language model; latents, videos or moving scenes for a video model.
-        match: "output": what the model gives, for which the teacher runs a forward of its own. "attention": the output
-            of every sparse attention against dense attention on the same q, k and v, which needs none. Or both, with
-            weights.
+        match: "output", "layers", "attention", or several with weights. The first two hold against a forward of the
+            teacher. "attention" needs none, and holds the student only to itself: dense attention on its own q, k and
+            v. By itself it makes the student easy to approximate and lets it forget what it was; give it a small
+            weight beside "output".
         temperature: of the next-token distributions that are matched.
         held_out: text to evaluate on; None takes the held-out part of the shipped text, and of other text its last
             samples, which are then not trained on.
@@ -107,8 +112,8 @@ class DistillSparse(AdapterRecipe):
         noise: for video models.
     """
 
-    data: TextSettings | SceneSettings
-    match: Literal["output", "attention"] | MatchSettings = "output"
+    data: TextSettings | SceneSettings | VideoSettings
+    match: Literal["output", "layers", "attention"] | MatchSettings = "output"
     temperature: float = 1.0
     held_out: TextSettings | None = None
     evaluation_samples: int = 4
@@ -173,7 +178,12 @@ class DistillTask(AdapterTask):
     def __init__(self, recipe: DistillSparse, run: Run) -> None:
         self.material = material(recipe, run)
         super().__init__(recipe, run, self.material.model, base_model=self.material.base_model)
-        self.match = AttentionMatch(self._patch, trains=recipe.weights.attention > 0)
+        try:
+            self.match = AttentionMatch(self._patch, trains=recipe.weights.attention > 0)
+            self.outputs = LayerOutputs(self._patch, wanted=recipe.weights.layers > 0)
+        except BaseException:
+            self.close()
+            raise
         self._sparse = False
 
     @property
@@ -191,18 +201,19 @@ class DistillTask(AdapterTask):
         return float(self.material.weights(batch).sum())
 
     def loss(self, batch: Any) -> Tensor:
-        wanted = self.recipe.weights
-        weights = self.material.weights(batch)
-        taught = None
-        if wanted.output:
-            with self.teacher():
+        wanted, weights = self.recipe.weights, self.material.weights(batch)
+        taught, told = None, {}
+        if wanted.output or wanted.layers:
+            with self.teacher(), self.outputs.collecting() as told:
                 taught = self.material.run(batch)
-        with self.match.collecting() if wanted.attention else nullcontext([]) as errors:
+        with self.match.collecting() as errors, self.outputs.collecting() as said:
             mine = self.material.run(batch)
         self._check_sparse()
         loss = torch.zeros((), device=weights.device)
         if wanted.output:
             loss = loss + wanted.output * self.material.output_loss(batch, mine, taught, self.teacher)
+        if wanted.layers:
+            loss = loss + wanted.layers * (layers_error(said, told) * weights).sum()
         if wanted.attention:
             loss = loss + wanted.attention * (mean_error(errors, len(weights)) * weights).sum()
         return loss
@@ -227,9 +238,9 @@ def material(recipe: DistillSparse, run: Run) -> Material:
         from hf_sparse_attn.recipes.distill_sparse_language import LanguageMaterial
 
         return LanguageMaterial(recipe, run)
-    from hf_sparse_attn.recipes.distill_sparse_video import SceneMaterial
+    from hf_sparse_attn.recipes.distill_sparse_video import LatentMaterial, SceneMaterial
 
-    return SceneMaterial(recipe, run)
+    return SceneMaterial(recipe, run) if isinstance(recipe.data, SceneSettings) else LatentMaterial(recipe, run)
 
 
 RECIPE = DistillSparse
