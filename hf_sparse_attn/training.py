@@ -267,13 +267,16 @@ def _accelerator(recipe: Recipe, output: Path) -> Any:
     try:
         from accelerate import Accelerator
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.utils import LoggerType
     except ImportError as error:
         raise MissingExtra("training", "accelerate", "train") from error
-    known, installed = sorted(LOGGER_TYPE_TO_CLASS), {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    # accelerate leaves trackers out that are not installed; those that a program registered need nothing.
+    absent = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}
     for name in recipe.trackers:
         if name not in known:
             raise ValueError(f"`trackers` must be out of {', '.join(known)}, got {name!r}")
-        if name not in installed:
+        if name in absent:
             raise ValueError(f"`trackers` must be installed, got {name!r}, which is not")
     other = torch.cuda.is_available() or torch.backends.mps.is_available()
     # The precision is the loop's: accelerate would keep the first one it was given for the whole process.

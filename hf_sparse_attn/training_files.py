@@ -76,17 +76,18 @@ class TrainingFiles:
         found = self._last()
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         if found is not None:
-            kept = load_file(found / "weights.safetensors", device=str(device))
+            kept = load_file(found / "weights.safetensors")
             if {n: tuple(t.shape) for n, t in kept.items()} != {n: tuple(p.shape) for n, p in weights.items()}:
                 odd = sorted(set(kept) ^ set(weights))[:5] or "shapes"
                 raise ValueError(f"the checkpoint {found} must hold the weights that are trained, got other {odd}")
             with torch.no_grad():
                 for name, parameter in weights.items():
                     parameter.copy_(kept[name])
-            states = torch.load(found / "optimizers.pt", weights_only=True, map_location=device)
-            for optimizer, state in zip(optimizers, states, strict=True):
-                optimizer.load_state_dict(state)
-            task.load_state(load_file(found / "state.safetensors", device=str(device)))
+            states = torch.load(found / "optimizers.pt", weights_only=True, map_location="cpu")
+            for optimizer, own in zip(optimizers, states, strict=True):
+                optimizer.load_state_dict(own)
+            state = load_file(found / "state.safetensors")
+            task.load_state({name: tensor.to(device) for name, tensor in state.items()})
         self._entries = [e for e in self._read_log() if e["step"] <= step]
         return step
 

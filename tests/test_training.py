@@ -1,0 +1,246 @@
+"""The training loop: exact resumption, several processes, what is refused, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_toy import Toy, ToyTask
+
+from hf_sparse_attn import training_files
+from hf_sparse_attn.recipe import OptimizerSettings, Run
+from hf_sparse_attn.training import Interrupted, train
+
+PROGRAM = Path(__file__).parent / "train_toy.py"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "result" / "model.pt", weights_only=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def program(
+    folder: Path, resume: bool = False, processes: int = 1, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launch = launch if processes > 1 else [sys.executable]
+    call = [*launch, str(PROGRAM), str(folder), json.dumps(settings), str(int(resume))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, env=env, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(Toy(dropout=0.2), folder, progress=False)
+    return folder
+
+
+def test_it_learns_and_tells_figures(tmp_path: Path) -> None:
+    figures = train(Toy(steps=40), tmp_path, progress=False)
+    assert figures["after"]["error"] < 0.6 * figures["before"]["error"]
+    assert (figures["steps"], figures["processes"]) == (40, 1)
+    assert figures["peak_memory"] > 1 << 20 and figures["step_seconds"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert {line["step"] for line in lines if "evaluation" in line} == {0, 40}
+    assert figures["loss"] == pytest.approx(
+        sum(line["loss"] for line in lines if "loss" in line and line["step"] > 36) / 4
+    )
+
+
+def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(save_every=2, term_at=5), tmp_path, progress=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    train(Toy(save_every=2, term_at=5), tmp_path, resume=True, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "log.jsonl", "result", "settings.json"]
+
+
+@pytest.mark.parametrize("kill_at, save_every", [(0, 3), (5, 3)], ids=str)
+def test_killed_and_resumed_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path, kill_at: int, save_every: int
+) -> None:
+    killed = program(tmp_path, dropout=0.2, kill_at=kill_at, save_every=save_every)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result").exists()
+    # What kills it is a setting like any other; here it must be let go.
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "kill_at": None}))
+    figures = train(Toy(dropout=0.2), tmp_path, resume=True, progress=False)
+    assert same(weights(tmp_path), weights(whole))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 8))
+    assert figures["before"]["error"] == json.loads((whole / "figures.json").read_text())["before"]["error"]
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = torch.save
+
+    def dies(*args: Any) -> None:
+        if len(list((tmp_path / "checkpoints").glob("step-*"))) == 1:
+            raise KeyboardInterrupt
+        kept(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(Toy(dropout=0.2, save_every=2), tmp_path, progress=False)
+    assert (tmp_path / "checkpoints" / ".partial").is_dir()
+    train(Toy(dropout=0.2), tmp_path, resume=True, progress=False)
+    assert same(weights(tmp_path), weights(whole))
+
+
+def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped after 3 steps") as stopped:
+        train(Toy(dropout=0.2, term_at=2), tmp_path, progress=False)
+    assert (stopped.value.step, stopped.value.signal) == (3, signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(Toy(dropout=0.2, term_at=2), tmp_path, resume=True, progress=False)
+    assert same(weights(tmp_path), weights(whole))
+
+
+def test_a_finished_training_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = train(Toy(steps=2), tmp_path, progress=False)
+    monkeypatch.setattr(Toy, "task", None)
+    assert train(Toy(steps=2), tmp_path, resume=True, progress=False) == figures
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4], ids=str)
+def test_micro_batches_add_up_to_the_whole(tmp_path: Path, micro_batch: int) -> None:
+    train(Toy(), tmp_path / "whole", progress=False)
+    train(Toy(micro_batch=micro_batch), tmp_path / "parts", progress=False)
+    for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "parts").values(), strict=True):
+        # Adam divides by the size of a gradient: a rounding of 1e-7 of it moves a weight by as much of the rate.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
+    train(Toy(term_at=None), tmp_path / "one", progress=False)
+    # The signal comes to one of the two; both must stop after the same step.
+    stopped = program(tmp_path / "two", processes=2, term_at=2)
+    told = [json.loads(line) for line in stopped.stdout.splitlines() if line.startswith("{")]
+    assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
+    resumed = program(tmp_path / "two", resume=True, processes=2, term_at=2)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    figures = [json.loads(line) for line in resumed.stdout.splitlines() if line.startswith("{")]
+    assert sorted(map(bool, figures)) == [False, True]
+    assert max(figures, key=len)["processes"] == 2
+
+
+def test_only_weights_that_ask_for_it_change(tmp_path: Path) -> None:
+    start = ToyTask(Toy(), Run(tmp_path, torch.device("cpu"))).module.state_dict()
+    train(Toy(), tmp_path / "run", progress=False)
+    changed = {n for n, t in weights(tmp_path / "run").items() if n != "average" and not torch.equal(t, start[n])}
+    assert changed == {"0.weight", "2.weight", "2.bias"}
+
+
+def test_the_callers_generator_and_threads_are_left_alone(tmp_path: Path) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    train(Toy(threads=1, dropout=0.5, steps=2), tmp_path, progress=False)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path) -> None:
+    tasks: list[ToyTask] = []
+    toy = Toy(bad_at=3, save_every=1)
+    made = Toy.task
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Toy, "task", lambda self, run: tasks.append(made(self, run)) or tasks[0])
+        with pytest.raises(FloatingPointError, match="the loss must stay finite, got nan at step 3"):
+            train(toy, tmp_path, progress=False)
+    assert tasks[0].closed
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_folder_with_a_training_is_not_overwritten(tmp_path: Path) -> None:
+    train(Toy(steps=2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="`output` must be a folder without a training"):
+        train(Toy(steps=2), tmp_path, progress=False)
+
+
+def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"`steps` must be as in the training of .*, 7, got 9"):
+        train(Toy(term_at=2, steps=9), tmp_path, resume=True, progress=False)
+    # How a run goes about its work may change.
+    train(Toy(term_at=2, save_every=1, micro_batch=2), tmp_path, resume=True, progress=False)
+
+
+def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(training_files.shutil, "disk_usage", lambda path: free._replace(free=100))
+    with pytest.raises(OSError, match=r"`output` must have room for .* MiB of checkpoints and result, got 0 MiB free"):
+        train(Toy(), tmp_path, progress=False)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "name, message", [("paper", "must be out of .*tensorboard"), ("clearml", "must be installed")]
+)
+def test_trackers_that_are_not_there_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"`trackers` {message}.*{name}"):
+        train(Toy(trackers=(name,)), tmp_path, progress=False)
+
+
+def test_trackers_get_steps_and_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    class Kept(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker, told = "kept", False, None, []
+
+        def __init__(self, run_name: str, **rest: Any) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            self.told.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None = None, **rest: Any) -> None:
+            self.told.append((step, *values))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "kept", Kept)
+    train(Toy(steps=2, trackers=("kept",)), tmp_path, progress=False)
+    assert Kept.told[0]["recipe"] == ""
+    assert [entry[0] for entry in Kept.told[1:]] == [0, 1, 2, 2]
+    assert Kept.told[1] == (0, "evaluation/error") and "loss" in Kept.told[2]
+
+
+@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 0.19), ("cosine", 0.1219)], ids=str)
+def test_rates_rise_and_fall(schedule: Any, last: float) -> None:
+    settings = OptimizerSettings(learning_rate=1.0, schedule=schedule, warmup_steps=4, final_fraction=0.1)
+    assert [settings.factor(step, 14) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert settings.factor(4, 14) == 1.0
+    assert settings.factor(13, 14) == pytest.approx(last, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"learning_rate": -1.0}, "`learning_rate` must be 0 or more, got -1.0"),
+        ({"learning_rate": 1.0, "beta2": 1.0}, "`beta2` must be less than 1"),
+        ({"learning_rate": 1.0, "gradient_clip": 0.0}, "`gradient_clip` must be more than 0"),
+        ({"learning_rate": 1.0, "warmup_steps": -1}, "`warmup_steps` must be at least 0"),
+    ],
+    ids=["rate", "beta", "clip", "warmup"],
+)
+def test_bad_optimizers_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerSettings(**settings)
