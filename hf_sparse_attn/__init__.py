@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
+    from hf_sparse_attn.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
     from hf_sparse_attn.head_profile import HeadProfile
@@ -30,6 +31,10 @@ _WHERE = {
     "attention": "api",
     "patch": "api",
     "unpatch": "api",
+    "LoadedBundle": "bundle",
+    "load_bundle": "bundle",
+    "push_bundle": "bundle",
+    "save_bundle": "bundle",
     "Context": "context",
     "Segment": "context",
     "TokenLayout": "context",
@@ -53,6 +58,7 @@ __all__ = [
     "Decline",
     "DenseFallback",
     "HeadProfile",
+    "LoadedBundle",
     "Method",
     "MethodDoesNotApply",
     "Patch",
@@ -62,9 +68,12 @@ __all__ = [
     "attention",
     "get_method",
     "list_methods",
+    "load_bundle",
     "patch",
     "profile",
+    "push_bundle",
     "register_method",
+    "save_bundle",
     "unpatch",
 ]
 

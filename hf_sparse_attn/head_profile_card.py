@@ -47,12 +47,16 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
 
 
 def _front(profile: HeadProfile) -> str:
-    """YAML: every value is written as JSON, which YAML includes, so that no text can add a key."""
     front: dict[str, Any] = {"library_name": "hf_sparse_attn", "tags": ["sparse-attention", "head-profile"]}
     base = profile.calibration.get("model")
     if is_hub_id(base):
         front["base_model"] = base
-    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
+    return front_matter(front)
+
+
+def front_matter(values: dict[str, Any]) -> str:
+    """YAML: every value is written as JSON, which YAML includes, so that no text can add a key."""
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 

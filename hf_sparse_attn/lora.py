@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +98,9 @@ class Adapter:
                 warnings.simplefilter("ignore")
                 inject_adapter_in_model(self.config, self.model, adapter_name=ADAPTER)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"`targets` must be modules that can get an adapter, got {list(given)}: {error}") from error
+            raise ValueError(
+                f"`targets` must be modules that can get an adapter, got {list(given)}: {error}"
+            ) from error
         finally:
             self._replaced = [
                 (module, name, child, module._modules[name])
@@ -108,27 +112,29 @@ class Adapter:
             # What add_adapter of transformers and diffusers sets.
             self.model.__dict__["_hf_peft_config_loaded"] = True
         generator = torch.Generator().manual_seed(seed)
-        for _, layer in sorted(self._layers()):
-            _initialise(layer, generator)
-        for wrapper in self._wrappers():
-            _raise_precision(wrapper)
+        for name, layer in sorted(self.layers()):
+            _initialise(name, layer, generator)
+        for name, wrapper in self.wrappers():
+            _raise_precision(name, wrapper)
 
-    def _layers(self) -> list[tuple[str, Any]]:
+    def layers(self) -> list[tuple[str, Any]]:
+        """peft's layers with the added matrices, by the names of the modules in their place."""
         from peft.tuners.lora import LoraLayer
 
         return [(name, m) for name, m in self.model.named_modules() if isinstance(m, LoraLayer)]
 
-    def _wrappers(self) -> list[Any]:
+    def wrappers(self) -> list[tuple[str, Any]]:
+        """peft's wrappers of modules that are trained in full, likewise."""
         from peft.utils import ModulesToSaveWrapper
 
-        return [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        return [(name, m) for name, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The weights that are trained, by their names in the model."""
         self._check_there()
-        own = [p for _, layer in self._layers() for p in _matrices(layer)]
-        own += [p for wrapper in self._wrappers() for p in wrapper.modules_to_save[ADAPTER].parameters()]
-        wanted = {id(p) for p in own}
+        own = [part[ADAPTER] for _, layer in self.layers() for part in (layer.lora_A, layer.lora_B)]
+        own += [wrapper.modules_to_save[ADAPTER] for _, wrapper in self.wrappers()]
+        wanted = {id(p) for module in own for p in module.parameters()}
         return {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
 
     @contextmanager
@@ -136,7 +142,7 @@ class Adapter:
         """Within it the model computes exactly what it did before `add_lora`, bit for bit."""
         self._check_there()
         # Not peft's own enable_adapters: that changes requires_grad, and with it what a graph made before is.
-        parts = [layer for _, layer in self._layers()] + self._wrappers()
+        parts = [part for _, part in self.layers() + self.wrappers()]
         before = [part._disable_adapters for part in parts]
         try:
             for part in parts:
@@ -146,6 +152,25 @@ class Adapter:
             for part, was in zip(parts, before, strict=True):
                 part._disable_adapters = was
 
+    def save(self, folder: str | os.PathLike[str], base_model: str = "") -> None:
+        """Writes the adapter into a folder.
+
+        `adapter_config.json` and `adapter_model.safetensors` are read by `PeftModel.from_pretrained` and by
+        `load_adapter` of a transformers model (which in 5.17 leaves out what is trained in full). For a model of
+        diffusers there is `pytorch_lora_weights.safetensors` besides, with rank and alpha, for `load_lora_weights` of
+        its pipeline. Where modules are trained in full they are in it too: `load_lora_weights`, which takes low-rank
+        matrices alone, then refuses the file, and `load_lora_adapter(folder, prefix="transformer",
+        weight_name="pytorch_lora_weights.safetensors")` of the model reads it.
+
+        Args:
+            folder: where; it is made if need be, and an earlier adapter in it replaced.
+            base_model: name or folder of the model, noted for whoever loads the adapter.
+        """
+        from hf_sparse_attn.lora_file import save
+
+        self._check_there()
+        save(self, Path(folder), base_model)
+
     def remove(self) -> None:
         """Takes the adapter off; the model is then as it was before. A second call does nothing.
 
@@ -154,12 +179,7 @@ class Adapter:
         """
         if self._removed:
             return
-        others = set(self.model.__dict__.get("peft_config", {})) - {ADAPTER}
-        if others:
-            raise ValueError(f"`model` must have no other adapter to remove this one, got {', '.join(sorted(others))}")
-        changed = [name for module, name, _, new in self._replaced if module._modules.get(name) is not new]
-        if changed:
-            raise ValueError(f"`model` must have the adapter's modules to remove it, {changed[0]} was replaced")
+        self.check_removable()
         self._removed = True
         for module, name, before, _ in self._replaced:
             module._modules[name] = before
@@ -170,6 +190,17 @@ class Adapter:
                 self.model.__dict__.pop(name, None)
             else:
                 self.model.__dict__[name] = value
+
+    def check_removable(self) -> None:
+        """Raises what `remove` would."""
+        if self._removed:
+            return
+        others = set(self.model.__dict__.get("peft_config", {})) - {ADAPTER}
+        if others:
+            raise ValueError(f"`model` must have no other adapter to remove this one, got {', '.join(sorted(others))}")
+        changed = [name for module, name, _, new in self._replaced if module._modules.get(name) is not new]
+        if changed:
+            raise ValueError(f"`model` must have the adapter's modules to remove it, {changed[0]} was replaced")
 
     def _check_there(self) -> None:
         if self._removed:
@@ -182,7 +213,7 @@ class Adapter:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "removed" if self._removed else f"{len(self._layers())} modules"
+        state = "removed" if self._removed else f"{len(self.layers())} modules"
         return f"Adapter(rank {self.settings.rank} on {type(self.model).__name__}, {state})"
 
 
@@ -272,34 +303,28 @@ def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> N
 # ---------------------------------------------------------------------- weights
 
 
-def _matrices(layer: Any) -> list[nn.Parameter]:
-    groups = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
-    found = [group[ADAPTER] for group in groups if ADAPTER in group]
-    return [p for m in found for p in ([m] if isinstance(m, nn.Parameter) else m.parameters())]
-
-
-def _initialise(layer: Any, generator: torch.Generator) -> None:
+def _initialise(name: str, layer: Any, generator: torch.Generator) -> None:
     """A of a uniform distribution as in peft, B of 0; in float32, drawn on the CPU."""
     if ADAPTER not in layer.lora_A:
-        raise ValueError(f"`targets` must be linear modules, got a {type(layer.get_base_layer()).__name__}")
+        raise ValueError(f"`targets` must be linear modules, got {name}, a {type(layer.get_base_layer()).__name__}")
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     first = torch.empty(a.shape, dtype=torch.float32)
-    # nn.Linear's own, which peft takes: kaiming_uniform_ with a = sqrt(5).
+    # That of nn.Linear, which peft takes: kaiming_uniform_ with a = sqrt(5).
     bound = first[0].numel() ** -0.5
     first.uniform_(-bound, bound, generator=generator)
     for parameter, value in ((a, first), (b, torch.zeros(b.shape))):
         parameter.data = value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _raise_precision(wrapper: Any) -> None:
-    """Has a copied module trained in float32, and cast what goes in and out where the model has less."""
+def _raise_precision(name: str, wrapper: Any) -> None:
+    """Has a copied module trained in float32, and casts what goes in and out where the model has less."""
     copy, original = wrapper.modules_to_save[ADAPTER], wrapper.original_module
     dtypes = {p.dtype for p in original.parameters() if p.is_floating_point()}
     low = {dtype for dtype in dtypes if torch.finfo(dtype).bits < 32}
     if not low:
         return
     if len(dtypes) > 1:
-        raise ValueError(f"`trained` must be modules of one dtype, got {type(original).__name__} of {dtypes}")
+        raise ValueError(f"`trained` must be modules of one dtype each, got {name} of {', '.join(map(str, dtypes))}")
     copy.to(torch.float32)
     dtype = low.pop()
     copy.register_forward_pre_hook(lambda _, args: tuple(_cast(a, dtype, torch.float32) for a in args))
