@@ -62,7 +62,7 @@ class AttentionMatch:
         """See patching.Watcher."""
         if not (self.trains if torch.is_grad_enabled() else self._found is not None):
             return
-        error = output_error(out, *(x.detach() for x in (q, k, v)), ctx)
+        error = output_error(out, q.detach(), k.detach(), v.detach(), ctx)
         if self._found is not None:
             self._found.append((ctx.layer, error))
 
@@ -258,4 +258,4 @@ def in_chunks(function: Callable[..., Tensor], size: int, *given: Tensor) -> Ten
     parts = zip(*(x.split(size) for x in given), strict=True)
     if not torch.is_grad_enabled():
         return torch.stack([function(*part) for part in parts]).sum()
-    return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore[no-untyped-call]
+    return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()

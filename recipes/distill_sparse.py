@@ -48,14 +48,12 @@ class SceneSettings:
     """Moving scenes for the shipped video model, drawn as they are asked for; see moving_scenes.
 
     Args:
-        source: says that it is these.
         frames, height, width: of a clip, in pixels; even.
         drop: share of the samples without their condition, for guidance.
         clips: clips that are sampled for the figures.
         sampling_steps: of each.
     """
 
-    source: Literal["moving_scenes"]
     frames: int = 12
     height: int = 24
     width: int = 24
@@ -65,14 +63,14 @@ class SceneSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
-            raise ValueError(f"`data.drop` must be from 0 to 1, got {self.drop}")
+            raise ValueError(f"`scenes.drop` must be from 0 to 1, got {self.drop}")
         check_int("clips", self.clips, 1)
         check_int("sampling_steps", self.sampling_steps, 1)
         least = least_size(check_int("frames", self.frames, 2))
         for name in ("height", "width"):
             size = check_int(name, getattr(self, name), 1)
             if size % 2 or size < least:
-                raise ValueError(f"`data.{name}` must be even and at least {least}, got {size}")
+                raise ValueError(f"`scenes.{name}` must be even and at least {least}, got {size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +98,9 @@ class DistillSparse(AdapterRecipe):
     The teacher is the same model without adapter and patch, in the same step: there is no second copy in memory.
 
     Args:
-        data: text for a language model; latents, videos or moving scenes for a video model.
+        data: text, for a language model.
+        videos: videos or latents, for a Wan pipeline.
+        scenes: for the shipped video model, or one that was trained like it. One of the three is given.
         match: "output", "layers", "attention", or several with weights. The first two hold against a forward of the
             teacher. "attention" needs none, and holds the student only to itself: dense attention on its own q, k and
             v. By itself it makes the student easy to approximate and lets it forget what it was; give it a small
@@ -112,7 +112,9 @@ class DistillSparse(AdapterRecipe):
         noise: for video models.
     """
 
-    data: TextSettings | SceneSettings | VideoSettings
+    data: TextSettings | None = None
+    videos: VideoSettings | None = None
+    scenes: SceneSettings | None = None
     match: Literal["output", "layers", "attention"] | MatchSettings = "output"
     temperature: float = 1.0
     held_out: TextSettings | None = None
@@ -127,7 +129,10 @@ class DistillSparse(AdapterRecipe):
         for name in ("sparse", "lora"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be given to distill, got none")
-        if self.held_out is not None and not isinstance(self.data, TextSettings):
+        given = [name for name in ("data", "videos", "scenes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"`data`, `videos` or `scenes` must be given, got {' and '.join(given) or 'none'}")
+        if self.held_out is not None and self.data is None:
             raise ValueError("`held_out` must be left out for video, got one")
 
     @property
@@ -234,13 +239,16 @@ class DistillTask(AdapterTask):
 
 def material(recipe: DistillSparse, run: Run) -> Material:
     """Model and data of a recipe, by the kind of its data."""
-    if isinstance(recipe.data, TextSettings):
+    if recipe.data is not None:
         from hf_sparse_attn.recipes.distill_sparse_language import LanguageMaterial
 
-        return LanguageMaterial(recipe, run)
+        return LanguageMaterial(recipe, recipe.data, run)
     from hf_sparse_attn.recipes.distill_sparse_video import LatentMaterial, SceneMaterial
 
-    return SceneMaterial(recipe, run) if isinstance(recipe.data, SceneSettings) else LatentMaterial(recipe, run)
+    if recipe.scenes is not None:
+        return SceneMaterial(recipe, recipe.scenes, run)
+    assert recipe.videos is not None
+    return LatentMaterial(recipe, recipe.videos, run)
 
 
 RECIPE = DistillSparse

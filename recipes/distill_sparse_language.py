@@ -47,9 +47,7 @@ def load_tokenizer(source: str, model: Any) -> Any:
 class LanguageMaterial:
     """A causal language model and text; see distill_sparse.Material."""
 
-    def __init__(self, recipe: DistillSparse, run: Run) -> None:
-        settings = recipe.data
-        assert isinstance(settings, TextSettings)
+    def __init__(self, recipe: DistillSparse, settings: TextSettings, run: Run) -> None:
         self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
         self.model: nn.Module = load_language_model(recipe.model, recipe.torch_dtype, run.device)
         tokenizer = load_tokenizer(recipe.model, self.model)

@@ -23,7 +23,7 @@ from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.recipes.distill_sparse import Context, DistillSparse
+    from hf_sparse_attn.recipes.distill_sparse import Context, DistillSparse, SceneSettings
 
 # Numbers of samples from here on are for evaluation; no training gets so far.
 _HELD_OUT = 1 << 40
@@ -74,8 +74,9 @@ class FlowMaterial:
     def run(self, batch: VideoBatch) -> Tensor:
         # Where the patch keeps some steps dense it must be told that this is none of them.
         told = {"step_index": self.step, "num_inference_steps": _STEPS} if self.step is not None else {}
-        with self.model.cache_context("cond", **told) if told else nullcontext():
-            found: Tensor = self.model(**batch.given, return_dict=False)[0]
+        model: Any = self.model
+        with model.cache_context("cond", **told) if told else nullcontext():
+            found: Tensor = model(**batch.given, return_dict=False)[0]
         return found
 
     @property
@@ -141,9 +142,8 @@ class FlowMaterial:
 class SceneMaterial(FlowMaterial):
     """The shipped video model, or one in a folder that was trained like it, and moving scenes."""
 
-    def __init__(self, recipe: DistillSparse, run: Run) -> None:
-        self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
-        self.settings: Any = recipe.data
+    def __init__(self, recipe: DistillSparse, settings: SceneSettings, run: Run) -> None:
+        self.recipe, self.device, self.base_model, self.settings = recipe, run.device, recipe.model, settings
         model = (
             load_moving_wan() if recipe.model == "moving_wan" else load_transformer(recipe.model, recipe.torch_dtype)
         )
@@ -174,7 +174,12 @@ class SceneMaterial(FlowMaterial):
         figures, size = super().evaluate(teacher, dense, match), self.settings
         seed = sample_seed(self.recipe.seed, 2 * _HELD_OUT)
         scenes = draw_classes(size.clips, seed)
-        wanted = {"frames": size.frames, "height": size.height, "width": size.width, "steps": size.sampling_steps}
+        wanted: dict[str, int] = {
+            "frames": size.frames,
+            "height": size.height,
+            "width": size.width,
+            "steps": size.sampling_steps,
+        }
         with teacher():
             told = sample(self.model, scenes, seed=seed, **wanted)
         mine = sample(self.model, scenes, seed=seed, **wanted)
@@ -185,9 +190,7 @@ class SceneMaterial(FlowMaterial):
 class LatentMaterial(FlowMaterial):
     """A Wan pipeline in a folder or on the Hub and videos, or latents that were made of some."""
 
-    def __init__(self, recipe: DistillSparse, run: Run) -> None:
-        settings = recipe.data
-        assert isinstance(settings, VideoSettings)
+    def __init__(self, recipe: DistillSparse, settings: VideoSettings, run: Run) -> None:
         self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
         transformer, self.data = self._opened(settings, run)
         if type(transformer).__name__ != "WanTransformer3DModel":

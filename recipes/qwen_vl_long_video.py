@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.family import has_class
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, QuestionData, QuestionSettings, Sample
 from hf_sparse_attn.train_text import sample_order
 
-_MODELS = frozenset(f"{name}ForConditionalGeneration" for name in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe"))
+_KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,8 @@ class QwenVLTask(AdapterTask):
 
         # Data and kind of model first: loading takes longest.
         config = AutoConfig.from_pretrained(recipe.model)
+        if config.model_type not in _KINDS:
+            raise ValueError(f"`model` must be of the kinds {', '.join(_KINDS)}, got {config.model_type}")
         self.data = QuestionData(recipe.data, recipe.model, config, processor)
         self.kept = recipe.evaluation_samples if recipe.held_out is None else 0
         self.held_out = (
@@ -77,8 +78,6 @@ class QwenVLTask(AdapterTask):
                 f"got {recipe.evaluation_samples}"
             )
         model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=recipe.torch_dtype)
-        if not has_class(model, _MODELS):
-            raise TypeError(f"`model` must be one of {', '.join(sorted(_MODELS))}, got a {type(model).__name__}")
         super().__init__(recipe, run, model.eval().to(run.device), base_model=recipe.model)
 
     def batch(self, step: int, samples: Sequence[int]) -> list[Sample]:

@@ -258,6 +258,6 @@ def _processor(model: str) -> Any:
         return AutoProcessor.from_pretrained(model)
     except ImportError as error:
         raise ImportError(
-            f"the processor of {model} cannot be loaded here ({error}). It needs torchvision; without it give a folder "
-            "of prepared samples as `data.source`"
+            f"the processor of {model} cannot be loaded here ({error}); it needs torchvision, without which "
+            "`data.source` must be a folder of prepared samples"
         ) from error

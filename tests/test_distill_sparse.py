@@ -65,10 +65,9 @@ def of_language(model: Path, **changes: Any) -> dict[str, Any]:
 
 
 def of_video(model: Path, **changes: Any) -> dict[str, Any]:
-    scenes = {"source": "moving_scenes", "frames": 4, "height": 12, "width": 14, "clips": 1, "sampling_steps": 2}
-    return of_language(
-        model, data=scenes, lora={"rank": 2, "targets": ["attn1.to_q", "attn1.to_v", "attn1.to_out.0"]}, **changes
-    )
+    scenes = {"frames": 4, "height": 12, "width": 14, "clips": 1, "sampling_steps": 2}
+    lora = {"rank": 2, "targets": ["attn1.to_q", "attn1.to_v", "attn1.to_out.0"]}
+    return of_language(model, **{"data": None, "scenes": scenes, "lora": lora, **changes})
 
 
 def made(tmp_path: Path, settings: dict[str, Any]) -> Any:
@@ -359,13 +358,13 @@ def test_latents_of_a_wan_transformer(video: Path, tmp_path: Path) -> None:
         for _ in range(5)
     ]
     write_latents(tmp_path / "latents", made)
-    data = {"source": str(tmp_path / "latents"), "frames": 9, "height": 64, "width": 80}
+    videos = {"source": str(tmp_path / "latents"), "frames": 9, "height": 64, "width": 80}
     folder = tmp_path / "model"
     from tests.tiny_wan import transformer
 
     transformer(in_channels=6, out_channels=6, text_dim=16).save_pretrained(folder)
-    settings = {**of_video(folder), "data": data, "match": MATCHES["all"]}
-    settings["sparse"] = {**BLOCKS, "dense_steps": 0.3}
+    sparse = {**BLOCKS, "dense_steps": 0.3}
+    settings = of_video(folder, scenes=None, videos=videos, match=MATCHES["all"], sparse=sparse)
     with task_of(tmp_path, settings) as task:
         batch = task.batch(0, [0, 1, 2])
         # Sparse in the last 0.7 of the schedule: with a shift of 3 that is below 3 * 0.7 / (1 + 2 * 0.7).
@@ -389,10 +388,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "cold": ({"temperature": 0}, "`temperature` must be more than 0, got 0"),
     "no samples": ({"evaluation_samples": 0}, "`evaluation_samples` must be at least 1, got 0"),
     "noise": ({"noise": {"shift": 0}}, "`noise.shift` must be more than 0, got 0"),
-    "odd size": ({"data": {"source": "moving_scenes", "width": 25}}, "`data.width` must be even and at least 24, got 25"),
-    "dropped": ({"data": {"source": "moving_scenes", "drop": 2}}, "`data.drop` must be from 0 to 1, got 2"),
+    "odd size": ({"data": None, "scenes": {"width": 25}}, "`scenes.width` must be even and at least 24, got 25"),
+    "small": ({"data": None, "scenes": {"frames": 20}}, "`scenes.height` must be even and at least 36, got 24"),
+    "dropped": ({"data": None, "scenes": {"drop": 2}}, "`scenes.drop` must be from 0 to 1, got 2"),
+    "nothing to learn from": ({"data": None}, "`data`, `videos` or `scenes` must be given, got none"),
+    "two kinds of data": ({"scenes": {}}, "`data`, `videos` or `scenes` must be given, got data and scenes"),
     "text for video": (
-        {"data": {"source": "moving_scenes"}, "held_out": {"source": "needles", "length": 99}},
+        {"data": None, "scenes": {}, "held_out": {"source": "needles", "length": 99}},
         "`held_out` must be left out for video, got one",
     ),
     "no module": ({"lora": {"targets": ["q_pro"]}}, "such as .*q_proj.*; got 'q_pro'"),
