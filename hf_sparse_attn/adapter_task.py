@@ -187,10 +187,12 @@ def checkpoint_gradients(model: Any) -> Any:
     Raises:
         ValueError: the model has none.
     """
-    if hasattr(model, "gradient_checkpointing_enable"):
-        # The form that needs no input with a gradient: the base model is frozen.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.gradient_checkpointing_disable
+    # transformers calls it activation checkpointing from 5.23 on. The form that is asked for needs no input with a
+    # gradient: the base model is frozen.
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(model, f"{name}_enable"):
+            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+            return getattr(model, f"{name}_disable")
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
         return model.disable_gradient_checkpointing

@@ -111,6 +111,13 @@ class Adapter:
         if hasattr(type(self.model), "_hf_peft_config_loaded"):
             # What add_adapter of transformers and diffusers sets.
             self.model.__dict__["_hf_peft_config_loaded"] = True
+        known = {id(module) for module, _ in self._modules}
+        for _, part in self.layers() + self.wrappers():
+            base = part.get_base_layer() if hasattr(part, "get_base_layer") else part.original_module
+            for module in part.modules():
+                # peft leaves what it adds in training mode, with its dropout, whatever mode the model is in.
+                if id(module) not in known:
+                    module.training = base.training
         generator = torch.Generator().manual_seed(seed)
         for name, layer in sorted(self.layers()):
             _initialise(name, layer, generator)

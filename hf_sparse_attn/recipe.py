@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -212,8 +212,7 @@ class Task:
 
         Args:
             folder: where; complete or not there at all afterwards.
-            figures: what was measured: "before" and "after" as `evaluate` gave it, "steps", "seconds", "step_seconds"
-                (median), "peak_memory" (bytes), "loss" (mean of the last tenth of the steps), "processes".
+            figures: what was measured, as training.train returns it.
         """
         raise TypeError(f"{type(self).__name__} must define save()")
 
@@ -263,6 +262,31 @@ class LoraSettings:
             raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"`alpha` must be more than 0, or none, got {self.alpha}")
+
+
+class Stage(Protocol):
+    """A stretch of a training that has several."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps."""
+
+
+AnyStage = TypeVar("AnyStage", bound=Stage)
+
+
+def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:
+    """The stage that the step counted from 0 belongs to.
+
+    Raises:
+        ValueError: there are not so many steps.
+    """
+    left = step
+    for stage in stages:
+        if left < stage.steps:
+            return stage
+        left -= stage.steps
+    raise ValueError(f"`step` must be less than {step - left}, got {step}")
 
 
 # ---------------------------------------------------------------------- finding recipes

@@ -116,7 +116,7 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
     try:
         for number, frame in enumerate(decoded):
             if number == wanted[len(kept)]:
-                kept.append(_fitted(torch.from_numpy(np.ascontiguousarray(frame)), height, width))
+                kept.append(_fitted(torch.from_numpy(np.array(frame)), height, width))
                 if len(kept) == frames:
                     return torch.stack(kept, 1)
     except MissingExtra:

@@ -56,7 +56,11 @@ def check_vae(vae: Any, family: str | None = None) -> None:
 
     Raises:
         TypeError: it is of another class.
+        ValueError: an unknown family.
     """
+    families = sorted({rules.family for rules in _RULES.values()})
+    if family is not None and family not in families:
+        raise ValueError(f"`family` must be {' or '.join(families)}, got {family!r}")
     fitting = [name for name, rules in _RULES.items() if family in (None, rules.family)]
     if type(vae).__name__ not in fitting:
         raise TypeError(f"`vae` must be {' or '.join(fitting)}; got {type(vae).__name__}")
@@ -128,7 +132,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
     names = _RULES[type(pipe.vae).__name__].prompt
     if len(made) != len(names):
         raise ValueError(
-            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} of {type(pipe).__name__}"
+            f"`pipe` must give {len(names)} values for a prompt, got {len(made)} from {type(pipe).__name__}"
         )
     return {name: value[0] for name, value in zip(names, made, strict=True) if name is not None}
 

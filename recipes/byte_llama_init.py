@@ -190,7 +190,8 @@ def _set_copying_heads(
     # Least squares from the byte's code, as the value carries it, to its row at the output.
     target = model.lm_head.weight
     carried = codes @ value.T
-    solution = torch.linalg.lstsq(carried, target).solution.T
+    # In float64: what the library rounds differently from call to call is then lost in float32.
+    solution = torch.linalg.lstsq(carried.double(), target.double()).solution.T.to(target.dtype)
     solution = solution / solution.norm() * math.sqrt(head_dim) * circuit.copy_gain / groups
     for head in range(groups):
         queries = slice(head * head_dim, (head + 1) * head_dim)

@@ -1,21 +1,15 @@
 """Train the small Wan transformer that video attention is measured on.
 
-    python -m hf_sparse_attn.recipes.moving_wan --config recipes/moving_wan.yaml --output DIR
+    hf-sparse-attn train moving_wan --output DIR
 
 The model learns by flow matching to draw moving scenes (`hf_sparse_attn.moving_scenes`) of a given class, in pixels,
-in stages of growing clips. It runs on one processor core in about an hour, saves as it goes, and goes on from its
-last checkpoint with --resume.
+in stages of growing clips. It runs on one processor core in about an hour.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import logging
 import math
-import os
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +30,11 @@ from hf_sparse_attn.moving import (
     to_model,
     with_motion,
 )
-from hf_sparse_attn.recipe_config import read_config
+from hf_sparse_attn.recipe import Recipe, Run, Task, stage_at
 from hf_sparse_attn.recipes.moving_wan_muon import Muon
 
-_LOG = logging.getLogger(__name__)
+# Seeds of the held-out clips; those of training are small multiples of another number.
+_HELD_OUT, _HELD_OUT_CLIPS = 77_000_000, 8
 
 
 @dataclass(frozen=True)
@@ -116,58 +111,33 @@ class FlowConfig:
     average: float
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """How the run goes about its work, which does not change what it computes."""
+@dataclass(frozen=True, kw_only=True)
+class MovingWan(Recipe):
+    """The model, the clips it sees, and how long."""
 
-    threads: int
-    report_every: int
-    save_every_seconds: float
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything the weights depend on, and how to run it."""
-
-    seed: int
     model: ModelConfig
     optimizer: OptimizerConfig
     flow: FlowConfig
     stages: tuple[StageConfig, ...]
-    run: RunConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise ValueError("`stages` must hold at least one, got none")
 
     @property
     def total_steps(self) -> int:
-        """Steps of all the stages together."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> StageConfig:
         """The stage that the step counted from 0 belongs to."""
-        left = step
-        for stage in self.stages:
-            if left < stage.steps:
-                return stage
-            left -= stage.steps
-        raise ValueError(f"`step` must be less than {self.total_steps}, got {step}")
+        return stage_at(self.stages, step)
+
+    def task(self, run: Run) -> Task:
+        return MovingWanTask(self, run)
 
 
-def load_config(path: Path) -> TrainConfig:
-    """Read a training configuration.
-
-    Args:
-        path: a YAML file with exactly the keys of `TrainConfig`.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: a key is missing or unknown.
-        TypeError: a value has the wrong type.
-    """
-    return read_config(TrainConfig, path)
-
-
-def build_model(config: TrainConfig) -> Any:
+def build_model(config: MovingWan) -> Any:
     """Make the model with its starting weights, in float32.
 
     Args:
@@ -200,8 +170,13 @@ class Batch:
     condition: Tensor
     velocity: Tensor
 
+    def rows(self, chosen: Sequence[int], device: torch.device) -> Batch:
+        """Some of its clips, on a device."""
+        index = list(chosen)
+        return Batch(*(getattr(self, field.name)[index].to(device) for field in dataclasses.fields(self)))
 
-def training_batch(config: TrainConfig, step: int) -> Batch:
+
+def training_batch(config: MovingWan, step: int) -> Batch:
     """Draw the batch of one step, which depends on the seed and the step alone.
 
     Args:
@@ -211,8 +186,10 @@ def training_batch(config: TrainConfig, step: int) -> Batch:
     Returns:
         The batch.
     """
-    stage = config.stage_at(step)
-    seed = config.seed * 1_000_003 + step
+    return _draw(config, config.stage_at(step), config.seed * 1_000_003 + step)
+
+
+def _draw(config: MovingWan, stage: StageConfig, seed: int) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     classes = draw_classes(stage.clips, seed)
     clips = to_model(moving_clips(classes, stage.frames, stage.height, stage.width, seed))
@@ -231,7 +208,7 @@ def training_batch(config: TrainConfig, step: int) -> Batch:
     return Batch(given, mix, condition(told), noise - clips)
 
 
-def _rate(config: TrainConfig, step: int) -> float:
+def _rate(config: MovingWan, step: int) -> float:
     """Share of the peak learning rate at a step."""
     optimizer, factor = config.optimizer, config.stage_at(step).rate
     if step < optimizer.warmup_steps:
@@ -247,126 +224,68 @@ def _make_optimizers(model: Any, config: OptimizerConfig) -> list[torch.optim.Op
     rest = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay)
     adam = torch.optim.AdamW(rest, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
-    optimizers: list[torch.optim.Optimizer] = [muon, adam]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
+    return [muon, adam]
 
 
-class Trainer:
-    """A model in training: its weights, their moving average, the optimizers and how far it is.
+class MovingWanTask(Task):
+    """All weights of the model, from the start, and their moving average, which is the result."""
 
-    Args:
-        config: what to train and how.
-    """
+    def __init__(self, recipe: MovingWan, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        self.module = build_model(recipe).to(run.device)
+        self.average = build_model(recipe).to(run.device).eval()
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.model = build_model(config)
-        self.average = build_model(config)
-        self.optimizers = _make_optimizers(self.model, config.optimizer)
-        self.step = 0
-        self.seconds = 0.0
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return _make_optimizers(self.module, self.recipe.optimizer)
 
-    def train_step(self) -> float:
-        """Take one step; returns the mean squared error of the velocity."""
-        batch = training_batch(self.config, self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _rate(self.config, self.step)
-            optimizer.zero_grad(set_to_none=True)
-        guess = self.model(batch.given, batch.level * 1000, batch.condition, return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(guess, batch.velocity)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        self._follow()
-        return float(loss.detach())
+    def rate(self, step: int) -> float:
+        return _rate(self.recipe, step)
 
-    @torch.no_grad()
-    def _follow(self) -> None:
+    def gradient_clip(self) -> float | None:
+        return self.recipe.optimizer.gradient_clip
+
+    def samples(self, step: int) -> int:
+        return self.recipe.stage_at(step).clips
+
+    def batch(self, step: int, samples: Sequence[int]) -> Batch:
+        # The clips of a step come from one generator: all are drawn, and these taken.
+        return training_batch(self.recipe, step).rows(samples, self.run.device)
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch.given)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self._error(self.module, batch)
+
+    def end_step(self, step: int) -> None:
         # Short at first, or the random start would stay in the average for long.
-        decay = min(self.config.flow.average, (1 + self.step) / (10 + self.step))
-        for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+        decay = min(self.recipe.flow.average, (2 + step) / (11 + step))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.module.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
 
-    def save(self, output: Path) -> None:
-        """Replace the files in a folder one by one by finished ones, so that an interruption leaves none half written.
+    def evaluate(self) -> dict[str, float]:
+        """Error of the averaged weights on clips that no step draws, of the size of the last stage."""
+        stage = dataclasses.replace(self.recipe.stages[-1], clips=_HELD_OUT_CLIPS)
+        batch = _draw(self.recipe, stage, _HELD_OUT).rows(range(_HELD_OUT_CLIPS), self.run.device)
+        return {"velocity error": float(self._error(self.average, batch)) / _HELD_OUT_CLIPS}
 
-        Args:
-            output: the folder; it gets the averaged weights as a model and a checkpoint to go on from.
-        """
-        with tempfile.TemporaryDirectory(dir=output) as scratch:
-            self.average.save_pretrained(scratch)
-            state = {
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "step": self.step,
-                "seconds": self.seconds,
-            }
-            torch.save(state, Path(scratch) / "checkpoint.pt")
-            for path in Path(scratch).iterdir():
-                os.replace(path, output / path.name)
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.average.named_parameters()}
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint that `save` made."""
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        self.step, self.seconds = state["step"], state["seconds"]
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.average.named_parameters():
+                value.copy_(state[name])
+
+    def save(self, folder: Path, figures: dict[str, Any]) -> None:
+        self.average.save_pretrained(folder)
+
+    @staticmethod
+    def _error(model: Any, batch: Batch) -> Tensor:
+        """Mean squared error of the velocity, summed over the clips."""
+        guess = model(batch.given, batch.level * 1000, batch.condition, return_dict=False)[0]
+        return (guess - batch.velocity).square().mean((1, 2, 3, 4)).sum()
 
 
-def train(config: TrainConfig, output: Path, resume: bool = False) -> Any:
-    """Train the model and keep it, with a checkpoint to go on from, in a folder.
-
-    Args:
-        config: what to train and how.
-        output: folder for the weights, made if missing.
-        resume: go on from the checkpoint in the folder where there is one.
-
-    Returns:
-        The model with the averaged weights.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(config.run.threads)
-    trainer = Trainer(config)
-    checkpoint = output / "checkpoint.pt"
-    if resume and checkpoint.exists():
-        trainer.load(checkpoint)
-    _LOG.info("%d parameters, %d steps from %d", trainer.model.num_parameters(), config.total_steps, trainer.step)
-    began = saved = time.monotonic()
-    before, losses = trainer.seconds, []
-    while trainer.step < config.total_steps:
-        losses.append(trainer.train_step())
-        trainer.seconds = before + time.monotonic() - began
-        if trainer.step % config.run.report_every == 0 or trainer.step == config.total_steps:
-            mean = sum(losses) / len(losses)
-            _LOG.info("step %d/%d, %.0f s: loss %.4f", trainer.step, config.total_steps, trainer.seconds, mean)
-            losses = []
-        if time.monotonic() - saved > config.run.save_every_seconds:
-            trainer.save(output)
-            saved = time.monotonic()
-    trainer.save(output)
-    return trainer.average
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and train."""
-    default = Path(__file__).with_suffix(".yaml")
-    parser = argparse.ArgumentParser(description="Train the small Wan transformer of the video comparisons.")
-    parser.add_argument("--config", type=Path, default=default, help="YAML file with every setting")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the weights and the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(load_config(options.config), options.output, resume=options.resume)
-
-
-if __name__ == "__main__":
-    main()
+RECIPE = MovingWan

@@ -12,7 +12,9 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.corpus import needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.demo import load_model
 from hf_sparse_attn.observe import capture
+from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.recipes import byte_llama
+from hf_sparse_attn.training import train
 
 YAML = Path(__file__).parents[1] / "recipes" / "byte_llama.yaml"
 
@@ -47,13 +49,13 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 
 def test_the_recipe_builds_the_shipped_architecture(model) -> None:
-    built = byte_llama.build_model(byte_llama.load_config(YAML))
+    built = byte_llama.build_model(recipe())
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert {name: tuple(value.shape) for name, value in built.state_dict().items()} == want
 
 
 def test_offset_heads_look_back_from_the_start() -> None:
-    built = byte_llama.build_model(byte_llama.load_config(YAML)).eval()
+    built = byte_llama.build_model(recipe()).eval()
     document = needle_document(600, needles=4, seed=0)
     q, k, _, ctx = capture(built, document.token_ids).calls[0]
     for head in range(5):
@@ -61,23 +63,43 @@ def test_offset_heads_look_back_from_the_start() -> None:
         assert int(weights.argmax()) == 300 - (head + 1)
 
 
+def recipe() -> byte_llama.ByteLlama:
+    made = read_recipe("byte_llama")
+    assert isinstance(made, byte_llama.ByteLlama)
+    return made
+
+
+def test_the_shipped_recipe_has_all_its_steps() -> None:
+    assert recipe().total_steps == 2650
+    with pytest.raises(ValueError, match="`step` must be less than 2650, got 2650"):
+        recipe().stage_at(2650)
+
+
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_llama, "_report", lambda *given: None)
-    threads = torch.get_num_threads()
-    config = byte_llama.load_config(YAML)
-    stage = replace(config.stages[0], tokens=512, lengths=(256,))
-    long, short = (
-        replace(config, stages=(replace(stage, steps=n),), run=replace(config.run, threads=1)) for n in (4, 2)
-    )
-    try:
-        whole = byte_llama.train(long, tmp_path / "whole")
-        byte_llama.train(short, tmp_path / "parts")
-        resumed = byte_llama.train(long, tmp_path / "parts", resume=True)
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert load_model(tmp_path / "parts").num_parameters() == whole.num_parameters()
+    monkeypatch.setattr(byte_llama.ByteLlamaTask, "evaluate", lambda self: {})
+    stage = replace(recipe().stages[0], steps=4, tokens=512, lengths=(256,))
+    config = replace(recipe(), stages=(stage,), threads=1, save_every=1)
+    train(config, tmp_path / "whole", progress=False)
+
+    def stopped(self: byte_llama.ByteLlamaTask, step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(byte_llama.ByteLlamaTask, "begin_step", stopped)
+        train(config, tmp_path / "parts", progress=False)
+    train(config, tmp_path / "parts", resume=True, progress=False)
+    whole, parts = (load_model(tmp_path / name / "result").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_batch_is_made_of_its_documents() -> None:
+    task = byte_llama.ByteLlamaTask(recipe(), Run(Path("."), torch.device("cpu")))
+    count = task.samples(300)
+    whole, part = task.batch(300, range(count)), task.batch(300, [1, 3])
+    assert len(whole[0]) == count and whole[0].numel() == 8192
+    assert torch.equal(part[0], whole[0][[1, 3]]) and torch.equal(part[1], whole[1][[1, 3]])
+    assert task.weight(part) == pytest.approx(float(part[1][:, 1:].sum()))
 
 
 @pytest.mark.parametrize(
@@ -94,4 +116,4 @@ def test_a_bad_recipe_is_refused(tmp_path: Path, old: str, new: str, error: type
     assert old in text
     (tmp_path / "bad.yaml").write_text(text.replace(old, new))
     with pytest.raises(error, match=message):
-        byte_llama.load_config(tmp_path / "bad.yaml")
+        read_recipe(tmp_path / "bad.yaml")

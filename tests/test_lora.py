@@ -103,7 +103,7 @@ def test_disabled_gives_the_bits_of_the_base(name: str, patched: bool) -> None:
     case = CASES[name]
     model = case.build()
     if patched:
-        hsa.patch(model, "sliding_window", window=24, block_size=16, min_tokens=0, backend="torch_reference")
+        hsa.patch(model, "sliding_window", window=24, sink=3, block_size=16, min_tokens=0, backend="torch_reference")
     expected = case.run(model)
     adapter = add_lora(model, case.full)
     shake(adapter)
@@ -135,7 +135,9 @@ def test_remove_restores_everything(name: str, order: str) -> None:
     expected, before = case.run(model), snapshot(model)
 
     def patch() -> hsa.Patch:
-        return hsa.patch(model, "sliding_window", window=24, block_size=16, min_tokens=0, backend="torch_gather")
+        return hsa.patch(
+            model, "sliding_window", window=24, sink=3, block_size=16, min_tokens=0, backend="torch_gather"
+        )
 
     p = patch() if order == "patch_first" else None
     adapter = add_lora(model, case.full)
@@ -392,14 +394,14 @@ def test_gradients_through_the_triton_kernels(interpreter: Any, masked_dense: An
 def test_a_backend_without_a_backward_pass_says_so() -> None:
     model = llama()
     add_lora(model, CASES["llama"].plain)
-    p = hsa.patch(model, "sliding_window", window=24, block_size=16, min_tokens=0, backend="flex_attention")
+    p = hsa.patch(model, "sliding_window", window=24, sink=3, block_size=16, min_tokens=0, backend="flex_attention")
     ids = tiny_lm.tokens(1, 111)
     with pytest.raises(hsa.BackendUnavailable, match=r"flex_attention.*no backward on the CPU"):
         model(ids)
     p.remove()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with hsa.patch(model, "sliding_window", window=24, block_size=16, min_tokens=0, backend="torch_gather"):
+    with hsa.patch(model, "sliding_window", window=24, sink=3, block_size=16, min_tokens=0, backend="torch_gather"):
         model(ids)
 
 
@@ -418,7 +420,10 @@ def test_a_backend_without_a_backward_pass_says_so() -> None:
         ({"targets": ("input_layernorm",)}, r"`targets` must be modules that can get an adapter, got"),
         ({"targets": LM, "trained": ("nrm",)}, r"`trained` must be modules of LlamaForCausalLM such as norm.*'nrm'"),
         ({"targets": LM, "trained": ("rotary_emb",)}, r"`trained` must be modules of LlamaForCausalLM such as"),
-        ({"targets": LM, "trained": ("v_proj",)}, r"other modules than `targets`, got model.layers.0.self_attn.v_proj"),
+        (
+            {"targets": LM, "trained": ("v_proj",)},
+            r"other modules than `targets`, got model.layers.0.self_attn.v_proj",
+        ),
         ({"targets": LM, "trained": ("self_attn",)}, r"got model.layers.0.self_attn and model.layers.0.self_attn.q_"),
         ({"targets": LM, "trained": ("mlp", "up_proj")}, r"not inside one another, got model.layers.0.mlp.up_proj in"),
     ],
@@ -501,7 +506,9 @@ def test_plain_peft_reads_what_is_saved(name: str, full: bool, tmp_path: Path) -
         assert torch.equal(case.run(PeftModel.from_pretrained(case.build(), tmp_path)), expected)
         model = case.build()
         again = lora_file.load(model, tmp_path)
-        assert again.settings == replace(adapter.settings, alpha=again.settings.alpha)
+        settings = adapter.settings
+        alpha = settings.rank if settings.alpha is None else settings.alpha
+        assert again.settings == replace(settings, alpha=alpha, targets=tuple(sorted(settings.targets)))
         assert torch.equal(case.run(model), expected)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base" and config["inference_mode"] is True
@@ -623,7 +630,10 @@ def _cut(folder: Path, name: str) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no_config": (lambda f: (f / "adapter_config.json").unlink(), "must hold adapter_config.json, which is missing"),
-    "no_weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors, which is missing"),
+    "no_weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors, which is missing",
+    ),
     "half_config": (lambda f: _cut(f, "adapter_config.json"), "must hold valid JSON"),
     "half_weights": (lambda f: _cut(f, "adapter_model.safetensors"), "got a damaged file"),
     "other_kind": (lambda f: _edit(f, peft_type="IA3"), "must hold a LoRA adapter"),
