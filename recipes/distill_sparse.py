@@ -103,8 +103,8 @@ class DistillSparse(AdapterRecipe):
         scenes: for the shipped video model, or one that was trained like it. One of the three is given.
         match: "output", "layers", "attention", or several with weights. The first two hold against a forward of the
             teacher. "attention" needs none, and holds the student only to itself: dense attention on its own q, k and
-            v. By itself it makes the student easy to approximate and lets it forget what it was; give it a small
-            weight beside "output".
+            v. By itself it makes attention easy to approximate and lets the model forget what it was: give it one of
+            the others beside it.
         temperature: of the next-token distributions that are matched.
         held_out: text to evaluate on; None takes the held-out part of the shipped text, and of other text its last
             samples, which are then not trained on.
