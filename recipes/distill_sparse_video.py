@@ -174,7 +174,7 @@ class SceneMaterial(FlowMaterial):
         figures, size = super().evaluate(teacher, dense, match), self.settings
         seed = sample_seed(self.recipe.seed, 2 * _HELD_OUT)
         scenes = draw_classes(size.clips, seed)
-        wanted: dict[str, int] = {
+        wanted: dict[str, Any] = {
             "frames": size.frames,
             "height": size.height,
             "width": size.width,
