@@ -62,7 +62,7 @@ class AttentionMatch:
         """See patching.Watcher."""
         if not (self.trains if torch.is_grad_enabled() else self._found is not None):
             return
-        error = output_error(out, q.detach(), k.detach(), v.detach(), ctx)
+        error = output_error(out, q, k, v, ctx)
         if self._found is not None:
             self._found.append((ctx.layer, error))
 
@@ -146,7 +146,7 @@ def output_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> 
 
     Args:
         out: [batch, heads, q_len, value dim].
-        q, k, v: [batch, heads or kv_heads, tokens, dim] of the call, without gradients.
+        q, k, v: [batch, heads or kv_heads, tokens, dim] of the call; no gradient goes to the dense output.
         ctx: where the call is.
     """
     with torch.no_grad():
