@@ -144,8 +144,8 @@ class DistillSparse(AdapterRecipe):
         return DistillTask(self, run)
 
 
-# Makes a context in which the model is another: its own teacher, or the student run dense.
-Context = Callable[[], AbstractContextManager[None]]
+# Makes a context within which the model is another: its own teacher, or the student run dense.
+Mode = Callable[[], AbstractContextManager[None]]
 
 
 class Material(Protocol):
@@ -168,10 +168,10 @@ class Material(Protocol):
     def run(self, batch: Any) -> Any:
         """What the model gives for a batch, for `output_loss`."""
 
-    def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Context) -> Tensor:
+    def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Mode) -> Tensor:
         """Sum over the samples of weight times what their outputs are apart."""
 
-    def evaluate(self, teacher: Context, dense: Context, match: AttentionMatch) -> dict[str, float]:
+    def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Figures on held-out samples."""
 
 

@@ -16,7 +16,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.recipes.distill_sparse import Context, DistillSparse
+    from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode
 
 # Sources whose documents are told apart into those to train on and those to evaluate on.
 _SHIPPED = frozenset({"needles", "standard_library"})
@@ -85,7 +85,7 @@ class LanguageMaterial:
     def run(self, batch: TextSample) -> Tensor:
         return self.decoder.hidden(batch.ids)
 
-    def output_loss(self, batch: TextSample, mine: Tensor, taught: Tensor, teacher: Context) -> Tensor:
+    def output_loss(self, batch: TextSample, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
         decoder = self.decoder
 
         def part(mine: Tensor, taught: Tensor, weights: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LanguageMaterial:
         given = (x.flatten(0, 1) for x in (mine[:, :-1], taught[:, :-1], batch.weights[:, 1:]))
         return in_chunks(part, decoder.positions, *given)
 
-    def evaluate(self, teacher: Context, dense: Context, match: AttentionMatch) -> dict[str, float]:
+    def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Means over held-out samples.
 
         `loss`: of the sparse student; `loss_dense` of the teacher, `loss_run_dense` of the student run dense. `kl`:

@@ -23,7 +23,7 @@ from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.recipes.distill_sparse import Context, DistillSparse, SceneSettings
+    from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode, SceneSettings
 
 # Numbers of samples from here on are for evaluation; no training gets so far.
 _HELD_OUT = 1 << 40
@@ -110,10 +110,10 @@ class FlowMaterial:
         noise = self.recipe.noise
         return flow_batch(latents, seeds, noise.shift, noise.spread, self.bounds)
 
-    def output_loss(self, batch: VideoBatch, mine: Tensor, taught: Tensor, teacher: Context) -> Tensor:
+    def output_loss(self, batch: VideoBatch, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
         return flow_error(mine, taught).sum()
 
-    def evaluate(self, teacher: Context, dense: Context, match: AttentionMatch) -> dict[str, float]:
+    def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Means over held-out samples.
 
         `loss`: squared error of the velocity of the sparse student; `loss_dense` of the teacher, `loss_run_dense` of
@@ -167,7 +167,7 @@ class SceneMaterial(FlowMaterial):
     def held_out(self, number: int) -> VideoBatch:
         return self.batch([_HELD_OUT + number])
 
-    def evaluate(self, teacher: Context, dense: Context, match: AttentionMatch) -> dict[str, float]:
+    def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Besides: `psnr` (dB) and `ssim` of sampled clips against the teacher's of the same seed, and the share of
         clips whose motion is `right`, and `right_dense` of the teacher's.
         """
