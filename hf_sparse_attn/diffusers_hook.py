@@ -318,9 +318,7 @@ class DiffusersHooks:
 
     def run(self, active: tuple[Layer, Call | None] | None, asked: Asked) -> Tensor:
         """Attention of one layer, sparse or dense, [batch, heads, tokens, dim]; dense calls are counted."""
-        if active is not None and self.session.method.name == "dense":
-            active[0].record.dense_reasons["method dense"] += 1
-        elif active is not None:
+        if active is not None and not self.session.as_before(active[0].record):
             found = self._sparse(*active, asked)
             if found is not None:
                 return found

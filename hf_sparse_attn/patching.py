@@ -75,6 +75,9 @@ class Span:
         return replace(whole, layout=_span_layout(whole.layout, self), inputs=self.cut_inputs(whole.inputs))
 
 
+# Shown q, k, v, place and output of every sparse sequence, with gradients; again when checkpointing computes it again.
+Watcher = Callable[[Tensor, Tensor, Tensor, Context, Tensor], object]
+
 # All that are alive, by number: what a compiled graph can name.
 SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -92,7 +95,8 @@ class Session:
         self.reads = method.reads
         self.judge = Judge(method, backend)
         self.in_training: Callable[[], bool] = bool
-        self._steady = 0
+        self.watcher: Watcher | None = None
+        self.pauses = self._steady = 0
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
@@ -118,6 +122,12 @@ class Session:
             yield
         finally:
             self._steady -= training
+
+    def as_before(self, record: LayerRecord) -> bool:
+        """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""
+        if self.method.name == "dense" and not self.pauses:
+            record.dense_reasons["method dense"] += 1
+        return self.method.name == "dense" or self.pauses > 0
 
     def record(self, name: str, index: int) -> LayerRecord:
         """The record of the layer called `name`, made at first use."""
@@ -181,8 +191,9 @@ class Session:
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        chosen = "method dense" if self.method.name == "dense" else self.method.dense_here(ctx)
-        reason = chosen or self.policy.why_dense(ctx, q.device)
+        if self.as_before(record):
+            return None
+        reason = self.method.dense_here(ctx) or self.policy.why_dense(ctx, q.device)
         if reason is not None:
             record.dense_reasons[reason] += 1
             return None
@@ -273,6 +284,8 @@ class Session:
             record.partly_dense[reason] += 1
         if learns:
             call.done()
+        if self.watcher is not None and not record.on_trial:
+            self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.
         return Done(*done, sum(densities), call.dense / call.sparse if call.sparse else 0.0)
 
@@ -365,6 +378,18 @@ class Patch:
         check_int("calls", calls, 0)
         for record in self.session.records.values():
             record.to_measure = calls
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it the model runs its own dense attention, to the bit, as if it had no patch; nothing is counted.
+
+        What is run within it with gradient checkpointing must have its backward within it, too.
+        """
+        self.session.pauses += 1
+        try:
+            yield
+        finally:
+            self.session.pauses -= 1
 
     def remove(self) -> None:
         """Puts back everything that was replaced. A second call does nothing."""

@@ -110,9 +110,9 @@ def _parameters(module: nn.Module, given: dict[str, Tensor]) -> Iterator[None]:
 
 
 # Reasons that are what was asked for: they raise nothing where the patch is strict.
-_NO_FALLBACK = frozenset({"method dense", "decoding", "layer's own mask"})
+_NO_FALLBACK = frozenset({"paused", "method dense", "decoding", "layer's own mask"})
 # Not counted at all: a count would make a graph for each layer.
-_EXPECTED = frozenset({"method dense", "decoding"})
+_EXPECTED = frozenset({"paused", "method dense", "decoding"})
 
 
 _FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
@@ -122,6 +122,8 @@ def _why_dense(
     session: Session, module: nn.Module, q: Tensor, k: Tensor, mask: Any, causal: bool, kwargs: dict[str, Any]
 ) -> str:
     """Why a call is dense as far as tracing can tell, or ""."""
+    if session.pauses:
+        return "paused"
     if session.method.name == "dense":
         return "method dense"
     if q.shape[2] < session.policy.min_queries:

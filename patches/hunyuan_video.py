@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.diffusers_hook import DiffusersHooks
 from hf_sparse_attn.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, Session
 from hf_sparse_attn.presets import Preset
 from hf_sparse_attn.registry import FAMILIES
 
@@ -180,7 +180,7 @@ class _HunyuanHooks(DiffusersHooks):
         if type(original).__name__ != _SQUARE_MASK or self.session.method.name == "dense":
             super().take_over(attention)
             return
-        stand_in = attention.processor = _no_square_mask()(original, self.member)
+        stand_in = attention.processor = _no_square_mask()(original, self.member, self.session)
 
         def restore() -> None:
             # A processor that was set since is not ours to take away.
@@ -224,9 +224,9 @@ def _no_square_mask() -> type[Any]:
         whose processor this is.
         """
 
-        def __init__(self, original: Any, member: Any) -> None:
+        def __init__(self, original: Any, member: Any, session: Session) -> None:
             super().__init__()
-            self.original, self.member = original, member
+            self.original, self.member, self.session = original, member, session
             self.__dict__.update(original.__dict__)
             self._attention_backend = member
 
@@ -242,6 +242,8 @@ def _no_square_mask() -> type[Any]:
             image_rotary_emb: Any = None,
         ) -> Any:
             given = hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            if self._attention_backend is self.member and self.session.pauses:
+                return self.original(attn, *given)
             if self._attention_backend is self.member:
                 return super().__call__(attn, *given)
             # Another backend was set: it knows only masks as the original makes them.

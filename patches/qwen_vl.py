@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import LayerRecord, Patch
+from hf_sparse_attn.patching import LayerRecord, Patch, Session
 from hf_sparse_attn.presets import TEXT_PRESETS, Preset
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
@@ -233,20 +233,21 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
     for index, (name, module) in enumerate(found):
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
-        patch.on_remove(module.register_forward_pre_hook(_whole_row(record, cuts), with_kwargs=True).remove)
+        tell = _whole_row(patch.session, record, cuts)
+        patch.on_remove(module.register_forward_pre_hook(tell, with_kwargs=True).remove)
     configs = {id(module.config): module.config for _, module in found}
     for config in configs.values():
         switch(patch, config)
 
 
-def _whole_row(record: LayerRecord, cuts: Any) -> Callable[..., Any]:
+def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
     """A pre-hook for an attention of the tower: transformers cuts nothing, the hook is told where to."""
     from hf_sparse_attn.transformers_hook import SEGMENTS
     from hf_sparse_attn.transformers_install import is_switched
 
     # A plain function, so that a deep copy of the model goes on counting in the same record.
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or not is_switched(module.config):
+        if torch.compiler.is_compiling() or session.pauses or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
