@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def save_bundle(
         rope=rope,
         figures=as_json("figures", figures),
         recipe=as_json("recipe", recipe),
-        versions=library_versions(),
+        versions={**library_versions(), **({} if adapter is None else {"peft": version("peft")})},
         files={},
     )
     # Raises here what it may raise, before there is anything in the folder.

@@ -139,7 +139,7 @@ def test_all_settings_come_back(tmp_path: Path) -> None:
     assert found.settings_in(folder) == sparse
     assert found.rope == {"type": "yarn", "factor": 4.0, "mscale": [1, 2.5]}
     assert found.fingerprint == Fingerprint.of(CASES["wan"].build())
-    assert {"torch", "hf_sparse_attn"} <= set(found.versions)
+    assert {"torch", "peft"} <= set(found.versions)
 
 
 def profile_of(model: Any) -> hsa.HeadProfile:
