@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import adapter_task, bundle, bundle_file, lora_file
+from hf_sparse_attn import adapter_task, bundle, bundle_file, gates, lora_file, rope_scaling
 from hf_sparse_attn.bundle_card import card
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import StepPlan
@@ -275,7 +275,6 @@ def test_positions_are_scaled_before_the_model_is_compared(tmp_path: Path, monke
 
 
 def test_the_scaling_of_the_package(tmp_path: Path) -> None:
-    rope_scaling = pytest.importorskip("hf_sparse_attn.rope_scaling")
     rope = {"type": "yarn", "factor": 2.0}
     adapter = trained("llama")
     undo = rope_scaling.scale_rope(adapter.model, rope)
@@ -296,7 +295,6 @@ def test_the_scaling_of_the_package(tmp_path: Path) -> None:
 
 
 def test_gates_of_the_package(tmp_path: Path) -> None:
-    gates = pytest.importorskip("hf_sparse_attn.gates")
     model = llama()
     made = gates.GateSet("seer_attention", model, {"block_size": 16, "hidden": 8}, seed=3)
     settings = SparseSettings(method="seer_attention", params={"gates": made, "density": 0.4}, min_tokens=0)
