@@ -111,6 +111,18 @@ def presets_table() -> Table:
     return columns, sorted(rows, key=lambda r: (r[0], r[1], r[3], QUALITIES.index(r[2])))
 
 
+def recipes() -> list[dict[str, Any]]:
+    """One record per recipe file that comes with the package: recipe, summary, file; no code is imported for it."""
+    from hf_sparse_attn.recipe import shipped_recipes
+
+    return [{"recipe": n, "summary": _purpose(path), "file": str(path)} for n, path in shipped_recipes().items()]
+
+
+def recipes_table() -> Table:
+    """Columns and rows of the recipes."""
+    return ("recipe", "what it does"), [(r["recipe"], r["summary"]) for r in recipes()]
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; a `|` in a cell is escaped."""
 
@@ -127,6 +139,18 @@ def _is_own(entry: object) -> bool:
 
 def _summary(doc: str | None) -> str:
     return (doc or "").strip().partition("\n")[0].strip()
+
+
+def _purpose(path: Path) -> str:
+    """What a recipe file is for: its comment in front, or else the first line of the module that it names."""
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("# For: "):
+        return text.partition("\n")[0].removeprefix("# For: ")
+    name = next(
+        (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("recipe:")), path.stem
+    )
+    module = path.with_name(f"{name}.py")
+    return _summary(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))) if module.is_file() else ""
 
 
 def _default(field: Field[Any]) -> Any:

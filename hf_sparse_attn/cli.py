@@ -194,6 +194,7 @@ def _methods(args: argparse.Namespace) -> int:
             "families": catalog.families_table(),
             "backends": catalog.backends_table(),
             "presets": catalog.presets_table(),
+            "recipes": catalog.recipes_table(),
         }
         print("\n\n".join(f"<!-- generated: {n} -->\n{catalog.markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
     else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.recipe import read_recipe, shipped_recipes
+from hf_sparse_attn import catalog
+from hf_sparse_attn.recipe import read_recipe
 from hf_sparse_attn.report import table
 
 log = logging.getLogger(__name__)
@@ -77,18 +77,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 def _listing(as_json: bool, width: int) -> str:
     """The recipes that come with the package, and what each is for."""
-    found = [{"recipe": name, "for": _purpose(path), "file": str(path)} for name, path in shipped_recipes().items()]
     if as_json:
-        return json.dumps(found, indent=2)
-    lines = table(("recipe", "what it does"), [[f["recipe"], f["for"]] for f in found], width=width)
-    return f"{lines}\nhf-sparse-attn train RECIPE [key=value ...] --output DIR"
-
-
-def _purpose(path: Path) -> str:
-    """The first line of the module that the file's `recipe` names, told without importing it."""
-    import yaml
-
-    name = yaml.safe_load(path.read_text(encoding="utf-8")).get("recipe", path.stem)
-    module = path.with_name(f"{name}.py")
-    text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) if module.is_file() else None
-    return (text or "").partition("\n")[0]
+        return json.dumps(catalog.recipes(), indent=2)
+    shown = table(*catalog.recipes_table(), width=width)
+    return f"{shown}\nhf-sparse-attn train RECIPE [key=value ...] --output DIR"

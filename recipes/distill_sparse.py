@@ -1,4 +1,4 @@
-"""Recipe distill_sparse: a model with sparse attention and a LoRA adapter learns to do what it does dense."""
+"""Teach a model with sparse attention, by LoRA, to do what it does with dense attention (distillation)."""
 
 from __future__ import annotations
 

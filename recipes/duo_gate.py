@@ -1,4 +1,4 @@
-"""Recipe duo_gate: which key/value heads retrieve, by one trained number each (DuoAttention)."""
+"""Find the key/value heads that retrieve, by one trained number each (DuoAttention); the others get a window."""
 
 from __future__ import annotations
 

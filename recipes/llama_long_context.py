@@ -1,4 +1,4 @@
-"""Recipe llama_long_context: a language model learns a longer context with sparse attention and a LoRA adapter."""
+"""Adapt a language model to a longer context with sparse attention, by LoRA and stretched positions (LongLoRA)."""
 
 from __future__ import annotations
 

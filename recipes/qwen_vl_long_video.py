@@ -1,4 +1,4 @@
-"""Recipe qwen_vl_long_video: a Qwen-VL model learns to answer questions about longer videos, with sparse attention."""
+"""Adapt a Qwen-VL model to questions about longer videos with sparse attention, by LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe seer_gate: the gates of SeerAttention, trained to tell where each layer of a frozen model attends."""
+"""Train the gates of SeerAttention on a frozen model, to tell where each of its layers attends."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_without_a_recipe_the_command_lists_them(capsys: pytest.CaptureFixture[s
     assert cli.main(["train", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {entry["recipe"] for entry in found} == set(shipped_recipes())
-    assert all(entry["for"].endswith(".") for entry in found)
+    assert all(entry["summary"].endswith(".") for entry in found)
     assert cli.main(["train"]) == 0
     assert "moving_wan" in capsys.readouterr().out
     assert train_command.render({"recipe": "a", "result": "b", "before": {}, "after": {}, "loss": 1.0, "steps": 1,
