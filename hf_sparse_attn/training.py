@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import statistics
 import threading
@@ -47,7 +48,9 @@ class Interrupted(Exception):
         self.step, self.signal = step, signal
 
 
-def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    recipe: Recipe, output: str | os.PathLike[str], *, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Runs a recipe and writes what it trained.
 
     The processes that `torchrun` or `accelerate launch` started share the samples of each step; the gradients of the
@@ -72,6 +75,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written after the step that was under way.
         MissingExtra: accelerate is not installed.
     """
+    output = Path(output)
     accelerator = _accelerator(recipe, output)
     files = TrainingFiles(output)
     if accelerator.is_main_process:

@@ -136,7 +136,7 @@ def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
     assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
 
 
-@pytest.mark.parametrize("name", ["methods", "families", "backends", "presets"])
+@pytest.mark.parametrize("name", ["methods", "families", "backends", "presets", "recipes"])
 def test_readme_tables_are_generated(name: str) -> None:
     columns, rows = getattr(catalog, f"{name}_table")()
     found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
