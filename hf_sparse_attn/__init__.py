@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.gates import GateSet
     from hf_sparse_attn.head_profile import HeadProfile
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import DenseFallback, Patch
@@ -39,6 +40,7 @@ _WHERE = {
     "Segment": "context",
     "TokenLayout": "context",
     "BackendUnavailable": "dispatch",
+    "GateSet": "gates",
     "HeadProfile": "head_profile",
     "Decline": "method",
     "Method": "method",
@@ -57,6 +59,7 @@ __all__ = [
     "Context",
     "Decline",
     "DenseFallback",
+    "GateSet",
     "HeadProfile",
     "LoadedBundle",
     "Method",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
-from hf_sparse_attn.family import find_family, install, provided
+from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
 from hf_sparse_attn.patching import Patch, Session, active_patch
@@ -88,6 +88,8 @@ def patch(
             f"`method` {made.name!r} needs {' and '.join(NEEDS[n] for n in lacking)}; "
             f"{type(model).__name__} (family {found[0]}) has none"
         )
+    check_reads(found, made.reads, f"`method` {made.name!r}")
+    made.check_model(model)
     return install(model, found, Session(made, policy, backend, strict))
 
 

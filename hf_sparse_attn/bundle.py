@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_sparse_attn.bundle_file import CARD, FILE, GATES, PROFILE, Bundle, as_json, fetch, files_in, write
+from hf_sparse_attn.bundle_file import CARD, FILE, GATES, PROFILE, Bundle, as_json, fetch, files_in, to_json, write
 from hf_sparse_attn.bundle_hub import push_bundle
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
@@ -76,10 +77,22 @@ def save_bundle(
         different = [] if owner is None else owner.model.difference(print_of)
         if different:
             raise ValueError(f"`{whose}` must be for the model that is saved; {'; '.join(different)}")
-    texts = as_json("figures", figures), as_json("recipe", recipe)
     from hf_sparse_attn.bundle_card import card
     from hf_sparse_attn.profiling import library_versions
 
+    made = Bundle(
+        base_model=base_model,
+        part=part,
+        fingerprint=print_of,
+        sparse=sparse,
+        rope=rope,
+        figures=as_json("figures", figures),
+        recipe=as_json("recipe", recipe),
+        versions={**library_versions(), **({} if adapter is None else {"peft": version("peft")})},
+        files={},
+    )
+    # Raises here what it may raise, before there is anything in the folder.
+    to_json(made)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / FILE).unlink(missing_ok=True)
@@ -93,17 +106,7 @@ def save_bundle(
         profile.save_pretrained(path / PROFILE)
     if gates is not None:
         gates.save(path / GATES)
-    made = Bundle(
-        base_model=base_model,
-        part=part,
-        fingerprint=print_of,
-        sparse=sparse,
-        rope=rope,
-        figures=texts[0],
-        recipe=texts[1],
-        versions=library_versions(),
-        files=files_in(path),
-    )
+    made = replace(made, files=files_in(path))
     (path / CARD).write_text(card(made), encoding="utf-8")
     write(made, path)
 
@@ -121,17 +124,21 @@ class LoadedBundle:
         self.base_model, self.figures, self.recipe = bundle.base_model, bundle.figures, bundle.recipe
         self.adapter: Adapter | None = None
         self.patch: Patch | None = None
-        self._undo = ExitStack()
+        self._undo: list[Callable[[], object]] = []
 
     def remove(self) -> None:
         """Takes off patch, adapter and scaled positions; the model is then as it was. A second call does nothing.
 
         Raises:
-            ValueError: another adapter was put on the model since; nothing is taken off then.
+            ValueError: another adapter was put on the model since, or its positions were scaled again: what came after
+                must come off first.
         """
         if self.adapter is not None:
             self.adapter.check_removable()
-        self._undo.close()
+        while self._undo:
+            # One that raises stays, for another try.
+            self._undo[-1]()
+            self._undo.pop()
 
     def __enter__(self) -> LoadedBundle:
         return self
@@ -176,31 +183,39 @@ def load_bundle(model: Any, source: str | os.PathLike[str], *, patch: bool = Tru
     # Patched by way of its pipeline a transformer knows the steps of a run.
     patched = target if bundle.part and len(_parts(model)) > 1 else model
     loaded = LoadedBundle(bundle)
-    with ExitStack() as undo:
-        _check_model(target, bundle, but_rope=bundle.rope is not None)
-        if bundle.rope is not None:
-            from hf_sparse_attn.rope_scaling import scale_rope
-
-            undo.callback(scale_rope(target, bundle.rope))
-            _check_model(target, bundle)
-        if bundle.has_adapter:
-            from hf_sparse_attn.lora_file import load
-
-            loaded.adapter = load(target, folder)
-            undo.callback(loaded.adapter.remove)
-            for parameter in loaded.adapter.parameters().values():
-                parameter.requires_grad_(False)
-        if settings is not None:
-            from hf_sparse_attn.adapter_task import make_patch
-
-            if bundle.has_gates:
-                from hf_sparse_attn.gates import GateSet
-
-                GateSet.load(folder / GATES).check(target)
-            loaded.patch = make_patch(patched, settings)
-            undo.callback(loaded.patch.remove)
-        loaded._undo = undo.pop_all()
+    try:
+        _put_on(loaded, folder, bundle, settings, target, patched)
+    except BaseException:
+        loaded.remove()
+        raise
     return loaded
+
+
+def _put_on(
+    loaded: LoadedBundle, folder: Path, bundle: Bundle, settings: SparseSettings | None, target: Any, patched: Any
+) -> None:
+    _check_model(target, bundle, but_rope=bundle.rope is not None)
+    if bundle.rope is not None:
+        from hf_sparse_attn.rope_scaling import scale_rope
+
+        loaded._undo.append(scale_rope(target, bundle.rope))
+        _check_model(target, bundle)
+    if bundle.has_adapter:
+        from hf_sparse_attn.lora_file import load
+
+        loaded.adapter = load(target, folder)
+        loaded._undo.append(loaded.adapter.remove)
+        for parameter in loaded.adapter.parameters().values():
+            parameter.requires_grad_(False)
+    if settings is not None:
+        from hf_sparse_attn.adapter_task import make_patch
+
+        if bundle.has_gates:
+            from hf_sparse_attn.gates import GateSet
+
+            GateSet.load(folder / GATES).check(target)
+        loaded.patch = make_patch(patched, settings)
+        loaded._undo.append(loaded.patch.remove)
 
 
 def _own_parts(

@@ -69,8 +69,14 @@ def _adapter(bundle: Bundle, where: str) -> list[str]:
         return []
     lines = [f"model = PeftModel.from_pretrained(model, {where})  # peft"]
     if DIFFUSERS_WEIGHTS in bundle.files:
-        part = ", load_into_transformer_2=True" if bundle.part == "transformer_2" else ""
-        lines.append(f'pipe.load_lora_weights({where}, weight_name="{DIFFUSERS_WEIGHTS}"{part})  # diffusers')
+        named = f'weight_name="{DIFFUSERS_WEIGHTS}"'
+        if (bundle.recipe.get("lora") or {}).get("trained"):
+            # load_lora_weights takes low-rank matrices alone, and refuses the file for what was trained in full.
+            whose = f"pipe.{bundle.part or 'transformer'}"
+            lines.append(f'{whose}.load_lora_adapter({where}, prefix="transformer", {named})  # diffusers')
+        else:
+            part = ", load_into_transformer_2=True" if bundle.part == "transformer_2" else ""
+            lines.append(f"pipe.load_lora_weights({where}, {named}{part})  # diffusers")
     else:
         lines.append(f"model.load_adapter({where})  # transformers")
     return ["The adapter alone, with the model's own attention:\n", "```python\n" + "\n".join(lines) + "\n```\n"]

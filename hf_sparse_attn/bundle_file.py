@@ -113,12 +113,20 @@ def digest(path: Path) -> str:
 
 def write(bundle: Bundle, folder: Path) -> None:
     """Writes `bundle.json`, without which a folder is no bundle."""
+    text = to_json(bundle)
+    _replace(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def to_json(bundle: Bundle) -> str:
+    """The text of `bundle.json`.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+    """
     sparse = None
     if bundle.sparse is not None:
         sparse = plain(bundle.sparse)
         sparse["params"] = {name: _encode(name, value) for name, value in bundle.sparse.params.items()}
-        if bundle.has_profile:
-            sparse["method"] = _OWN_PROFILE
     value = {
         "format": FORMAT,
         "version": VERSION,
@@ -132,8 +140,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         "versions": bundle.versions,
         "files": bundle.files,
     }
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    _replace(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def as_json(name: str, value: Any) -> Any:
@@ -263,7 +270,7 @@ def _files(value: Any) -> dict[str, str]:
         # No name here can lead out of the folder.
         if not _NAME.fullmatch(name) or not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
             raise ValueError(
-                f"`files` must be files of a bundle with their SHA-256, got {_shortened({name: expected})}"
+                f"`files` must be those of a bundle with their SHA-256, got {_shortened({name: expected})}"
             )
     if (CONFIG in found) != (WEIGHTS in found):
         raise ValueError(f"`files` must have both of {CONFIG} and {WEIGHTS}, or none")

@@ -9,11 +9,19 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.diffusers_model import Asked, Layer, Tokens
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import LayerRecord
 
 if TYPE_CHECKING:
     from hf_sparse_attn.diffusers_hook import DiffusersHooks
+
+
+def trained_weights(method: Method) -> bool:
+    """Whether a method has weights of its own that a gradient should reach."""
+    modules = (value for value in method.params().values() if isinstance(value, nn.Module))
+    return bool(method.reads) and any(p.requires_grad for module in modules for p in module.parameters())
 
 
 class CompiledModel:
@@ -41,6 +49,9 @@ class CompiledLayer:
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         hooks, layer, scale = self.hooks, self.layer, options[0]
+        # The operator hands gradients to its inputs, and the method's own weights are none.
+        if lengths[0] and trained_weights(hooks.session.method):
+            raise RuntimeError("`gates` must not require gradients in a compiled model: it would give them none")
         if again:
             layer = replace(layer, record=LayerRecord(layer.record.name, layer.index))
 
@@ -49,6 +60,8 @@ class CompiledLayer:
             return hooks.dispatch(q, k, v, mask, 0.0, False, scale, backend=layer.backend).transpose(1, 2)
 
         call = hooks.tickets.get(int(extra["ticket"]))
-        asked = Asked(q, k, v, extra.get("mask"), scale, (), dense)
+        hidden = extra.get("hidden")
+        inputs = None if hidden is None else LayerInputs(hidden)
+        asked = Asked(q, k, v, extra.get("mask"), scale, (), dense, inputs)
         with hooks.session.steadily(training):
             return hooks.run((layer, call), asked).transpose(1, 2)

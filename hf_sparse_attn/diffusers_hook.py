@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn import opaque
-from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.diffusers_clock import NO_SCHEDULE, Clock, run_length
 from hf_sparse_attn.diffusers_compile import CompiledLayer, CompiledModel
 from hf_sparse_attn.diffusers_model import (
@@ -63,6 +63,8 @@ class DiffusersHooks:
         self.active: tuple[Layer, Call | None] | None = None
         # Besides, the sizes of the layer's first call: differential attention makes two of one size.
         self.before: tuple[tuple[Layer, Call | None], tuple[int, int]] | None = None
+        # What the layer at work was given, where the method reads it.
+        self.inputs: LayerInputs | None = None
         # What compiled graphs know of both: tensors, for a number is a reason to compile anew.
         self.ticket = opaque.ticket(-1)
         self.traced: Any = None
@@ -94,6 +96,10 @@ class DiffusersHooks:
     def tokens(self, transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
         """What the tokens of a forward are, from its arguments by name."""
         raise NotImplementedError
+
+    def layer_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs | None:
+        """What a method that reads more than q, k and v is handed, from the arguments of an attention layer."""
+        return None
 
     def valid(self, mask: Tensor, batch: int, tokens: int) -> Tensor | None:
         """Valid keys of each row, bool [batch, tokens], or None where the mask says more than that."""
@@ -204,7 +210,7 @@ class DiffusersHooks:
             given, tokens = [time] if isinstance(time, Tensor) else [], self.tokens(transformer, inputs)
             self.ticket = opaque.begin(getattr(transformer, _NUMBER), given, tokens.sizes())
             return
-        self.call = self.active = self.before = None
+        self.call = self.active = self.before = self.inputs = None
         if transformer not in self.attentions:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
             return
@@ -232,10 +238,12 @@ class DiffusersHooks:
         """Ends what `enter_forward` began; runs after an exception too."""
         if torch.compiler.is_compiling():
             return
-        self.call = self.active = self.before = None
+        self.call = self.active = self.before = self.inputs = None
 
     def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
+        if self.session.reads:
+            self.inputs = self.layer_inputs(attention, args, kwargs)
         if torch.compiler.is_compiling():
             self.traced = attention
             return
@@ -248,7 +256,7 @@ class DiffusersHooks:
 
     def leave_layer(self, *_: object) -> None:
         """Ends what `enter_layer` began where a step cache gave the output and attention was never asked."""
-        self.active = self.traced = self.before = self.traced_before = None
+        self.active = self.traced = self.before = self.traced_before = self.inputs = None
 
     def attend(
         self,
@@ -287,8 +295,9 @@ class DiffusersHooks:
                 )  # fmt: skip
             q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             factor = query.shape[3] ** -0.5 if scale is None else scale
-            extra = {"ticket": self.ticket, "mask": attn_mask}
-            return opaque.attend(getattr(attention, _NUMBER), q, k, v, extra, [], [factor])
+            extra = {"ticket": self.ticket, "mask": attn_mask, "hidden": getattr(self.inputs, "hidden", None)}
+            learns = int(torch.is_grad_enabled())
+            return opaque.attend(getattr(attention, _NUMBER), q, k, v, extra, [learns], [factor])
         # Taken, not read: another attention inside the layer (an adapter's) must not pass for its self-attention.
         active, self.active = self.active, None
         if active is not None:
@@ -304,7 +313,8 @@ class DiffusersHooks:
             return out.transpose(1, 2)
 
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self.run(active, Asked(q, k, v, attn_mask, scale, odd, dense)).transpose(1, 2)
+        inputs = None if active is None else self.inputs
+        return self.run(active, Asked(q, k, v, attn_mask, scale, odd, dense, inputs)).transpose(1, 2)
 
     def run(self, active: tuple[Layer, Call | None] | None, asked: Asked) -> Tensor:
         """Attention of one layer, sparse or dense, [batch, heads, tokens, dim]; dense calls are counted."""
@@ -336,6 +346,7 @@ class DiffusersHooks:
             head_dim=q.shape[3],
             scale=asked.scale,
             branch=call.branch,
+            inputs=asked.inputs if cut is None else cut.front_inputs(asked.inputs),
         )
         if cut is None:
             done = self.session.sparse(layer.record, q, k, v, context, dense=lambda: asked.dense(q, k, v, asked.mask))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Segment, TokenLayout
+from hf_sparse_attn.context import LayerInputs, Segment, TokenLayout
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import LayerRecord
 
@@ -111,6 +111,7 @@ class Asked:
         scale: factor on the logits; None means dim ** -0.5.
         odd: features of the call, by name, that sparse attention does not have.
         dense: the model's own attention of q, k, v and a mask.
+        inputs: what else the layer had, where the method reads it.
     """
 
     q: Tensor
@@ -120,6 +121,7 @@ class Asked:
     scale: float | None
     odd: tuple[str, ...]
     dense: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    inputs: LayerInputs | None = None
 
 
 def find_transformers(model: object, classes: Mapping[str, str]) -> list[nn.Module] | Decline:

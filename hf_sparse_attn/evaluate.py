@@ -128,15 +128,17 @@ def base_method(name: str, layout: TokenLayout) -> Method:
 
 
 def turnable_methods(wanted: Sequence[str] | None) -> list[str]:
-    """Names of the methods with a knob, or those of `wanted`.
+    """Names of the methods with a knob that choose by q, k and v alone, or those of `wanted`.
 
     Raises:
-        ValueError: unknown name; or one without a knob was asked for.
+        ValueError: unknown name; or another method was asked for.
     """
     for name in wanted or ():
         if METHODS.get(name).knob is None:
             raise ValueError(f"`methods` must be such whose density can be set, got {name!r}")
-    return list(wanted or (name for name, cls in METHODS.items() if cls.knob is not None))
+        if METHODS.get(name).reads:
+            raise ValueError(f"`methods` must be such that choose by q, k and v alone, got {name!r}")
+    return list(wanted or (name for name, cls in METHODS.items() if cls.knob is not None and not cls.reads))
 
 
 def fitted(

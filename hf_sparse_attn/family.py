@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from hf_sparse_attn.method import Decline
+from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, Session, active_patch
 
 
@@ -18,7 +18,8 @@ class Family(Protocol):
     `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers;
     `presets`, where it has some, are what `quality=` of patch() chooses from (presets.py). One with `generic = True`
     takes what no other family knows. One whose models differ in their layouts has `provided(modules)`, which says it
-    of these modules; `provides` is then all that any of them has.
+    of these modules; `provides` is then all that any of them has. One that hands over what a layer had besides q, k
+    and v has `reads`, the fields of context.LayerInputs that its hooks fill in where the session's method reads them.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -89,6 +90,24 @@ def provided(family: type[Family], modules: list[nn.Module]) -> frozenset[str]:
     own = getattr(family, "provided", None)
     found: frozenset[str] = family.provides if own is None else own(modules)
     return found
+
+
+def check_reads(found: tuple[str, type[Family], list[nn.Module]], reads: frozenset[str], who: str) -> None:
+    """Raises where a family does not hand over what is read of a layer besides q, k and v.
+
+    Args:
+        found: what `find_family` said of the model.
+        reads: fields of LayerInputs.
+        who: what reads them, in words.
+
+    Raises:
+        MethodDoesNotApply: names what is missing.
+    """
+    unread = [READS[name] for name in sorted(reads - getattr(found[1], "reads", frozenset()))]
+    if unread:
+        raise MethodDoesNotApply(
+            f"{who} reads the {' and '.join(unread)} of a layer, which family {found[0]} does not hand over"
+        )
 
 
 def pretrained_models(model: object) -> list[Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.fingerprint import Fingerprint
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 
@@ -17,6 +20,13 @@ NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
     "video grid": "exactly one video segment with its (frames, height, width)",
+}
+
+# Fields of LayerInputs in words.
+READS = {
+    "hidden": "hidden states",
+    "q": "queries before positions",
+    "k": "keys before positions",
 }
 
 
@@ -73,6 +83,28 @@ class Method:
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
 
+    @classmethod
+    def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
+        """The untrained gates of the method for a model, one module for each layer; see gates.GateSet.
+
+        All their tensors must be weights: gates are also built without memory, to be filled from a file.
+
+        Args:
+            model: sizes of the model.
+            settings: of the gates, as they stand in their file.
+
+        Raises:
+            ValueError: the method has no gates, or settings that are none of its.
+        """
+        raise ValueError(f"`kind` must be a method with trained gates, got {cls.name!r}, which has none")
+
+    def check_model(self, model: Any) -> None:
+        """Raises where the method cannot be used with a model: what it was trained with is missing or is another's.
+
+        Raises:
+            ValueError, OSError: why not.
+        """
+
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
         """Which keys each block of queries reads.
 
@@ -104,7 +136,7 @@ class Method:
         return cached_pattern(self, ctx, q.device) if self.static else self.pattern(q, k, ctx)
 
     def why_not(self, ctx: Context) -> str | None:
-        """Why the method does not apply to the layout, or None where it does."""
+        """Why the method does not apply to the call, or None where it does."""
         layout = ctx.layout
         has = {
             "causal": layout.is_causal,
@@ -114,7 +146,8 @@ class Method:
         for need in sorted(self.needs):
             if not has[need]:
                 return f"{self.name} needs {NEEDS[need]}, got {layout}"
-        return None
+        unread = [READS[name] for name in sorted(self.reads) if getattr(ctx.inputs, name, None) is None]
+        return f"{self.name} reads the {' and '.join(unread)}, which the call has not" if unread else None
 
     def dense_here(self, ctx: Context) -> str | None:
         """Why the method leaves a call to the model's own attention on purpose, which is no fallback; or None."""

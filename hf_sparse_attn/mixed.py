@@ -69,6 +69,12 @@ class ProfiledMethod(Method):
         object.__setattr__(self, "static", all(m.static and not _has_branch(m) for m in used))
         object.__setattr__(self, "trainable", all(m.trainable for m in used))
         object.__setattr__(self, "needs", frozenset().union(*(m.needs for m in used)))
+        object.__setattr__(self, "reads", frozenset().union(*(m.reads for m in used)))
+
+    def check_model(self, model: Any) -> None:
+        """As each of its methods; see Method.check_model."""
+        for method in self.profile.methods:
+            method.check_model(model)
 
     def params(self) -> dict[str, Any]:
         """The profile in words, for reports."""

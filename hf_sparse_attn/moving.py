@@ -30,6 +30,7 @@ from hf_sparse_attn.moving_scenes import (
     moving_clips,
     scene_classes,
     sprite_cover,
+    travelled,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "sample",
     "scene_classes",
     "to_model",
+    "travelled",
     "with_motion",
 ]
 
@@ -118,7 +120,7 @@ def from_model(latents: Tensor) -> Tensor:
     return (latents.transpose(1, 2) * _SPREAD + _MIDDLE).clamp(0.0, 1.0)
 
 
-def with_motion(latents: Tensor, classes: Sequence[SceneClass | None]) -> Tensor:
+def with_motion(latents: Tensor, classes: Sequence[SceneClass | None], turn: int | None = None) -> Tensor:
     """Add the motion asked for to every pixel, in channels where image to video models have their condition.
 
     A channel of ones, then how near the pixel is to two lines, one along each axis, that move with the velocity of the
@@ -129,6 +131,8 @@ def with_motion(latents: Tensor, classes: Sequence[SceneClass | None]) -> Tensor
     Args:
         latents: [batch, 3, frames, height, width].
         classes: one for each row of the batch; None stands for no condition, zeros.
+        turn: frames after which sprite and lines turn back; see `moving_scenes.travelled`. They cross the middle of
+            the picture half-way between two turns.
 
     Returns:
         [batch, 6, frames, height, width], what the model takes as `hidden_states`.
@@ -139,7 +143,9 @@ def with_motion(latents: Tensor, classes: Sequence[SceneClass | None]) -> Tensor
     if len(classes) != len(latents):
         raise ValueError(f"`classes` must be one for each of {len(latents)} clips, got {len(classes)}")
     told = latents.new_zeros(len(latents), CHANNELS_IN - CHANNELS_OUT, *latents.shape[2:])
-    time, rows, columns = (torch.arange(n, device=latents.device) - (n - 1) / 2 for n in latents.shape[2:])
+    rows, columns = (torch.arange(n, device=latents.device) - (n - 1) / 2 for n in latents.shape[3:])
+    path = torch.from_numpy(travelled(latents.shape[2], turn)).to(latents.device)
+    time = path - int(path.max()) / 2
     for row, scene in zip(told, classes, strict=True):
         if scene is not None:
             down, right = scene.velocity
@@ -160,7 +166,8 @@ class MotionCheck:
     Args:
         error: root mean square distance in pixels from the sprite's centre to the way asked for, which may start
             anywhere; infinite where a frame shows no sprite.
-        velocity: pixels per frame, down and to the right, of the straight line that fits best.
+        velocity: pixels per frame, down and to the right, of the straight line (there and back, if the sprite should
+            turn) that fits best.
         colour: the colour most seen.
         shape: the shape that fits best.
         area: smallest and largest share of the sprite's area seen in any frame.
@@ -178,7 +185,7 @@ class MotionCheck:
     right: bool
 
 
-def check_motion(clip: Tensor, scene: SceneClass) -> MotionCheck:
+def check_motion(clip: Tensor, scene: SceneClass, turn: int | None = None) -> MotionCheck:
     """Follow the sprite through a clip and compare its way, colour and size with the class.
 
     The sprite is found by colour: each pixel counts for the nearest of `COLOURS` by the part of it that is not grey.
@@ -187,6 +194,7 @@ def check_motion(clip: Tensor, scene: SceneClass) -> MotionCheck:
     Args:
         clip: frames in [0, 1], [frames, 3, height, width], at least two.
         scene: what it should show.
+        turn: frames after which the sprite should turn back; see `moving_scenes.travelled`.
 
     Returns:
         What it shows.
@@ -204,7 +212,8 @@ def check_motion(clip: Tensor, scene: SceneClass) -> MotionCheck:
     least = 1e-6
     y = (shares.sum(2) * np.arange(shares.shape[1])).sum(1) / np.maximum(mass, least)
     x = (shares.sum(1) * np.arange(shares.shape[2])).sum(1) / np.maximum(mass, least)
-    time = np.arange(len(clip)) - (len(clip) - 1) / 2
+    path = travelled(len(clip), turn)
+    time = path - path.mean()
     fits = [sprite_cover(shape, y, x, *shares.shape[1:]) for shape in SHAPES]
     shape = SHAPES[int(np.argmin([np.square(shares - fit).sum() for fit in fits]))]
     wanted = fits[SHAPES.index(scene.shape)]
@@ -282,6 +291,7 @@ def sample(
     seed: int = 0,
     guidance: float = 3.0,
     callback: Callable[[int, Tensor], None] | None = None,
+    turn: int | None = None,
 ) -> Tensor:
     """Sample a clip of each class by Euler steps along the learned flow.
 
@@ -299,6 +309,7 @@ def sample(
         seed: of the first clip's noise.
         guidance: classifier-free guidance; 1 is none, which halves the work and gets the motion right less often.
         callback: called after every step with its number and the frames so far, as they are returned.
+        turn: frames after which the sprite is to turn back; see `moving_scenes.travelled`.
 
     Returns:
         float32 [classes, frames, 3, height, width] in [0, 1].
@@ -327,7 +338,7 @@ def sample(
         for name, asked in branches.items():
             with model.cache_context(name, **told):
                 velocity[name] = model(
-                    with_motion(latents, asked).to(weight.dtype),
+                    with_motion(latents, asked, turn).to(weight.dtype),
                     time.to(weight.device).expand(len(classes)),
                     condition(asked).to(weight),
                     return_dict=False,

@@ -1,7 +1,7 @@
 """Scenes whose motion is known: one sprite crosses a still, textured background.
 
 What moves, and how, is given by a class (shape, colour, direction). Frames are RGB in [0, 1]; the sprite moves `SPEED`
-pixels from one frame to the next and never leaves the picture.
+pixels from one frame to the next and never leaves the picture. In long clips it may turn back every so many frames.
 """
 
 from __future__ import annotations
@@ -87,12 +87,36 @@ def _dealt(known: Sequence[str], count: int, rng: np.random.Generator) -> list[s
     return [known[int(index)] for index in np.concatenate(rounds or [np.zeros(0, int)])[:count]]
 
 
-def least_size(frames: int) -> int:
+def travelled(frames: int, turn: int | None = None) -> NDArray[np.int64]:
+    """How far along its way the sprite is in each frame, in steps of `SPEED` pixels.
+
+    Args:
+        frames: frames of the clip.
+        turn: frames after which the sprite goes back the way it came, again and again, so that clips of any length fit
+            into the picture; None lets it go on.
+
+    Returns:
+        int64 [frames], from 0.
+
+    Raises:
+        ValueError: `turn` is less than 2.
+    """
+    steps = np.arange(frames)
+    if turn is None:
+        return steps
+    if turn < 2:
+        raise ValueError(f"`turn` must be at least 2 frames, or none, got {turn}")
+    return np.abs((steps + turn - 1) % (2 * (turn - 1)) - (turn - 1))
+
+
+def least_size(frames: int, turn: int | None = None) -> int:
     """Pixels that a side of the frame must have for the sprite to stay in the picture over so many frames."""
-    return math.ceil(2 * REACH + SPEED * (frames - 1))
+    return math.ceil(2 * REACH + SPEED * (frames - 1 if turn is None else min(frames, turn) - 1))
 
 
-def moving_clips(classes: Sequence[SceneClass], frames: int, height: int, width: int, seed: int) -> Tensor:
+def moving_clips(
+    classes: Sequence[SceneClass], frames: int, height: int, width: int, seed: int, turn: int | None = None
+) -> Tensor:
     """Draw one clip of each class, with a background and a starting place of its own.
 
     Args:
@@ -101,6 +125,7 @@ def moving_clips(classes: Sequence[SceneClass], frames: int, height: int, width:
         height: pixels.
         width: pixels.
         seed: the same seed gives the same clips.
+        turn: frames after which the sprite turns back; see `travelled`.
 
     Returns:
         float32 [classes, frames, 3, height, width] in [0, 1].
@@ -111,24 +136,26 @@ def moving_clips(classes: Sequence[SceneClass], frames: int, height: int, width:
     if frames < 1:
         raise ValueError(f"`frames` must be at least 1, got {frames}")
     for name, size in (("height", height), ("width", width)):
-        if size < least_size(frames):
-            raise ValueError(f"`{name}` must be at least {least_size(frames)} pixels for {frames} frames, got {size}")
+        least = least_size(frames, turn)
+        if size < least:
+            raise ValueError(f"`{name}` must be at least {least} pixels for {frames} frames, got {size}")
     rng = np.random.default_rng((seed, 0))
     clips = np.empty((len(classes), frames, 3, height, width), dtype=np.float32)
     for clip, scene in zip(clips, classes, strict=True):
-        ways = [_way(speed, frames, size, rng) for speed, size in zip(scene.velocity, (height, width), strict=True)]
+        path = travelled(frames, turn)
+        ways = [_way(speed, path, size, rng) for speed, size in zip(scene.velocity, (height, width), strict=True)]
         cover = sprite_cover(scene.shape, ways[0], ways[1], height, width)[:, None]
         colour = np.array(COLOURS[scene.colour], dtype=np.float32)[:, None, None]
         clip[:] = (1 - cover) * _background(height, width, rng) + cover * colour
     return torch.from_numpy(clips)
 
 
-def _way(speed: float, frames: int, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def _way(speed: float, path: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Centre of the sprite along one axis in every frame; pixel i reaches from i - 0.5 to i + 0.5."""
-    run = speed * (frames - 1)
+    run = speed * int(path.max())
     room = size - 2 * REACH - abs(run)
     start = REACH + max(0.0, -run) + room * rng.random() - 0.5
-    return (start + speed * np.arange(frames)).astype(np.float32)
+    return (start + speed * path).astype(np.float32)
 
 
 def sprite_cover(

@@ -113,6 +113,10 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
             f"`attn_implementation` 'hsa:{name}' needs {' and '.join(NEEDS[n] for n in lacking)}; "
             "a language model has none"
         )
+    if method.reads:
+        raise MethodDoesNotApply(
+            f"`attn_implementation` 'hsa:{name}' reads more of a layer than q, k and v: use hf_sparse_attn.patch()"
+        )
     config: Any = module.config
     if text:
         index = int(module.layer_idx)  # type: ignore[arg-type]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, dense_attention
-from hf_sparse_attn.family import find_family, install
+from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import Patch, Session, Span, _span_layout
+from hf_sparse_attn.patching import Patch, Session, Span
 from hf_sparse_attn.record import LayerRecord
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
@@ -59,14 +59,17 @@ class Observing(Session):
         gradients: the calls are shown in the backward pass instead, with the gradient of their output. The session
             then computes dense attention itself, so that it has an output to watch.
         steps: whether calls must know the step they belong to and the number of steps.
+        reads: what of the layer's inputs the calls are shown with, besides what `method` reads.
     """
 
     def __init__(
-        self, observer: Observer, method: Method | None = None, gradients: bool = False, steps: bool = False
-    ) -> None:
+        self, observer: Observer, method: Method | None = None, gradients: bool = False, steps: bool = False,
+        reads: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         policy = Policy(min_tokens=0, dense_steps=_KNOWN_STEPS if steps else None)
         super().__init__(_Nothing() if method is None else method, policy, "auto", strict=False)
         self.observer = observer
+        self.reads |= reads
         self.gradients = gradients
         self.outputs: list[Tensor] = []
 
@@ -137,29 +140,32 @@ def _spans(q: Tensor, k: Tensor, ctx: Context, spans: Sequence[Span] | None) -> 
     if not spans:
         whole = Span(tuple(range(q.shape[0])), (0, q.shape[2]), (0, k.shape[2]), ctx.layout)
         return [(whole, ctx)]
-    return [(s, replace(ctx, layout=_span_layout(ctx.layout, s))) for s in spans]
+    return [(span, span.context(ctx)) for span in spans]
 
 
 @contextmanager
 def observing(
-    model: Any, observer: Observer, method: Method | None = None, gradients: bool = False, steps: bool = False
-) -> Iterator[Patch]:
+    model: Any, observer: Observer, method: Method | None = None, gradients: bool = False, steps: bool = False,
+    reads: frozenset[str] = frozenset(),
+) -> Iterator[Patch]:  # fmt: skip
     """Within it, every self-attention call of a model is shown to `observer`; afterwards the model is as it was.
 
     Calls with fewer than 16 queries (decoding) are not shown.
 
     Args:
         model: a transformers model, a diffusers transformer, or a diffusers pipeline.
-        observer, method, gradients, steps: as in Observing.
+        observer, method, gradients, steps, reads: as in Observing.
 
     Yields:
         the Patch; with `gradients`, its session's `outputs` are what the loss is to be differentiated for.
 
     Raises:
         TypeError: a model of no known family.
-        ValueError: it is patched already or has no self-attention layers.
+        ValueError: it is patched already or has no self-attention layers, or does not hand over what is read.
     """
-    with install(model, find_family(model), Observing(observer, method, gradients, steps)) as patch:
+    found, session = find_family(model), Observing(observer, method, gradients, steps, reads)
+    check_reads(found, session.reads, "what is to be observed")
+    with install(model, found, session) as patch:
         yield patch
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.context import LayerInputs, TokenLayout
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Span
 
@@ -61,6 +61,14 @@ class Trim:
     def front(self, x: Tensor) -> Tensor:
         """x [batch, heads, tokens, dim] with the valid tokens of each row where the spans say."""
         return x if self.order is None else x.gather(2, self.order[:, None, :, None].expand_as(x))
+
+    def front_inputs(self, inputs: LayerInputs | None) -> LayerInputs | None:
+        """`front` of what else the layer had."""
+        if inputs is None or self.order is None:
+            return inputs
+        hidden = None if inputs.hidden is None else self.front(inputs.hidden[:, None])[:, 0]
+        q, k = (None if x is None else self.front(x) for x in (inputs.q, inputs.k))
+        return LayerInputs(hidden, q, k)
 
     def back(self, x: Tensor) -> Tensor:
         """The inverse of `front`."""

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Context, TokenLayout, check_int
+from hf_sparse_attn.context import Context, LayerInputs, TokenLayout, check_int
 from hf_sparse_attn.dispatch import Policy, dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.pattern import BlockPattern
@@ -61,6 +61,19 @@ class Span:
         rows = self.row_index
         return q[rows, :, slice(*self.q)], k[rows, :, slice(*self.k)], v[rows, :, slice(*self.k)]
 
+    def cut_inputs(self, inputs: LayerInputs | None) -> LayerInputs | None:
+        """What else the layer had of the span's queries; it has nothing of keys from a cache."""
+        if inputs is None:
+            return None
+        rows, own = self.row_index, slice(*self.q)
+        hidden = None if inputs.hidden is None else inputs.hidden[rows, own]
+        q, k = (None if x is None else x[rows, :, own] for x in (inputs.q, inputs.k))
+        return LayerInputs(hidden, q, k)
+
+    def context(self, whole: Context) -> Context:
+        """Where the span's call is, from the context of whole rows."""
+        return replace(whole, layout=_span_layout(whole.layout, self), inputs=self.cut_inputs(whole.inputs))
+
 
 # Shown q, k, v, place and output of every sparse sequence, with gradients; again when checkpointing computes it again.
 Watcher = Callable[[Tensor, Tensor, Tensor, Context, Tensor], object]
@@ -78,6 +91,8 @@ class Session:
         self.policy = policy
         self.backend = backend
         self.strict = strict
+        # Fields of LayerInputs that the hooks fill in.
+        self.reads = method.reads
         self.judge = Judge(method, backend)
         self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
@@ -205,7 +220,7 @@ class Session:
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span]
     ) -> tuple[Tensor, Tensor] | None:
         """Each sequence of the batch by itself; None where none of them is sparse."""
-        contexts = [replace(ctx, layout=_span_layout(ctx.layout, s)) for s in spans]
+        contexts = [span.context(ctx) for span in spans]
         results: list[Done | None] = []
         for span, own in zip(spans, contexts, strict=True):
             short = self.policy.why_dense(own, q.device)

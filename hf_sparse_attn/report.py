@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 # A cell of a column that is set to the right: a number, perhaps with a unit, or nothing to say.
@@ -66,7 +66,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**asdict(self), "density": self.density}
+        plain = (str, int, float, bool, type(None), tuple, list, dict)
+        # A parameter may be an object (trained gates), which only its name stands for.
+        params = {k: v if isinstance(v, plain) else repr(v) for k, v in self.params.items()}
+        return {**asdict(replace(self, params=params)), "density": self.density}
 
     def __str__(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def _accelerator(recipe: Recipe, output: Path) -> Any:
     try:
         from accelerate import Accelerator
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-        from accelerate.utils import LoggerType
+        from accelerate.utils import InitProcessGroupKwargs, LoggerType
     except ImportError as error:
         raise MissingExtra("training", "accelerate", "train") from error
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
@@ -283,7 +284,11 @@ def _accelerator(recipe: Recipe, output: Path) -> Any:
             raise ValueError(f"`trackers` must be installed, got {name!r}, which is not")
     other = torch.cuda.is_available() or torch.backends.mps.is_available()
     # The precision is the loop's: accelerate would keep the first one it was given for the whole process.
-    made = Accelerator(log_with=list(recipe.trackers) or None, project_dir=output, cpu=not other)
+    # The other processes wait while the first one encodes videos or evaluates, for hours if need be.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    made = Accelerator(
+        log_with=list(recipe.trackers) or None, project_dir=output, cpu=not other, kwargs_handlers=[patient]
+    )
     kind = getattr(made.distributed_type, "value", str(made.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise ValueError(f"a recipe must be launched with plain data parallelism, got {kind}")

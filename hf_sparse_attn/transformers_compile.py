@@ -128,6 +128,8 @@ def _why_dense(
         return "method dense"
     if q.shape[2] < session.policy.min_queries:
         return "decoding"
+    if session.reads:
+        return f"method {session.method.name} reads more of a layer than a graph hands over"
     if kwargs.get("dropout"):
         return "dropout on the attention weights"
     if mask is None and causal:

@@ -25,6 +25,7 @@ from hf_sparse_attn.transformers_mask import MaskSpec, Plan, whole
 
 if TYPE_CHECKING:
     from hf_sparse_attn.transformers_encoder import Hints, Source
+    from hf_sparse_attn.transformers_inputs import LayerWatch
     from hf_sparse_attn.vision_layout import Tokens
 
 # Attribute of a patched attention module that holds its LayerState; plain, so that it is not in the state dict.
@@ -51,6 +52,7 @@ class LayerState:
         compiled: what stands for the module in compiled graphs, or None, which breaks them.
         hints: what is known of the tokens of a bidirectional layer, or None where they are text.
         source: tells whether a call's keys are of another sequence; None where they never are.
+        watch: keeps what else the method reads of the layer; None where it reads nothing.
     """
 
     record: LayerRecord
@@ -60,6 +62,7 @@ class LayerState:
     compiled: CompiledLayer | None = None
     hints: Hints | None = None
     source: Source | None = None
+    watch: LayerWatch | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         return self
@@ -67,13 +70,13 @@ class LayerState:
 
 def make_state(
     module: nn.Module, record: LayerRecord, session: Session, num_layers: int, dense: str,
-    hints: Hints | None = None, source: Source | None = None,
+    hints: Hints | None = None, source: Source | None = None, watch: LayerWatch | None = None,
 ) -> LayerState:  # fmt: skip
     """The state of a patched module, compiled graphs included; see LayerState."""
     kind: Any = type(module)
     home, eager = _home(kind)
     function = home["ALL_ATTENTION_FUNCTIONS"].get_interface(dense, home.get(eager))
-    state = LayerState(record, session, num_layers, dense, hints=hints, source=source)
+    state = LayerState(record, session, num_layers, dense, hints=hints, source=source, watch=watch)
     return replace(state, compiled=CompiledLayer(state, module, function))
 
 
@@ -205,6 +208,8 @@ def attend_sparse(
         DenseFallback: sparse attention has to be given up and the patch is strict.
     """
     session, record = state.session, state.record
+    # Let go here whatever becomes of the call: a layer's activations must not wait for its next one.
+    kept = None if state.watch is None else state.watch.release()
     q_len, kv_len = q.shape[2], k.shape[2]
     if session.as_before(record):
         return None
@@ -253,6 +258,12 @@ def attend_sparse(
         session.give_up(record, plan.reason)
         return None
     ctx = replace(ctx, layout=_layout(state, q, plan.kv_end, causal))
+    if state.watch is not None and kept is not None:
+        inputs = state.watch.inputs(kept, q, k)
+        if isinstance(inputs, str):
+            session.give_up(record, inputs)
+            return None
+        ctx = replace(ctx, inputs=inputs)
     spans = plan.spans
     if tokens is not None:
         if tokens.unknown is not None and "video grid" in session.method.needs:

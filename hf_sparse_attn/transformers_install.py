@@ -22,6 +22,7 @@ from hf_sparse_attn.transformers_hook import (
     make_state,
     register,
 )
+from hf_sparse_attn.transformers_inputs import watch_layer
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ def install_text(
             for config in (owner.config, module.config):
                 configs.setdefault(id(config), config)
             record = patch.session.record(f"{prefix}{name}", index)
-            state = make_state(
-                module, record, patch.session, max(numbers) + 1, dense_name(module), **known(module, owner)
-            )
+            extra = known(module, owner)
+            if patch.session.reads:
+                extra["watch"] = watch_layer(patch, module, name)
+            state = make_state(module, record, patch.session, max(numbers) + 1, dense_name(module), **extra)
             patch.set_attribute(module, STATE_ATTRIBUTE, state)
     for config in configs.values():
         switch(patch, config)

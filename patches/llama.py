@@ -38,6 +38,7 @@ class Llama:
     """Llama, Mistral, Qwen, Gemma, Phi, gpt_oss and their like; in a model of images and text, its text decoder."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"causal"})
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden", "q", "k"})
     presets: ClassVar[tuple[Preset, ...]] = TEXT_PRESETS
     models: ClassVar[str] = "transformers decoders on the attention interface (Llama, Mistral, Qwen2/3, Gemma2/3, ...)"
 

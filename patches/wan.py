@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.diffusers_hook import DiffusersHooks
 from hf_sparse_attn.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
@@ -23,6 +24,7 @@ _CLASSES = {
 
 _OURS = "ours, not measured on a trained model: "
 _STA = "Sliding Tile Attention (arXiv 2502.04507)"
+_VSA = "Video Sparse Attention (arXiv 2505.13389)"
 _RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
 
 
@@ -91,6 +93,19 @@ _PRESETS = (
         "sliding_tile", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
         {"window": 0.1}, dense_steps=0.1,
     ),
+    Preset(
+        "vsa", "high", f"{_VSA}: the share of the tiles that its scripts fine-tune with. There the model is trained "
+        "with it, and with gates (recipe vsa_gate); without them not measured",
+        {"density": 0.2}, dense_steps=0.1,
+    ),
+    Preset(
+        "vsa", "balanced", f"{_VSA}: 32 of 256 tiles, as trained with in the paper; else as for high",
+        {"density": 0.125}, dense_steps=0.1,
+    ),
+    Preset(
+        "vsa", "fast", f"{_VSA}: the share at which the sparsity of its training schedule ends; else as for high",
+        {"density": 0.1}, dense_steps=0.1,
+    ),
     # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
     # no number of tokens means the same twice, and nobody has published one.
 )  # fmt: skip
@@ -110,6 +125,7 @@ class Wan:
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden"})
     presets: ClassVar[tuple[Preset, ...]] = _PRESETS
     models: ClassVar[str] = "diffusers: Wan 2.1, Wan 2.2 (two experts), TI2V-5B, VACE; text, image and video to video"
 
@@ -166,3 +182,7 @@ class _WanHooks(DiffusersHooks):
         sizes = zip(inputs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
         frames, height, width = (size // patch for size, patch in sizes)
         return Tokens((frames, height, width))
+
+    def layer_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs | None:
+        # The block has normalised them: attention makes q, k and v of them as they are.
+        return LayerInputs(hidden=self.by_name(attention, args, kwargs).get("hidden_states"))

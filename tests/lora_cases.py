@@ -69,7 +69,7 @@ def shake(adapter: Adapter, size: float = 0.1, seed: int = 5) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Every module with its class and attributes (hooks included), every weight with its bits and whether it trains."""
+    """Every module with class and attributes (hooks included), every weight with its bits and whether it trains."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         own = {k: dict(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}

@@ -128,7 +128,7 @@ EXAMPLES = [
     pytest.param(family, name, params, id=f"{family}-{name}-{i}")
     for family, has in HAS.items()
     for name in hsa.list_methods()
-    if name != "dense" and hsa.get_method(name).needs <= has
+    if name != "dense" and hsa.get_method(name).needs <= has and not hsa.get_method(name).reads
     for i, params in enumerate(hsa.get_method(name).examples())
 ]
 
@@ -167,7 +167,10 @@ def test_sparse_equals_masked(family: str, name: str, params: dict[str, Any], dt
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"bidirectional"}])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"bidirectional"} and not hsa.get_method(n).reads],
+)
 def test_padded_batch_equals_single_runs(name: str, side: str) -> None:
     model = ENCODERS["bert"]()
     ids, mask, singles = padded([61, 111, 40, 61], side)

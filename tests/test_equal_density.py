@@ -12,7 +12,7 @@ from hf_sparse_attn.equal_density import fit_density, mean_density
 from hf_sparse_attn.observe import Call
 from hf_sparse_attn.registry import METHODS
 
-TURNABLE = sorted(name for name, cls in METHODS.items() if cls.knob is not None)
+TURNABLE = sorted(name for name, cls in METHODS.items() if cls.knob is not None and not cls.reads)
 
 
 def calls(name, count=2):

@@ -278,32 +278,35 @@ class LlamaGradients:
         return Ragged().pattern(None, None, ctx).to_dense()
 
 
+@dataclass
 class WanGradients:
     """Wan, whose masked-dense form has its attention function replaced."""
 
-    latents = (3, 6, 14)
-    n = 3 * 3 * 7
+    grid: tuple[int, int, int] = (3, 3, 7)
+    layers: int = 2
 
     def build(self, dtype: torch.dtype) -> Any:
-        return tiny_wan.transformer().to(dtype)
+        return tiny_wan.transformer(num_layers=self.layers).to(dtype)
 
     def run(self, model: Any, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        given = {
-            k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_wan.inputs(latents=self.latents).items()
-        }
+        frames, height, width = self.grid
+        given = tiny_wan.inputs(latents=(frames, 2 * height, 2 * width))
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
         if mask is None:
             return tiny_wan.run(model, grad=True, **given)
         with tiny_wan.replaced_attention(mask, dtype):
             return tiny_wan.run(model, grad=True, **given)
 
     def mask(self) -> Tensor:
-        ctx = hsa.Context(hsa.TokenLayout.video(3, 3, 7), num_heads=2, num_kv_heads=2, head_dim=12)
+        ctx = hsa.Context(hsa.TokenLayout.video(*self.grid), num_heads=2, num_kv_heads=2, head_dim=12)
         return Ragged().pattern(None, None, ctx).to_dense()
 
 
 GRADIENTS: dict[str, tuple[Any, LoraSettings]] = {
     "llama": (LlamaGradients(), LoraSettings(targets=LM, rank=3, trained=("embed_tokens", "norm"))),
     "wan": (WanGradients(), LoraSettings(targets=VIDEO, rank=3, trained=("norm2",))),
+    # For the interpreter of Triton, which takes its time.
+    "small_wan": (WanGradients((1, 7, 7), 1), LoraSettings(targets=VIDEO, rank=3)),
 }
 
 
@@ -324,7 +327,7 @@ def gradients(
     (out * weights).sum().backward()
     if p is not None:
         assert all(r.sparse_calls == 1 + checkpointing and not r.dense_calls for r in p.report().layers)
-        assert 0 < p.report().density < 0.8
+        assert 0 < p.report().density < 0.9
     return out.detach(), {n: w.grad.detach() for n, w in adapter.parameters().items()}
 
 
@@ -356,7 +359,7 @@ def assert_gradients(found: dict[str, Tensor], masked: Any) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", ["llama", "wan"])
 def test_gradients_are_those_of_masked_dense_attention(
     name: str, backend: str, checkpointing: bool, masked_dense: Any
 ) -> None:
@@ -386,9 +389,10 @@ def _interpreted(name: str) -> dict[str, Tensor]:
     return gradients(name, torch.float32, "triton_block_sparse")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_gradients_through_the_triton_kernels(interpreter: Any, masked_dense: Any) -> None:
-    assert_gradients(interpreter.submit(_interpreted, "wan").result(), masked_dense("wan"))
+    assert_gradients(interpreter.submit(_interpreted, "small_wan").result(), masked_dense("small_wan"))
 
 
 def test_a_backend_without_a_backward_pass_says_so() -> None:
@@ -614,13 +618,14 @@ def _edit(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def _drop_a_tensor(folder: Path, **changes: Tensor) -> None:
+def _first_tensor(folder: Path, value: Tensor | None = None) -> None:
+    """Takes a tensor away, or puts another in its place."""
     from safetensors.torch import load_file, save_file
 
     state = load_file(folder / "adapter_model.safetensors")
     first = min(state)
-    kept = {n: t for n, t in state.items() if n != first}
-    save_file({**kept, **{first: c for c in changes.values()}}, folder / "adapter_model.safetensors")
+    del state[first]
+    save_file(state if value is None else {**state, first: value}, folder / "adapter_model.safetensors")
 
 
 def _cut(folder: Path, name: str) -> None:
@@ -643,8 +648,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank_text": (lambda f: _edit(f, r="3"), "must hold a number as rank"),
     "rank_none": (lambda f: _edit(f, r=0), "must hold valid settings: `rank` must be at least 1"),
     "targets": (lambda f: _edit(f, target_modules=["q_proj"]), "got .*k_proj.* besides"),
-    "tensor": (_drop_a_tensor, "got .* missing"),
-    "nan": (lambda f: _drop_a_tensor(f, nan=torch.full((3, 32), torch.nan)), "must hold finite weights"),
+    "tensor": (_first_tensor, "got .* missing"),
+    "nan": (lambda f: _first_tensor(f, torch.full((3, 32), torch.nan)), "must hold finite weights"),
 }
 
 

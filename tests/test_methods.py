@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from patterns import Largest, expected, random_inputs
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Decline, TokenLayout
+from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.methods.vertical_slash import VerticalSlash
 from hf_sparse_attn.selection import last_query_sums, text_tokens
 
@@ -28,7 +30,19 @@ LAYOUTS = {
 
 
 def applies(name: str, params: dict, layout: str) -> bool:
-    return hsa.get_method(name)(**params).why_not(Context(LAYOUTS[layout])) is None
+    method, tokens = hsa.get_method(name)(**params), torch.zeros(1, 1, 1, 1)
+    return method.why_not(reading(method, tokens, tokens, Context(LAYOUTS[layout]))) is None
+
+
+def reading(method: hsa.Method, q: torch.Tensor, k: torch.Tensor, ctx: Context) -> Context:
+    """The context with what the method reads besides: q and k themselves, as if they had no positions yet."""
+    if not method.reads:
+        return ctx
+    return replace(ctx, inputs=LayerInputs(q.transpose(1, 2).flatten(2), q, k))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: hsa.Method, ctx: Context, **kwargs):
+    return hsa.attention(q, k, v, method, reading(method, q, k, ctx), **kwargs)
 
 
 CASES = [
@@ -67,7 +81,7 @@ def chosen(method: hsa.Method, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         patterns.append(pattern)
         return torch.zeros(*q.shape[:3], v.shape[3]), torch.zeros(q.shape[:3])
 
-    assert not isinstance(method.attention(q, k, v, ctx, run), Decline)
+    assert not isinstance(method.attention(q, k, v, reading(method, q, k, ctx), run), Decline)
     (pattern,) = patterns
     return pattern
 
@@ -90,7 +104,7 @@ def test_patterns_are_valid_and_leave_no_query_empty(name: str, params: dict, la
 @pytest.mark.parametrize("name, params, layout", CASES)
 def test_output_is_masked_attention(name: str, params: dict, layout: str) -> None:
     method, ctx, q, k, v, pattern = made(name, params, layout)
-    out, lse = hsa.attention(q, k, v, method, ctx, return_lse=True)
+    out, lse = attend(q, k, v, method, ctx, return_lse=True)
     expected(q, k, v, pattern, ctx.softmax_scale).check(out, lse)
 
 
@@ -99,7 +113,8 @@ def test_full_budget_is_dense(name: str, layout: str) -> None:
     _, ctx, q, k, v, pattern = made(name, hsa.get_method(name).full_budget(), layout)
     assert torch.equal(pattern.to_dense().all(1).all(0), allowed(LAYOUTS[layout]))
     dense = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal)
-    out, lse = hsa.attention(q, k, v, hsa.get_method(name)(**hsa.get_method(name).full_budget()), ctx, return_lse=True)
+    method = hsa.get_method(name)(**hsa.get_method(name).full_budget())
+    out, lse = attend(q, k, v, method, ctx, return_lse=True)
     expected(q, k, v, dense, ctx.softmax_scale).check(out, lse)
 
 
@@ -130,9 +145,9 @@ def test_heads_are_independent(name: str, params: dict, layout: str) -> None:
 def test_large_values_in_half_precision(name: str, params: dict, layout: str) -> None:
     method, ctx, q, k, v, _ = made(name, params, layout)
     q, k, v = (x.to(torch.bfloat16) for x in (q * 1e4, k * 1e4, v))
-    out = hsa.attention(q, k, v, method, ctx)
+    out = attend(q, k, v, method, ctx)
     assert bool(out.isfinite().all())
-    assert torch.equal(out, hsa.attention(q, k, v, method, ctx))
+    assert torch.equal(out, attend(q, k, v, method, ctx))
 
 
 @pytest.mark.parametrize("name", hsa.list_methods())
@@ -143,7 +158,7 @@ def test_gradients_flow(name: str) -> None:
     tensors = [x.clone().requires_grad_() for x in (q, k, v)]
     pattern = chosen(method, q, k, v, ctx)
     weight = torch.randn(*q.shape[:3], v.shape[3])
-    got = torch.autograd.grad((hsa.attention(*tensors, method, ctx) * weight).sum(), tensors)
+    got = torch.autograd.grad((attend(*tensors, method, ctx) * weight).sum(), tensors)
     mask = pattern.to_dense().expand(2, 4, -1, -1)
     out = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True)
     for a, b in zip(got, torch.autograd.grad((out * weight).sum(), tensors), strict=True):
@@ -276,7 +291,8 @@ def test_text_beside_a_video_is_exact(name: str, params: dict, layout: str) -> N
     """Its rows and columns are kept by every method: text attends to all and all to it."""
     tokens = BESIDE_VIDEO[layout]
     ctx, q, k, _ = call(tokens)
-    found = hsa.get_method(name)(**params).pattern_for(q, k, ctx)
+    method = hsa.get_method(name)(**params)
+    found = method.pattern_for(q, k, reading(method, q, k, ctx))
     assert isinstance(found, BlockPattern), found
     mask, is_text = found.to_dense(), text_tokens(tokens)
     assert int(is_text.sum()) == sum(p.length for p in tokens.parts if p.kind == "text")
@@ -369,6 +385,6 @@ def test_memory_grows_with_the_length_not_with_its_square(name: str, monkeypatch
         layout = TokenLayout.video(n // 128, 8, 16) if "video grid" in method.needs else TokenLayout.causal(n)
         ctx, q, k, v = call(layout, batch=1)
         with Largest() as seen:
-            hsa.attention(q, k, v, method, ctx)
+            attend(q, k, v, method, ctx)
         peaks.append(seen.bytes)
     assert peaks[1] <= 4.5 * peaks[0]

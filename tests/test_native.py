@@ -99,7 +99,7 @@ def probe() -> Iterator[str]:
     METHODS._entries.pop("native_probe")
 
 
-TEXT = [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"causal"}]
+TEXT = [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"causal"} and not hsa.get_method(n).reads]
 FITTING = [*((f, "sliding_window") for f in FAMILIES), *(("llama", n) for n in TEXT if n != "sliding_window")]
 
 
@@ -114,6 +114,11 @@ def test_short_texts_are_the_models_own_attention(family, name):
             for m in (model, usual)
         ]
         assert torch.equal(*same)
+
+
+def test_a_method_that_reads_the_layers_inputs_is_refused():
+    with pytest.raises(hsa.MethodDoesNotApply, match=r"'hsa:seer_attention' reads more of a layer .*patch\(\)"):
+        FAMILIES["llama"]("hsa:seer_attention")(tokens(1, 20))
 
 
 def test_from_pretrained_by_name(tmp_path, probe):

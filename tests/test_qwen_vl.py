@@ -32,7 +32,8 @@ MIXED = [9, (3, 5), 4, (4, 3, 5), 11]
 
 
 def text_methods() -> list[str]:
-    return [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"causal"} and n != "dense"]
+    found = [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"causal"} and n != "dense"]
+    return [n for n in found if not hsa.get_method(n).reads]
 
 
 def examples() -> list[object]:

@@ -62,8 +62,8 @@ def _tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return 2.0 * (torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255.0) - 1.0
 
 
-@pytest.fixture(autouse=True)
-def _ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest diffusers needs it to read any prompt; without changes to make it is the identity."""
     from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_video2video
 
@@ -89,9 +89,10 @@ def _clip(path: Path, fps: float | None = None) -> Clip:
 # ---------------------------------------------------------------------- latents and conditions
 
 
+@pytest.mark.usefixtures("ftfy")
 def test_wan_latents_are_those_of_the_video_to_video_pipeline(tmp_path: Path) -> None:
     pipe = tiny_prompts.wan("v2v")
-    data = open_videos(_settings(_videos(tmp_path / "videos")), pipe, cache=tmp_path / "cache")
+    data = open_videos(_settings(_videos(tmp_path / "videos"), tokens=8), pipe, cache=tmp_path / "cache")
     # Without noise, what its latents start from.
     pipe.scheduler.scale_noise = lambda sample, timestep, noise: sample
     assert len(data) == 3 and [data.name(i) for i in range(3)] == ["a", "b", "deep/c"]
@@ -132,6 +133,7 @@ def test_latents_decode_to_what_the_vae_makes_of_the_video(kind: str, request: p
     assert (again - own).abs().max() < 1e-3 * (own - video[None, :, : own.shape[2]]).abs().max()
 
 
+@pytest.mark.usefixtures("ftfy")
 @pytest.mark.parametrize("kind", ["wan", "hunyuan"])
 def test_conditions_generate_what_the_caption_generates(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -157,9 +159,9 @@ def test_conditions_generate_what_the_caption_generates(
     assert not torch.equal(data[1].conditions["prompt_embeds"], conditions["prompt_embeds"])
 
 
-def test_longest_caption_is_a_setting(wan: Any, tmp_path: Path) -> None:
-    data = open_videos(_settings(_videos(tmp_path / "videos"), tokens=17), wan, cache=tmp_path / "cache")
-    assert {sample.conditions["prompt_embeds"].shape for sample in data} == {(17, 32)}
+def test_longest_caption_is_a_setting(tmp_path: Path) -> None:
+    data = open_videos(_settings(_videos(tmp_path / "videos"), tokens=17), FakePipe(), cache=tmp_path / "cache")
+    assert {sample.conditions["prompt_embeds"].shape for sample in data} == {(17, 3)}
 
 
 def test_hunyuan_15_has_two_texts_and_two_masks() -> None:
@@ -176,6 +178,36 @@ def test_hunyuan_15_has_two_texts_and_two_masks() -> None:
 # ---------------------------------------------------------------------- the cache
 
 
+class AutoencoderKLWan(nn.Module):
+    """As far as the VAE of Wan is used, without the seconds that importing diffusers and encoding take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((1,), 3.0))
+        self.config = types.SimpleNamespace(latents_mean=[0.5], latents_std=[2.0], to_dict=lambda: {"z_dim": 1})
+        self.dtype, self.device, self.use_tiling = torch.float32, torch.device("cpu"), False
+
+    def encode(self, video: torch.Tensor) -> Any:
+        found = self.factor * video[:, :1, ::4, ::8, ::8]
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mode=lambda: found))
+
+
+class FakePipe:
+    """A pipeline around it; what it makes of a prompt is its length."""
+
+    vae_scale_factor_temporal, vae_scale_factor_spatial = 4, 8
+    tokenizer = types.SimpleNamespace(get_vocab=dict, eos_token_id=None)
+
+    def __init__(self) -> None:
+        self.vae, self.text_encoder = AutoencoderKLWan(), AutoencoderKLWan()
+
+    def encode_prompt(self, prompt: str, max_sequence_length: int = 1) -> tuple[torch.Tensor, None]:
+        return torch.full((1, max_sequence_length, 3), float(len(prompt))), None
+
+    def __call__(self, prompt: str, max_sequence_length: int = 4) -> None:
+        """Nothing is generated."""
+
+
 @contextmanager
 def _counted(vae: Any) -> Iterator[list[int]]:
     calls: list[int] = []
@@ -187,7 +219,8 @@ def _counted(vae: Any) -> Iterator[list[int]]:
         del vae.encode
 
 
-def test_videos_are_encoded_once(wan: Any, tmp_path: Path) -> None:
+def test_videos_are_encoded_once(tmp_path: Path) -> None:
+    wan = FakePipe()
     settings = _settings(_videos(tmp_path / "videos"))
     with _counted(wan.vae) as calls:
         first = open_videos(settings, wan, cache=tmp_path / "cache")
@@ -200,7 +233,7 @@ def test_videos_are_encoded_once(wan: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["caption", "frames", "tokens", "vae", "text encoder", "file", "tiling"])
 def test_what_changes_is_encoded_again(change: str, tmp_path: Path) -> None:
-    pipe, source, asked = tiny_prompts.wan(), _videos(tmp_path / "videos"), {}
+    pipe, source, asked = FakePipe(), _videos(tmp_path / "videos"), {}
     open_videos(_settings(source), pipe, cache=tmp_path / "cache")
     if change == "caption":
         (source / "b.txt").write_text("a dog")
@@ -211,7 +244,7 @@ def test_what_changes_is_encoded_again(change: str, tmp_path: Path) -> None:
     elif change == "file":
         Image.fromarray(_pixels(9)[0]).save(source / "a" / "000.png")
     elif change == "tiling":
-        pipe.vae.enable_tiling()
+        pipe.vae.use_tiling = True
     else:
         part = pipe.vae if change == "vae" else pipe.text_encoder
         with torch.no_grad():
@@ -221,7 +254,8 @@ def test_what_changes_is_encoded_again(change: str, tmp_path: Path) -> None:
     assert len(calls) == 3
 
 
-def test_an_interrupted_run_goes_on(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wan = FakePipe()
     settings = _settings(_videos(tmp_path / "videos"))
     real = train_videos.read_clip
 
@@ -247,36 +281,7 @@ def test_an_interrupted_run_goes_on(wan: Any, tmp_path: Path, monkeypatch: pytes
         assert torch.equal(data[index].conditions["prompt_embeds"], whole[index].conditions["prompt_embeds"])
 
 
-class AutoencoderKLWan(nn.Module):
-    """As far as the VAE of Wan is used, without the seconds that importing diffusers takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = types.SimpleNamespace(latents_mean=[0.5], latents_std=[2.0], to_dict=lambda: {"z_dim": 1})
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    def encode(self, video: torch.Tensor) -> Any:
-        found = video[:, :1, ::4, ::8, ::8].clone()
-        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mode=lambda: found))
-
-
-class FakePipe:
-    """A pipeline around it."""
-
-    vae_scale_factor_temporal, vae_scale_factor_spatial = 4, 8
-    tokenizer = types.SimpleNamespace(get_vocab=dict, eos_token_id=None)
-
-    def __init__(self) -> None:
-        self.vae = self.text_encoder = AutoencoderKLWan()
-
-    def encode_prompt(self, prompt: str) -> tuple[torch.Tensor, None]:
-        return torch.full((1, 2, 3), float(len(prompt))), None
-
-    def __call__(self, prompt: str) -> None:
-        """Nothing is generated."""
-
-
-def test_a_kill_keeps_what_was_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_keeps_what_was_encoded(tmp_path: Path) -> None:
     """The process ends at once while its third video is encoded."""
     source, cache = _videos(tmp_path / "videos"), tmp_path / "cache"
     code = f"""
@@ -301,8 +306,8 @@ def test_a_kill_keeps_what_was_encoded(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(data[1].latents, encode_video(pipe.vae, _tensor(_pixels(1))))
 
 
-def test_the_first_process_goes_first(wan: Any, tmp_path: Path) -> None:
-    seen = []
+def test_the_first_process_goes_first(tmp_path: Path) -> None:
+    seen, wan = [], FakePipe()
     with _counted(wan.vae) as calls:
 
         @contextmanager
@@ -605,25 +610,26 @@ def test_pipelines_that_do_not_fit_are_refused(wan: Any, hunyuan: Any, tmp_path:
         open_videos(settings, tiny_hunyuan.pipeline(), cache=cache, family="hunyuan_video")
     with pytest.raises(ValueError, match="from text alone, got HunyuanVideoImageToVideoPipeline, which needs image"):
         encode_caption(tiny_hunyuan.pipeline("token_replace"), "a", torch.device("cpu"))
-    odd = tiny_prompts.wan()
+    odd: Any = FakePipe()
     odd.encode_prompt = lambda prompt: (1, 2, 3)
-    with pytest.raises(ValueError, match="`pipe` must give 2 values for a prompt, got 3 from WanPipeline"):
+    with pytest.raises(ValueError, match="`pipe` must give 2 values for a prompt, got 3 from FakePipe"):
         encode_caption(odd, "a", torch.device("cpu"))
 
 
-def test_a_missing_ftfy_is_named(wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ftfy_is_named() -> None:
     def encode_prompt(prompt: str) -> None:
         raise NameError("name 'ftfy' is not defined", name="ftfy")
 
-    pipe = tiny_prompts.wan()
+    pipe: Any = FakePipe()
     pipe.encode_prompt = encode_prompt
     with pytest.raises(ImportError, match=r"needs ftfy \(pip install ftfy\)"):
         encode_caption(pipe, "a", torch.device("cpu"))
 
 
-def test_short_videos_are_refused_or_left_out(wan: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_short_videos_are_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = _videos(tmp_path / "videos")
     (source / "b" / "004.png").unlink()
+    wan = FakePipe()
     with pytest.raises(ShortClipError, match="for which b must have 5 frames and has fewer; `skip_short`"):
         open_videos(_settings(source), wan, cache=tmp_path / "cache")
     with caplog.at_level(logging.WARNING):
@@ -635,7 +641,7 @@ def test_short_videos_are_refused_or_left_out(wan: Any, tmp_path: Path, caplog: 
 
 
 def test_a_vae_that_overflows_is_noticed(tmp_path: Path) -> None:
-    pipe = tiny_prompts.wan()
+    pipe = FakePipe()
     with torch.no_grad():
         next(pipe.vae.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="`latents` must be finite, got infinite or undefined values for 'a'"):

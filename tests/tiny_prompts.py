@@ -44,9 +44,8 @@ def hunyuan() -> Any:
 
     Their tokenizer knows the words of the pipeline's template, which in bytes would leave no room for a prompt.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
-
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
     pipe = tiny_hunyuan.pipeline()
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, TokenLayout, check_int
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern import CHUNK, BlockPattern, distinct_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share
+from hf_sparse_attn.video_tiles import Cut, Sizes, check_sizes, cut_video
 
-Sizes = tuple[int, int, int]
 Window = float | Sizes
 
 
@@ -60,7 +60,7 @@ class SlidingTile(Method):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tile", _check_sizes("tile", self.tile))
+        object.__setattr__(self, "tile", check_sizes("tile", self.tile))
         window: Any = self.window
         if _is_window(window):
             window = _check_window(window)
@@ -127,20 +127,8 @@ class SlidingTile(Method):
         return {"window": 1.0, "tile": (2, 4, 4), "block_size": 32}
 
 
-class Tiling(NamedTuple):
-    """A canvas cut into tiles.
-
-    Args:
-        sizes: tokens of each tile along each dimension: frames, height, width.
-        coordinates: int64 [tiles, 3], the place of each tile on the canvas, in the order of the tiles.
-        tile_at: int64 [video tokens], the tile at each place of the order, ascending.
-        order: int64 [video tokens], the token at each place.
-    """
-
-    sizes: tuple[Tensor, Tensor, Tensor]
-    coordinates: Tensor
-    tile_at: Tensor
-    order: Tensor
+class Tiling(Cut):
+    """A canvas cut into tiles, and windows over them."""
 
     @property
     def shape(self) -> Sizes:
@@ -185,20 +173,10 @@ class Tiling(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _tiling(layout: TokenLayout, tile: Sizes) -> Tiling:
-    """The video of a layout in tiles; tiles of equal size follow one another, so that few blocks lie in several."""
+    """The video of a layout in tiles."""
     if layout.video_part is None or layout.video_part[1].grid is None:
         raise ValueError(f"`layout` must have exactly one video segment, got {layout}")
-    grid = layout.video_part[1].grid
-    sizes = [torch.tensor([min(t, n - i) for i in range(0, n, t)]) for n, t in zip(grid, tile, strict=True)]
-    shape = [len(s) for s in sizes]
-    volume = torch.einsum("a,b,c->abc", *sizes).flatten()
-    ranked = torch.sort(volume, descending=True, stable=True).indices
-    rank = torch.empty_like(ranked).scatter_(0, ranked, torch.arange(len(ranked)))
-    at = torch.meshgrid(*(torch.arange(n) // t for n, t in zip(grid, tile, strict=True)), indexing="ij")
-    tile_of = rank[((at[0] * shape[1] + at[1]) * shape[2] + at[2]).flatten()]
-    order = torch.sort(tile_of, stable=True)
-    coordinates = torch.stack(torch.unravel_index(ranked, shape), 1)
-    return Tiling((sizes[0], sizes[1], sizes[2]), coordinates, order.values, order.indices)
+    return Tiling(*cut_video(layout.video_part[1].grid, tile))
 
 
 def _order(layout: TokenLayout, tiling: Tiling) -> Tensor:
@@ -290,13 +268,4 @@ def _check_window(value: Any) -> Window:
             f"`window` must be (frames, height, width) in tiles, a share as a float, or one of these per head, "
             f"got {value!r} of type {type(value).__name__}"
         )
-    return _check_sizes("window", value)
-
-
-def _check_sizes(name: str, value: Any) -> Sizes:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"`{name}` must be (frames, height, width), got {value!r} of type {type(value).__name__}")
-    if len(value) != 3:
-        raise ValueError(f"`{name}` must be (frames, height, width), got {value!r}")
-    frames, height, width = (check_int(name, n, 1) for n in value)
-    return frames, height, width
+    return check_sizes("window", value)

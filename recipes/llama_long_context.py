@@ -1,0 +1,331 @@
+"""Recipe llama_long_context: a language model learns a longer context with sparse attention and a LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, make_patch
+from hf_sparse_attn.candidates import default_candidates
+from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy
+from hf_sparse_attn.context import TokenLayout, check_int
+from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.profile_command import default_metric
+from hf_sparse_attn.profiling import profile
+from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.recipe_config import plain
+from hf_sparse_attn.rope_scaling import RopeSettings, scale_rope
+from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
+
+# Sources that come apart into text to train on and text to evaluate on.
+_SHIPPED = frozenset({"needles", "standard_library"})
+_BYTES = 256
+_NEEDLE_METRIC = default_metric("byte_llama")
+
+# What `sparse.method` is called where the method is a profile that is found first.
+_PROFILE = "profile"
+
+How = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateSettings:
+    """A method that heads may get, with its parameters."""
+
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """How a method is found for every head, before the first step; see hsa.profile.
+
+    Damage is the error of a layer's output, and of documents with needles also what is lost of the attention to the
+    answers.
+
+    Args:
+        candidates: to choose from, besides dense attention; none takes those that suit the length. Methods without a
+            backward pass are left out of these.
+        budget: share of the dense cost.
+        samples: of the training text that it is measured on.
+    """
+
+    candidates: tuple[CandidateSettings, ...] = ()
+    budget: float = 0.25
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("samples", self.samples, 1)
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"`budget` must be more than 0 and at most 1, got {self.budget}")
+
+    def methods(self, length: int) -> list[Method]:
+        """The candidates for texts of so many tokens."""
+        if self.candidates:
+            return [make_method(entry.method, entry.params) for entry in self.candidates]
+        return [m for m in default_candidates(TokenLayout.causal(length)) if m.trainable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaLongContext(AdapterRecipe):
+    """A pretrained decoder is fine-tuned on texts longer than those it was trained on.
+
+    It follows LongLoRA (Chen et al. 2023, arXiv 2309.12307): positions are stretched, a LoRA adapter on the attention
+    projections is trained together with norms and embeddings in full, and attention is sparse while training, whatever
+    it is afterwards. Deviation: any method with a backward pass takes the place of the paper's shifted groups.
+
+    Args:
+        data: text to train on; its `length` is the new context.
+        profile: how a method is found for every head; `sparse.method` is then "profile".
+        rope: how positions are stretched; None leaves them.
+        train_with: attention while training: that of `sparse`, or the model's own.
+        evaluate_with: attention that held-out text is read with, each in turn; the first is what the bundle puts on
+            the model.
+        held_out: text to evaluate on; None takes the held-out part of a source that comes with the package.
+        held_out_seed: of held-out documents with needles.
+        evaluation_samples: held-out samples of each length.
+        evaluation_lengths: tokens of a held-out sample, each in turn; none takes that of `data`.
+        loss_positions: positions whose logits are in memory at once; None takes as many as have 2**26 numbers.
+    """
+
+    data: TextSettings
+    rope: RopeSettings | None = None
+    profile: ProfileSettings | None = None
+    train_with: How = "sparse"
+    evaluate_with: tuple[How, ...] = ("sparse", "dense")
+    held_out: TextSettings | None = None
+    held_out_seed: int = 1000
+    evaluation_samples: int = 8
+    evaluation_lengths: tuple[int, ...] = ()
+    loss_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("held_out_seed", self.held_out_seed, 0)
+        check_int("evaluation_samples", self.evaluation_samples, 1)
+        for length in self.evaluation_lengths:
+            check_int("evaluation_lengths", length, 2)
+        if self.loss_positions is not None:
+            check_int("loss_positions", self.loss_positions, 1)
+        if self.lora is None:
+            raise ValueError("`lora` must be given, got none")
+        if not self.evaluate_with:
+            raise ValueError("`evaluate_with` must be sparse, dense or both, got none")
+        if self.sparse is None and "sparse" in (self.train_with, *self.evaluate_with):
+            raise ValueError("`sparse` must be given to train or evaluate with sparse attention, got none")
+        named = self.sparse is not None and self.sparse.method == _PROFILE
+        if named != (self.profile is not None):
+            raise ValueError(f"`profile` and `sparse.method: {_PROFILE}` must be given together, got one of them")
+        if self.held_out is None and self.data.source not in _SHIPPED:
+            raise ValueError(f"`held_out` must be given for text of one's own, got none for {self.data.source!r}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of held-out samples."""
+        return self.evaluation_lengths or (self.data.length,)
+
+    def task(self, run: Run) -> LongContextTask:
+        return LongContextTask(self, run)
+
+
+class LongContextTask(AdapterTask):
+    """See LlamaLongContext."""
+
+    def __init__(self, recipe: LlamaLongContext, run: Run) -> None:
+        model, tokenizer = load_language_model(recipe.model, recipe.torch_dtype)
+        undo_rope = scale_rope(model, recipe.rope) if recipe.rope is not None else None
+        _check_lengths(recipe, model)
+        held_out = recipe.held_out or replace(recipe.data, split="heldout")
+        cache = run.output / "cache"
+        self.data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=cache, run=run)
+        self.held_out = {
+            length: open_text(
+                replace(held_out, length=length), tokenizer, seed=recipe.held_out_seed, cache=cache, run=run
+            )
+            for length in recipe.lengths
+        }
+        for length, data in self.held_out.items():
+            if len(data) < recipe.evaluation_samples:
+                raise ValueError(
+                    f"`evaluation_samples` must be at most {len(data)}, the held-out samples of {length} tokens, "
+                    f"got {recipe.evaluation_samples}"
+                )
+        model.to(run.device)
+        parts = CausalParts(model)
+        sparse = recipe.sparse
+        if sparse is not None and recipe.profile is not None:
+            with run.main_first():
+                sparse = replace(sparse, method=str(profile_folder(recipe.profile, model, self.data, run)))
+        if sparse is not None and recipe.train_with == "dense":
+            # What is put on for evaluations alone must be refused before the first step as well.
+            make_patch(model, sparse).remove()
+        used = sparse if recipe.train_with == "sparse" else None
+        trained_with = replace(recipe, evaluate_with=(recipe.train_with,), sparse=used, profile=None)
+        rope = None if recipe.rope is None else {k: v for k, v in plain(recipe.rope).items() if v is not None}
+        super().__init__(trained_with, run, model, base_model=recipe.model, rope=rope)
+        self.recipe: LlamaLongContext = recipe
+        self.sparse = sparse
+        self.parts = parts
+        self._undo_rope = undo_rope
+
+    def batch(self, step: int, samples: Sequence[int]) -> TextSample:
+        ids, weights = self.data.draw(self.numbers(step, samples))
+        return TextSample(ids.to(self.run.device), weights.to(self.run.device))
+
+    def weight(self, batch: TextSample) -> float:
+        # Nothing predicts the first token.
+        return float(batch.weights[:, 1:].sum())
+
+    def loss(self, batch: TextSample) -> Tensor:
+        return text_loss(self.parts, self.parts.hidden(batch.ids), batch, self.recipe.loss_positions)
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out text, named what_how_length.
+
+        `loss`: in nats per token; in documents with needles of their code alone. `needles`: share of the needles whose
+        whole answer comes first. `density`: kept share of the visible pairs.
+        """
+        figures: dict[str, float] = {}
+        for how in self.recipe.evaluate_with:
+            with self.attention(how):
+                for length, data in self.held_out.items():
+                    found = held_out_figures(self.parts, data, self.recipe, self.run.device)
+                    figures.update({f"{name}_{how}_{length}": value for name, value in found.items()})
+                if how == "sparse" and self.patch is not None:
+                    figures["density"] = self.patch.report().density
+        return figures
+
+    @contextmanager
+    def attention(self, how: How) -> Iterator[None]:
+        """Within it the model has sparse attention, or its own, whatever it is trained with."""
+        trained_with: How = "dense" if self.patch is None else "sparse"
+        if how == trained_with:
+            yield
+            return
+        self._switch(how)
+        try:
+            yield
+        finally:
+            self._switch(trained_with)
+
+    def bundle_parts(self) -> dict[str, Any]:
+        return {"sparse": self.sparse if self.recipe.evaluate_with[0] == "sparse" else None}
+
+    def close(self) -> None:
+        if self.patch is not None:
+            self.patch.remove()
+        super().close()
+        if self._undo_rope is not None:
+            self._undo_rope()
+
+    def _switch(self, how: How) -> None:
+        if how == "dense" and self.patch is not None:
+            self.patch.remove()
+            self.patch = None
+        elif how == "sparse" and self.sparse is not None:
+            self.patch = make_patch(self.model, self.sparse)
+
+
+def text_loss(parts: CausalParts, hidden: Tensor, batch: TextSample, positions: int | None = None) -> Tensor:
+    """Weighted sum of the next-token losses of samples, in nats.
+
+    Args:
+        parts: the model.
+        hidden: what it makes of the samples.
+        batch: the samples, [batch, length].
+        positions: as `loss_positions` of the recipe.
+    """
+    shifted = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
+    return chunked_cross_entropy(*shifted, parts.logits, positions or parts.positions)
+
+
+@torch.no_grad()
+def held_out_figures(
+    parts: CausalParts, data: TextData, recipe: LlamaLongContext, device: torch.device
+) -> dict[str, float]:
+    """`loss` and, of documents with needles, `needles`, over the first samples; see LongContextTask.evaluate."""
+    total, count = 0.0, 0.0
+    answers: list[bool] = []
+    for index in range(recipe.evaluation_samples):
+        document = data.document(index) if isinstance(data, NeedleData) else None
+        sample = data[index]
+        weights = sample.weights if document is None else document.code_mask.float()
+        batch = TextSample(sample.ids[None].to(device), weights[None].to(device))
+        hidden = parts.hidden(batch.ids)
+        total += float(text_loss(parts, hidden, batch, recipe.loss_positions))
+        count += float(batch.weights[:, 1:].sum())
+        if document is not None:
+            asked = torch.tensor([list(needle.answer_positions) for needle in document.needles], device=device)
+            told = parts.logits(hidden[:, (asked - 1).flatten()])[0].argmax(-1).view(asked.shape)
+            answers += (told == batch.ids[0, asked]).all(-1).tolist()
+    return {"loss": total / count} | ({"needles": sum(answers) / len(answers)} if answers else {})
+
+
+def load_language_model(source: str, dtype: Any) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        source: "byte_llama", a folder or a Hub id.
+        dtype: as `from_pretrained` takes it.
+
+    Returns:
+        the model, and the tokenizer; None for a model that reads bytes, which has 256 tokens.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if source == "byte_llama":
+        from hf_sparse_attn.demo import MODEL
+
+        source = str(MODEL)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    reads_bytes = model.config.get_text_config().vocab_size == _BYTES
+    return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
+
+
+def profile_folder(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:
+    """The folder with a profile of the model as it is now; one that a resumed run finds there stays.
+
+    Args:
+        settings: how it is found.
+        model: on the device of the run, not patched.
+        data: text to measure on.
+        run: where it runs; the profile goes into the folder "profile" of its output.
+    """
+    folder = run.output / "profile"
+    if folder.is_dir():
+        HeadProfile.from_pretrained(folder).check(model)
+        return folder
+    methods = settings.methods(data.length)
+    for method in methods:
+        if not method.trainable:
+            raise ValueError(f"`profile.candidates` must have a backward pass, got {method.name!r}, which has none")
+    batches: list[dict[str, Any]] = []
+    for number in range(settings.samples):
+        index = sample_order(data.seed, len(data), number)
+        batches.append({"input_ids": data[index].ids[None].to(run.device)})
+        if isinstance(data, NeedleData):
+            batches[-1]["needles"] = data.document(index).questions
+    metric = _NEEDLE_METRIC if isinstance(data, NeedleData) else "layer_error"
+    found = profile(model, batches, methods, settings.budget, metric, progress=run.progress, source="training text")
+    found.save_pretrained(folder)
+    return folder
+
+
+def _check_lengths(recipe: LlamaLongContext, model: Any) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, lengths in (("data.length", (recipe.data.length,)), ("evaluation_lengths", recipe.lengths)):
+        if most is not None and max(lengths) > most:
+            raise ValueError(
+                f"`{name}` must be at most {most}, the positions of {recipe.model} as `rope` stretches them, "
+                f"got {max(lengths)}"
+            )
+
+
+RECIPE = LlamaLongContext
