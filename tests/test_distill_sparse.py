@@ -16,9 +16,10 @@ from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.matching import Decoder, divergence, in_chunks
+from hf_sparse_attn.matching import Decoder, divergence, in_chunks, output_error
 from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.training import train
+from tests.patterns import Largest
 from tests.tiny_lm import FAMILIES, tokens
 from tests.tiny_lm import one_thread as one_thread
 
@@ -213,6 +214,19 @@ def test_gradient_of_the_attention_error_is_that_of_a_plain_formulation(
             n for n in task.trained() if "layers.1.self_attn.o_" in n
         }
         assert_equal_gradients(got, {name: task.trained()[name].grad for name in got}, 1e-10)
+
+
+def test_the_attention_error_holds_no_tensor_of_tokens_by_tokens() -> None:
+    length, draw = 2000, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, 8, generator=draw) for heads in (2, 1, 1))
+    ctx = Context(TokenLayout.causal(length), num_heads=2, num_kv_heads=1, head_dim=8)
+    out = torch.zeros_like(q, requires_grad=True)
+    with Largest() as largest:
+        error = output_error(out, q, k, v, ctx)
+        error.sum().backward()
+    assert largest.bytes < length * length
+    # Against nothing at all the error is all there is.
+    assert error.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("match", MATCHES)
