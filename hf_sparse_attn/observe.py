@@ -14,8 +14,9 @@ from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import Patch, Session, Span
+from hf_sparse_attn.patching import Patch, Session
 from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.span import Span
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
 _KNOWN_STEPS = 1e-12

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import LayerInputs, TokenLayout
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Span
+from hf_sparse_attn.span import Span
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # An additive mask of this or less leaves a key no weight: its exponential is 0 in every floating-point type.

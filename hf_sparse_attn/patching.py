@@ -6,20 +6,21 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Context, LayerInputs, TokenLayout, check_int
+from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.dispatch import Policy, dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.pattern import BlockPattern
 from hf_sparse_attn.record import KEPT_SHAPES, Done
 from hf_sparse_attn.record import LayerRecord as LayerRecord
 from hf_sparse_attn.report import Report
+from hf_sparse_attn.span import Span
 from hf_sparse_attn.timing import compare
 from hf_sparse_attn.worth import PAUSED, Judge, Loss
 
@@ -32,47 +33,6 @@ _ABSENT = object()
 
 class DenseFallback(RuntimeError):
     """Raised with strict=True where sparse attention had to be given up."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Batch rows whose valid tokens stand at the same places: one sequence without padding or neighbours.
-
-    Args:
-        rows: indices into the batch.
-        q: (start, end) among the queries.
-        k: (start, end) among the keys; ends where the queries end.
-        layout: the tokens of the sequence; None where they are text like the rest of the row.
-    """
-
-    rows: tuple[int, ...]
-    q: tuple[int, int]
-    k: tuple[int, int]
-    layout: TokenLayout | None = None
-
-    @property
-    def row_index(self) -> slice | list[int]:
-        """The rows as an index; a slice where they follow one another, which copies nothing."""
-        first, last = self.rows[0], self.rows[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.rows) else list(self.rows)
-
-    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, keys and values of the span alone."""
-        rows = self.row_index
-        return q[rows, :, slice(*self.q)], k[rows, :, slice(*self.k)], v[rows, :, slice(*self.k)]
-
-    def cut_inputs(self, inputs: LayerInputs | None) -> LayerInputs | None:
-        """What else the layer had of the span's queries; it has nothing of keys from a cache."""
-        if inputs is None:
-            return None
-        rows, own = self.row_index, slice(*self.q)
-        hidden = None if inputs.hidden is None else inputs.hidden[rows, own]
-        q, k = (None if x is None else x[rows, :, own] for x in (inputs.q, inputs.k))
-        return LayerInputs(hidden, q, k)
-
-    def context(self, whole: Context) -> Context:
-        """Where the span's call is, from the context of whole rows."""
-        return replace(whole, layout=_span_layout(whole.layout, self), inputs=self.cut_inputs(whole.inputs))
 
 
 # Shown q, k, v, place and output of every sparse sequence, with gradients; again when checkpointing computes it again.
@@ -199,7 +159,7 @@ class Session:
             return None
 
         def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
-            if spans and not (len(spans) == 1 and _is_whole(spans[0], q, k)):
+            if spans and not (len(spans) == 1 and spans[0].is_whole(q, k)):
                 return self._attend_spans(record, q, k, v, ctx, spans)
             own = replace(ctx, layout=spans[0].layout) if spans and spans[0].layout is not None else ctx
             done = self._attend(record, q, k, v, own)
@@ -292,19 +252,6 @@ class Session:
 
 class _NotWorth(Exception):
     """Leaves Method.attention when the policy keeps the call dense."""
-
-
-def _is_whole(span: Span, q: Tensor, k: Tensor) -> bool:
-    return len(span.rows) == q.shape[0] and span.q == (0, q.shape[2]) and span.k == (0, k.shape[2])
-
-
-def _span_layout(layout: TokenLayout, span: Span) -> TokenLayout:
-    """The layout of one sequence in a batch: its own, else that of text."""
-    if span.layout is not None:
-        return span.layout
-    n = span.k[1] - span.k[0]
-    whole = TokenLayout.causal(n) if layout.is_causal else TokenLayout.bidirectional(n)
-    return whole.continued(n - (span.q[1] - span.q[0]))
 
 
 class Patch:

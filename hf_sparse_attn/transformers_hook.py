@@ -18,8 +18,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from hf_sparse_attn import native
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.patching import LayerRecord, Session, Span
+from hf_sparse_attn.patching import LayerRecord, Session
 from hf_sparse_attn.selection import with_sinks
+from hf_sparse_attn.span import Span
 from hf_sparse_attn.transformers_compile import CompiledLayer
 from hf_sparse_attn.transformers_mask import MaskSpec, Plan, whole
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from hf_sparse_attn.patching import Span
+from hf_sparse_attn.span import Span
 
 
 @dataclass(frozen=True)

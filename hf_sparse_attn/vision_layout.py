@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Segment, TokenLayout
-from hf_sparse_attn.patching import Span
+from hf_sparse_attn.span import Span
 
 Row = tuple[Segment, ...]
 

@@ -20,7 +20,7 @@ from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.gates import find_gates, gate_of
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.observe import observing
-from hf_sparse_attn.patching import Span
+from hf_sparse_attn.span import Span
 from tests.tiny_lm import FAMILIES, padded, positions, tokens
 from tests.tiny_lm import one_thread as one_thread
 

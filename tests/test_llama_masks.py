@@ -13,8 +13,8 @@ from transformers import masking_utils as mu
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Span
 from hf_sparse_attn.registry import FAMILIES as REGISTERED
+from hf_sparse_attn.span import Span
 from hf_sparse_attn.transformers_hook import STATE_ATTRIBUTE, attend_sparse, with_cu_seq_lens
 from hf_sparse_attn.transformers_mask import MaskSpec, packed_spans
 from tests.tiny_lm import FAMILIES, WINDOW, padded, positions, tiny_vl, tokens

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_sparse_attn.context import Segment, TokenLayout
-from hf_sparse_attn.patching import Span
 from hf_sparse_attn.selection import text_blocks
+from hf_sparse_attn.span import Span
 from hf_sparse_attn.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
 from hf_sparse_attn.vision_segments import Cut
 from tests.tiny_qwen import IMAGE as IMAGE_ID
