@@ -222,6 +222,9 @@ def page(found: dict[str, Any]) -> str:
         "of it for steps MiB",
     )
     data, held = settings["data"], settings["held_out"]
+    budget = (
+        f"; its profile at most {settings['profile']['budget']} at {data['length']}" if settings["profile"] else ""
+    )
     count = settings["evaluation_samples"]
     said = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     return "\n".join(
@@ -235,7 +238,8 @@ def page(found: dict[str, Any]) -> str:
             f"{settings['model']} with RoPE {settings['rope']}, fine-tuned on {runs['sparse']['steps']} documents of "
             f"{data['length']} tokens with {data['needles']} needles each, LoRA of rank {settings['lora']['rank']} on "
             f"{', '.join(settings['lora']['targets'])} and {', '.join(settings['lora']['trained'])} in full. Sparse "
-            f"attention keeps {runs['sparse']['after']['density']:.3f} of the visible pairs.",
+            f"attention keeps {runs['sparse']['after']['density']:.3f} of the visible pairs, over the lengths below"
+            f"{budget}.",
             "",
             f"Held out: {count} documents of each length with {held['needles']} needles each, drawn from seed "
             f"{settings['held_out_seed']}. Loss: nats per byte of code. Needles: share whose digits all come first.",
