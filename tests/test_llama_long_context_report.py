@@ -69,6 +69,14 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
         report.collect(sparse, dense)
 
 
+def test_a_dense_run_with_another_profile_is_read_with_that_of_the_sparse_one(tmp_path: Path) -> None:
+    recipe: Any = read_recipe("llama_long_context")
+    sparse, dense = runs(tmp_path, profile=replace(recipe.profile, budget=0.5))
+    (dense / "reread.json").write_text(json.dumps(figures(0.9, 0.25)))
+    found = report.collect(sparse, dense)
+    assert found["runs"]["dense"]["after"]["loss_dense_4096"] == 0.9
+
+
 def test_what_is_missing_on_the_command_line() -> None:
     with pytest.raises(SystemExit):
         report.main(["--sparse", "x"])
