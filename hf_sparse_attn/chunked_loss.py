@@ -56,15 +56,21 @@ def chunked_cross_entropy(
         losses = nn.functional.cross_entropy(found, right, reduction="none")
         return (losses * share).sum()
 
-    kept: Callable[..., Tensor] = part
-    if torch.is_grad_enabled():
+    return in_chunks(part, chunk, rows, truth, shares)
 
-        def kept(*given: Tensor) -> Tensor:
-            done: Tensor = checkpoint(part, *given, use_reentrant=False)
-            return done
 
-    pieces = zip(rows.split(chunk), truth.split(chunk), shares.split(chunk), strict=True)
-    return torch.stack([kept(*piece) for piece in pieces]).sum()
+def in_chunks(function: Callable[..., Tensor], size: int, *given: Tensor) -> Tensor:
+    """Sum of what a function gives for chunks of its arguments, each computed again in the backward pass.
+
+    Args:
+        function: takes parts of `given`, returns a scalar.
+        size: rows of a part.
+        given: tensors with the same number of rows, at least one.
+    """
+    parts = zip(*(x.split(size) for x in given), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.stack([function(*part) for part in parts]).sum()
+    return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()
 
 
 class CausalParts:

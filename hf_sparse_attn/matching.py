@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.observe import evaluating
 from hf_sparse_attn.patching import Patch
-
-# Logits of so many positions at a time are in memory, in numbers of float32.
-_CHUNK_NUMBERS = 1 << 24
 
 
 @contextmanager
@@ -195,43 +191,6 @@ def layer_figures(found: Sequence[tuple[int, Tensor]]) -> dict[str, float]:
 # ---------------------------------------------------------------------- next tokens
 
 
-class Decoder:
-    """A causal language model in two parts, so that the logits of all positions are never in memory at once.
-
-    Args:
-        model: a causal language model of transformers.
-        ids: int64 [1, tokens], a few to try it on: where backbone and output embedding do not give the logits of the
-            model to the bit (it scales or caps them), the model is run whole.
-    """
-
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model = model
-        self.head = model.get_output_embeddings()
-        self.split = self.head is not None and model.base_model is not model
-        if self.split:
-            with evaluating([model]), torch.no_grad():
-                whole, parts = model(input_ids=ids, use_cache=False).logits, self.logits(self.hidden(ids))
-            self.split = torch.equal(whole, parts)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """What `logits` takes, [batch, tokens, width], for ids [batch, tokens]."""
-        if not self.split:
-            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
-            return found
-        hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False)[0]
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary] from some of what `hidden` gave."""
-        found: Tensor = self.head(hidden) if self.split else hidden
-        return found
-
-    @property
-    def positions(self) -> int:
-        """At how many positions the logits are worked on at a time."""
-        return max(1, _CHUNK_NUMBERS // self.model.config.get_text_config().vocab_size)
-
-
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of next-token distributions, from the teacher's, [...], in float32 or more.
 
@@ -245,17 +204,3 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     told = torch.log_softmax(teacher.to(dtype) / temperature, -1)
     said = torch.log_softmax(student.to(dtype) / temperature, -1)
     return temperature**2 * (told.exp() * (told - said)).sum(-1)
-
-
-def in_chunks(function: Callable[..., Tensor], size: int, *given: Tensor) -> Tensor:
-    """Sum of what a function gives for chunks of its arguments, each computed again in the backward pass.
-
-    Args:
-        function: takes parts of `given`, returns a scalar.
-        size: rows of a part.
-        given: tensors with the same number of rows.
-    """
-    parts = zip(*(x.split(size) for x in given), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.stack([function(*part) for part in parts]).sum()
-    return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy, in_chunks
 from hf_sparse_attn.corpus import score_needles
-from hf_sparse_attn.matching import AttentionMatch, Decoder, divergence, in_chunks, layer_figures
+from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
 
@@ -67,7 +68,7 @@ class LanguageMaterial:
                 f"`evaluation_samples` must be less than the {len(self.held_out)} samples of the text, "
                 f"got {recipe.evaluation_samples}"
             )
-        self.decoder = Decoder(self.model, self.data[0].ids[None, :16].to(run.device))
+        self.parts = CausalParts(self.model)
 
     def batch(self, numbers: Sequence[int]) -> TextSample:
         size = len(self.data) - self.kept
@@ -83,18 +84,18 @@ class LanguageMaterial:
         return batch.weights[:, 1:].sum(1)
 
     def run(self, batch: TextSample) -> Tensor:
-        return self.decoder.hidden(batch.ids)
+        return self.parts.hidden(batch.ids)
 
     def output_loss(self, batch: TextSample, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
-        decoder = self.decoder
+        logits = self.parts.logits
 
         def part(mine: Tensor, taught: Tensor, weights: Tensor) -> Tensor:
             with teacher():
-                told = decoder.logits(taught)
-            return (weights * divergence(decoder.logits(mine), told, self.recipe.temperature)).sum()
+                told = logits(taught[None])[0]
+            return (weights * divergence(logits(mine[None])[0], told, self.recipe.temperature)).sum()
 
         given = (x.flatten(0, 1) for x in (mine[:, :-1], taught[:, :-1], batch.weights[:, 1:]))
-        return in_chunks(part, decoder.positions, *given)
+        return in_chunks(part, self.parts.positions, *given)
 
     def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Means over held-out samples.
@@ -127,14 +128,10 @@ class LanguageMaterial:
         return {**dict(sorted(shares.items())), **layer_figures(errors)}
 
     def _loss(self, batch: TextSample, hidden: Tensor) -> float:
-        def part(hidden: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-            logits = self.decoder.logits(hidden).float()
-            return (weights * nn.functional.cross_entropy(logits, truth, reduction="none")).sum()
-
-        given = (x.flatten(0, 1) for x in (hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]))
-        return float(in_chunks(part, self.decoder.positions, *given))
+        given = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
+        return float(chunked_cross_entropy(*given, self.parts.logits, self.parts.positions))
 
     def _needles(self, sums: dict[str, float], name: str, index: int, hidden: Tensor) -> None:
         if isinstance(self.held_out, NeedleData):
-            answered = score_needles(self.decoder.logits(hidden), self.held_out.document(index))
+            answered = score_needles(self.parts.logits(hidden), self.held_out.document(index))
             sums[name] += sum(answered) / len(answered)

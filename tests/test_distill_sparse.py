@@ -15,8 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
+from hf_sparse_attn.chunked_loss import in_chunks
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.matching import Decoder, divergence, in_chunks, output_error
+from hf_sparse_attn.matching import divergence, output_error
 from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.training import train
 from tests.patterns import Largest
@@ -267,17 +268,6 @@ def test_divergence_is_the_one_of_torch_at_every_chunk_size() -> None:
         assert torch.allclose(torch.autograd.grad(loss, mine)[0], grad, rtol=1e-12, atol=1e-14)
         with torch.no_grad():
             assert float(in_chunks(part, size, mine, told, weights)) == pytest.approx(float(plain), rel=1e-12)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_decoder_gives_the_logits_of_the_model(family: str) -> None:
-    # Gemma caps its logits behind the output embedding, so that it is run whole.
-    changes = {"final_logit_softcapping": 1.0} if family == "gemma2" else {}
-    model, ids = FAMILIES[family](None, **changes), tokens(2, 40)
-    decoder = Decoder(model, ids[:1, :16])
-    assert decoder.split == (family == "llama")
-    with torch.no_grad():
-        assert torch.equal(decoder.logits(decoder.hidden(ids)), model(input_ids=ids).logits)
 
 
 # ---------------------------------------------------------------------- training
