@@ -165,7 +165,7 @@ class DuoGateTask(AdapterTask):
         """
         samples = range(self.recipe.evaluation_samples)
         batches = [self._stacked(self.held_out, [index]) for index in samples]
-        figures = {"difference": sum(float(self._difference(b)) for b in batches) / len(batches)}
+        figures = {"difference": sum(float(self._difference(b).detach()) for b in batches) / len(batches)}
         figures["gates"] = float(self.gates.mean())
         profile = self.profile()
         with self._taken_off():
