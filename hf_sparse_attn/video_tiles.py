@@ -190,8 +190,8 @@ def tile_pattern(tiles: VideoTiles, choose: Callable[[int, int], Tensor], batch:
     """The pattern in which the tokens of a tile read those of the tiles chosen for it; text reads and is read whole.
 
     Exact to the token. A block that lies in several tiles has a mask where it is not kept whole; of equal masks there
-    is one. Those of blocks in several tiles are distinct for the most part, so that what is held grows with the square
-    of the number of such blocks: none where the tile divides the canvas.
+    is one, and there are none where the tile divides the canvas. Else most of those of blocks in many small tiles
+    differ: with random scores, 36 MB for 12 heads of 21 x 30 x 52 tokens, 83 MB for 4 heads of 21 x 45 x 80.
 
     Args:
         tiles: the tokens.
