@@ -306,7 +306,7 @@ def other_documents(found: dict[str, Any], length: int) -> list[str]:
     needles = [f"{fresh[f'needles_{how}_{length}']:.3f}" for how in _HOW]
     more = 100 * (sparse / dense - 1)
     return [
-        f"As many other documents of {length}, drawn from seed {fresh['seed']} read once: loss {sparse:.4f} trained "
+        f"As many other documents of {length}, of seed {fresh['seed']}, read once: loss {sparse:.4f} trained "
         f"and read sparse, {dense:.4f} trained and read dense ({more:+.2f} %); needles {' and '.join(needles)}."
     ]
 
