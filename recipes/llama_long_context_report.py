@@ -95,17 +95,20 @@ def _read(
     return figures
 
 
-def reread(recipe: LlamaLongContext, folder: Path, sparse: SparseSettings) -> dict[str, float]:
-    """Figures of a finished run's model, read with the sparse attention of another run.
+def reread(
+    recipe: LlamaLongContext, folder: Path, sparse: SparseSettings, hows: Sequence[How] = ("sparse",)
+) -> dict[str, float]:
+    """Figures of a finished run's model, read with sparse attention of choice, or its own.
 
     Args:
         recipe: of the run.
         folder: of the run.
-        sparse: the other run's attention, its method a profile's folder where it is a profile.
+        sparse: the attention, its method a profile's folder where it is a profile.
+        hows: what it is read with.
     """
     model, tokenizer = load_language_model(recipe.model, recipe.torch_dtype)
     with load_bundle(model, folder / "result", patch=False):
-        return _read(model, tokenizer, recipe, sparse, folder / "cache", ("sparse",))
+        return _read(model, tokenizer, recipe, sparse, folder / "cache", hows)
 
 
 def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
@@ -133,12 +136,14 @@ def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
     return {"cpu_seconds": statistics.median(seconds[1:]), "peak": peak * 1024.0, "before": before * 1024.0}
 
 
-def collect(sparse: Path, dense: Path) -> dict[str, Any]:
+def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[str, Any]:
     """All figures of two runs.
 
     Args:
         sparse, dense: folders of the finished runs, which may differ in `train_with`, and in `sparse` and `profile`,
             of which dense training takes no notice: the dense one is read with the sparse attention of the other.
+        fresh_seed: of more held-out documents, of the greatest length, that each run's model reads with the attention
+            it was trained with; None reads none.
 
     Raises:
         ValueError: they differ in more.
@@ -156,16 +161,32 @@ def collect(sparse: Path, dense: Path) -> dict[str, Any]:
         figures = json.loads((folder / "figures.json").read_text())
         runs[how] = {**figures, "losses": [line["loss"] for line in lines if "loss" in line]}
         runs[how]["cost"] = _cached(folder / "cost.json", lambda f=folder: _in_a_process(f))
+    used = own.sparse if own.profile is None else replace(own.sparse, method=str(sparse / "profile"))
     if recipes["dense"] != replace(own, train_with="dense"):
-        used = own.sparse if own.profile is None else replace(own.sparse, method=str(sparse / "profile"))
         again = _cached(dense / "reread.json", lambda: reread(recipes["dense"], dense, used))
         runs["dense"].update(before=runs["sparse"]["before"], after=runs["dense"]["after"] | again)
+    fresh: dict[str, float] = {}
+    if fresh_seed is not None:
+        for how in _HOW:
+            longest = (max(own.lengths),)
+            other = replace(recipes[how], held_out_seed=fresh_seed, evaluation_lengths=longest)
+            file = folders[how] / f"fresh-{fresh_seed}.json"
+            fresh |= _cached(file, lambda o=other, h=how: reread(o, folders[h], used, (h,)))
     bare = _cached(sparse / "unstretched.json", lambda: unstretched(own, sparse / "unstretched"))
     commands = [f"hf-sparse-attn train {_NAME} --output SPARSE"]
     commands.append(f"hf-sparse-attn train {_NAME} train_with=dense --output DENSE")
     commands.append(f"python -m hf_sparse_attn.recipes.{_NAME}_report --sparse SPARSE --dense DENSE --output FOLDER")
+    if fresh_seed is not None:
+        commands[-1] += f" --fresh-seed {fresh_seed}"
     settings = json.loads((sparse / "settings.json").read_text())
-    return {"machine": machine(), "commands": commands, "settings": settings, "unstretched": bare, "runs": runs}
+    return {
+        "machine": machine(),
+        "commands": commands,
+        "settings": settings,
+        "unstretched": bare,
+        "runs": runs,
+        "fresh": {"seed": fresh_seed, **fresh},
+    }
 
 
 def _in_a_process(folder: Path) -> dict[str, float]:
@@ -249,6 +270,7 @@ def page(found: dict[str, Any]) -> str:
             "```",
             "",
             *comparison(found, lengths),
+            *other_documents(found, max(lengths)),
             "",
             "```",
             table(titles, costs, "", width=130),
@@ -275,6 +297,20 @@ def comparison(found: dict[str, Any], lengths: Sequence[int]) -> list[str]:
     return lines
 
 
+def other_documents(found: dict[str, Any], length: int) -> list[str]:
+    """A sentence on the documents of the fresh seed; none where there is none."""
+    fresh = found["fresh"]
+    if fresh["seed"] is None:
+        return []
+    sparse, dense = (fresh[f"loss_{how}_{length}"] for how in _HOW)
+    needles = [f"{fresh[f'needles_{how}_{length}']:.3f}" for how in _HOW]
+    more = 100 * (sparse / dense - 1)
+    return [
+        f"As many other documents of {length}, of seed {fresh['seed']}, read once: loss {sparse:.4f} trained "
+        f"and read sparse, {dense:.4f} trained and read dense ({more:+.2f} %); needles {' and '.join(needles)}."
+    ]
+
+
 def draw(found: dict[str, Any], file: Path) -> None:
     """Loss over the steps of both, and needles at the longest length."""
     from matplotlib.figure import Figure
@@ -285,6 +321,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         losses = found["runs"][how]["losses"]
         left.plot(range(1, len(losses) + 1), losses, color=_COLOURS[how], marker="os"[how == "dense"], ms=3, label=how)
     left.set_xlabel("step")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("training loss (nats, weighted)")
     left.set_ylim(bottom=0)
     left.legend(title="trained with", frameon=False)
@@ -297,7 +334,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         places = [n + (i - 0.5) * 0.38 for n in range(len(names))]
         bars = right.bar(places, heights, 0.36, color=_COLOURS[how], label=how)
         right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    right.set_xticks(range(len(names)), [name.replace("ed ", "ed\n").replace("s s", "s\ns") for name in names])
     right.set_ylim(0, 1.12)
     right.set_ylabel(f"needles answered at {length}")
     right.legend(title="read with", frameon=False, loc="upper left", fontsize=8)
@@ -313,13 +350,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dense", type=Path, help="folder of the run trained with dense attention")
     parser.add_argument("--output", type=Path, help="folder for the page, the JSON and the picture")
     parser.add_argument("--measure", type=Path, help="print what a step of this run costs, and no more")
+    parser.add_argument("--fresh-seed", type=int, help="read as many other held-out documents, drawn from this seed")
     options = parser.parse_args(arguments)
     if options.measure is not None:
         sys.stdout.write(json.dumps(cost_of_a_step(settings_of(options.measure), options.measure)) + "\n")
         return
     if None in (options.sparse, options.dense, options.output):
         parser.error("--sparse, --dense and --output must be given")
-    found = collect(options.sparse, options.dense)
+    found = collect(options.sparse, options.dense, options.fresh_seed)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{_NAME}.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.output / f"{_NAME}.md").write_text(page(found))

@@ -77,6 +77,16 @@ def test_a_dense_run_with_another_profile_is_read_with_that_of_the_sparse_one(tm
     assert found["runs"]["dense"]["after"]["loss_dense_4096"] == 0.9
 
 
+def test_documents_of_a_fresh_seed(tmp_path: Path) -> None:
+    sparse, dense = runs(tmp_path)
+    for how, folder, loss in (("sparse", sparse, 0.606), ("dense", dense, 0.6)):
+        told = {f"loss_{how}_16384": loss, f"needles_{how}_16384": 0.5}
+        (folder / "fresh-7.json").write_text(json.dumps(told))
+    found = report.collect(sparse, dense, fresh_seed=7)
+    assert "of seed 7, read once: loss 0.6060 trained" in report.page(found)
+    assert "0.6000 trained and read dense (+1.00 %); needles 0.500 and 0.500." in report.page(found)
+
+
 def test_what_is_missing_on_the_command_line() -> None:
     with pytest.raises(SystemExit):
         report.main(["--sparse", "x"])
