@@ -36,6 +36,10 @@ _BATCH_CHARACTERS = 1 << 20
 _ABANDONED_SECONDS = 3600.0
 
 
+# Sources that come apart into text to train on and text to evaluate on.
+SPLIT_SOURCES = frozenset({"needles", "standard_library"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """Where text comes from, and how long its samples are.

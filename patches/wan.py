@@ -99,7 +99,7 @@ _PRESETS = (
         {"density": 0.2}, dense_steps=0.1,
     ),
     Preset(
-        "vsa", "balanced", f"{_VSA}: 32 of 256 tiles, as trained with in the paper; else as for high",
+        "vsa", "balanced", _OURS + "between the shares of high and fast; else as for high",
         {"density": 0.125}, dense_steps=0.1,
     ),
     Preset(

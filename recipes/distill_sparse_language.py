@@ -5,44 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy, in_chunks
 from hf_sparse_attn.corpus import score_needles
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.train_text import (
+    SPLIT_SOURCES,
+    NeedleData,
+    TextData,
+    TextSample,
+    TextSettings,
+    open_text,
+    sample_order,
+)
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode
-
-# Sources whose documents are told apart into those to train on and those to evaluate on.
-_SHIPPED = frozenset({"needles", "standard_library"})
-_BYTES = 256
-
-
-def load_language_model(source: str, dtype: Any, device: torch.device) -> Any:
-    """A causal language model in evaluation mode: the shipped one, a folder or a Hub id."""
-    if source == "byte_llama":
-        from hf_sparse_attn.demo import load_model
-
-        model = load_model()
-        return (model if dtype == "auto" else model.to(dtype)).to(device)
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
-
-
-def load_tokenizer(source: str, model: Any) -> Any:
-    """The tokenizer of a model, or None where it reads bytes: it then has a vocabulary of 256."""
-    if model.config.get_text_config().vocab_size == _BYTES:
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)
 
 
 class LanguageMaterial:
@@ -50,8 +34,9 @@ class LanguageMaterial:
 
     def __init__(self, recipe: DistillSparse, settings: TextSettings, run: Run) -> None:
         self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
-        self.model: nn.Module = load_language_model(recipe.model, recipe.torch_dtype, run.device)
-        tokenizer = load_tokenizer(recipe.model, self.model)
+        loaded = load_language_model(recipe.model, recipe.torch_dtype, run.device)
+        self.model: nn.Module = loaded[0]
+        tokenizer = loaded[1]
 
         def opened(settings: TextSettings) -> TextData:
             return open_text(settings, tokenizer, seed=recipe.seed, cache=run.output / "cache", run=run)
@@ -59,7 +44,7 @@ class LanguageMaterial:
         self.data = opened(settings)
         # The last samples of text that has no held-out part are not trained on.
         self.kept = 0
-        if recipe.held_out is None and settings.source not in _SHIPPED:
+        if recipe.held_out is None and settings.source not in SPLIT_SOURCES:
             self.held_out, self.kept = self.data, recipe.evaluation_samples
         else:
             self.held_out = opened(recipe.held_out or replace(settings, split="heldout"))

@@ -20,10 +20,11 @@ from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Decline, Method, make_method
 from hf_sparse_attn.published_profiles import from_duo_attention
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.gate_text import PasskeyData, load_language_model, text_figures
+from hf_sparse_attn.recipes.gate_text import PasskeyData, text_figures
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.train_text import TextSettings
 

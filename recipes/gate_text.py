@@ -13,35 +13,10 @@ from torch import Tensor
 
 from hf_sparse_attn.corpus import NeedleDocument, needle_document, score_needles
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_text import NeedleData, TextData, TextSettings, open_text
+from hf_sparse_attn.train_text import SPLIT_SOURCES, NeedleData, TextData, TextSettings, open_text
 
-# Sources that come apart into text to train on and text to evaluate on.
-_SHIPPED = frozenset({"needles", "standard_library"})
-_BYTES = 256
 # Bytes of a statement before its value.
 _STATEMENT = len("# key abc=")
-
-
-def load_language_model(source: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
-
-    Args:
-        source: "byte_llama", a folder or a Hub id.
-        dtype: as `from_pretrained` takes it.
-        device: where it is put.
-
-    Returns:
-        the model, and the tokenizer; None for a model that reads bytes, which has 256 tokens.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if source == "byte_llama":
-        from hf_sparse_attn.demo import MODEL
-
-        source = str(MODEL)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
-    reads_bytes = model.config.get_text_config().vocab_size == _BYTES
-    return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
 
 
 def check_held_out(data: TextSettings, held_out: TextSettings | None) -> None:
@@ -50,7 +25,7 @@ def check_held_out(data: TextSettings, held_out: TextSettings | None) -> None:
     Raises:
         ValueError: `held_out` is None for text that does not come with the package.
     """
-    if held_out is None and data.source not in _SHIPPED:
+    if held_out is None and data.source not in SPLIT_SOURCES:
         raise ValueError(f"`held_out` must be given for text of one's own, got none for {data.source!r}")
 
 

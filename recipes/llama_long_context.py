@@ -16,17 +16,23 @@ from hf_sparse_attn.candidates import default_candidates
 from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.profile_command import default_metric
 from hf_sparse_attn.profiling import profile
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.rope_scaling import RopeSettings, scale_rope
-from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.train_text import (
+    SPLIT_SOURCES,
+    NeedleData,
+    TextData,
+    TextSample,
+    TextSettings,
+    open_text,
+    sample_order,
+)
 
-# Sources that come apart into text to train on and text to evaluate on.
-_SHIPPED = frozenset({"needles", "standard_library"})
-_BYTES = 256
 _NEEDLE_METRIC = default_metric("byte_llama")
 
 # What `sparse.method` is called where the method is a profile that is found first.
@@ -123,7 +129,7 @@ class LlamaLongContext(AdapterRecipe):
         named = self.sparse is not None and self.sparse.method == _PROFILE
         if named != (self.profile is not None):
             raise ValueError(f"`profile` and `sparse.method: {_PROFILE}` must be given together, got one of them")
-        if self.held_out is None and self.data.source not in _SHIPPED:
+        if self.held_out is None and self.data.source not in SPLIT_SOURCES:
             raise ValueError(f"`held_out` must be given for text of one's own, got none for {self.data.source!r}")
 
     @property
@@ -266,27 +272,6 @@ def held_out_figures(
             told = parts.logits(hidden[:, (asked - 1).flatten()])[0].argmax(-1).view(asked.shape)
             answers += (told == batch.ids[0, asked]).all(-1).tolist()
     return {"loss": total / count} | ({"needles": sum(answers) / len(answers)} if answers else {})
-
-
-def load_language_model(source: str, dtype: Any) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
-
-    Args:
-        source: "byte_llama", a folder or a Hub id.
-        dtype: as `from_pretrained` takes it.
-
-    Returns:
-        the model, and the tokenizer; None for a model that reads bytes, which has 256 tokens.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if source == "byte_llama":
-        from hf_sparse_attn.demo import MODEL
-
-        source = str(MODEL)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    reads_bytes = model.config.get_text_config().vocab_size == _BYTES
-    return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
 
 
 def profile_folder(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:

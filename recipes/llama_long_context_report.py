@@ -29,13 +29,13 @@ from hf_sparse_attn.adapter_task import make_patch
 from hf_sparse_attn.bundle import load_bundle
 from hf_sparse_attn.chunked_loss import CausalParts
 from hf_sparse_attn.evaluate_plot import machine
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipe_config import build_config
 from hf_sparse_attn.recipes.llama_long_context import (
     How,
     LlamaLongContext,
     held_out_figures,
-    load_language_model,
     profile_folder,
 )
 from hf_sparse_attn.report import table

@@ -14,10 +14,11 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.fidelity import Reference
 from hf_sparse_attn.gates import GateSet
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.observe import Call, Seen, observing
 from hf_sparse_attn.recipe import Run, SparseSettings
-from hf_sparse_attn.recipes.gate_text import check_held_out, load_language_model, open_both, text_figures
+from hf_sparse_attn.recipes.gate_text import check_held_out, open_both, text_figures
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.train_text import TextSample, TextSettings
 

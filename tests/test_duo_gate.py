@@ -13,11 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.published_profiles import from_duo_attention
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, read_recipe
 from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads
-from hf_sparse_attn.recipes.gate_text import PasskeyData, load_language_model
+from hf_sparse_attn.recipes.gate_text import PasskeyData
 from hf_sparse_attn.train_text import TextSettings
 from tests.tiny_lm import one_thread as one_thread
 

@@ -12,13 +12,13 @@ from tiny_lm import one_thread  # noqa: F401
 import hf_sparse_attn as hsa
 from hf_sparse_attn.corpus import needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.dispatch import BackendUnavailable
+from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.recipe_config import build_config, plain
 from hf_sparse_attn.recipes.llama_long_context import (
     LlamaLongContext,
     LongContextTask,
     ProfileSettings,
-    load_language_model,
 )
 from hf_sparse_attn.rope_scaling import scale_rope
 
