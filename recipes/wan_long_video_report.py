@@ -97,7 +97,8 @@ def piece(folder: Path, when: str, place: int | None, clips: int, held_out: int)
                 found["density"] = task.patch.report().density
             file.write_text(json.dumps(found))
         else:
-            clip = (task.material.clip(place) * 255).round().byte()
+            material: Any = task.material
+            clip = (material.clip(place) * 255).round().byte()
             save_file({"clip": clip.contiguous()}, file)
     return file
 
