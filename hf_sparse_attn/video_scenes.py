@@ -90,7 +90,7 @@ class SceneMaterial(Material):
         if self.frames > longest:
             raise ValueError(f"`extend` must give at most {longest} frames, got {self.frames}")
         self.model = model.to(run.device, None if recipe.dtype == "auto" else recipe.torch_dtype)
-        self.dtype = self.model.dtype
+        self.dtype = model.dtype
         self.shift = _SHIFT
         self.nothing = self._conditions(None)
 
