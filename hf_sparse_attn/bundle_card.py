@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_sparse_attn.bundle_file import Bundle
-from hf_sparse_attn.head_profile_card import _plain, _table, front_matter
+from hf_sparse_attn.head_profile_card import front_matter, markdown_table, plain_value
 from hf_sparse_attn.head_profile_hub import is_hub_id
 from hf_sparse_attn.lora_file import DIFFUSERS_WEIGHTS
 
@@ -24,26 +24,26 @@ def card(bundle: Bundle, repo_id: str | None = None) -> str:
     where = json.dumps(repo_id or "this/folder")
     parts = [
         front_matter(_front(bundle)),
-        f"# {_title(bundle)} for {_plain(bundle.base_model) or _plain(bundle.fingerprint.model_class)}\n",
+        f"# {_title(bundle)} for {plain_value(bundle.base_model) or plain_value(bundle.fingerprint.model_class)}\n",
         "## Use\n",
         "```python\nimport hf_sparse_attn as hsa\n\n"
         f"loaded = hsa.load_bundle(model, {where})\n...\nloaded.remove()  # the model as it was\n```\n",
         "A model of another class or configuration is refused, and the difference named.\n",
     ]
     if bundle.part:
-        parts.append(f"In a pipeline it is put on `{_plain(bundle.part)}` alone.\n")
+        parts.append(f"In a pipeline it is put on `{plain_value(bundle.part)}` alone.\n")
     parts += _adapter(bundle, where)
     if bundle.sparse is not None:
-        parts += ["## Sparse attention\n", _table(("setting", "value"), _settings(bundle))]
+        parts += ["## Sparse attention\n", markdown_table(("setting", "value"), _settings(bundle))]
     if bundle.rope is not None:
-        parts += ["## Scaled positions\n", _table(("setting", "value"), _rows(bundle.rope))]
+        parts += ["## Scaled positions\n", markdown_table(("setting", "value"), _rows(bundle.rope))]
     if bundle.figures:
-        parts += ["## Figures\n", _table(("figure", "value"), _rows(bundle.figures))]
-    parts += ["## Model\n", _table(("field", "value"), _rows(vars(bundle.fingerprint)))]
+        parts += ["## Figures\n", markdown_table(("figure", "value"), _rows(bundle.figures))]
+    parts += ["## Model\n", markdown_table(("field", "value"), _rows(vars(bundle.fingerprint)))]
     if bundle.recipe:
-        parts += ["## Recipe\n", _table(("setting", "value"), _rows(bundle.recipe))]
+        parts += ["## Recipe\n", markdown_table(("setting", "value"), _rows(bundle.recipe))]
     if bundle.versions:
-        parts += ["## Versions\n", _table(("library", "version"), _rows(bundle.versions))]
+        parts += ["## Versions\n", markdown_table(("library", "version"), _rows(bundle.versions))]
     return "\n".join(parts)
 
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.head_profile import _shortened
-from hf_sparse_attn.head_profile_file import (
-    _MODEL_KEYS,
-    _decode,
-    _dict,
-    _encode,
-    _exactly,
-    _object,
-    _refuse,
-    _replace,
-    _text,
-)
+from hf_sparse_attn.head_profile_file import MODEL_KEYS
 from hf_sparse_attn.lora_file import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.recipe_config import build_config, plain
+from hf_sparse_attn.strict_json import (
+    as_dict,
+    as_text,
+    check_keys,
+    decode,
+    encode,
+    refuse_word,
+    replace_file,
+    shortened,
+    unique_keys,
+)
 
 FORMAT = "hf_sparse_attn.bundle"
 VERSION = 1
@@ -114,7 +114,7 @@ def digest(path: Path) -> str:
 def write(bundle: Bundle, folder: Path) -> None:
     """Writes `bundle.json`, without which a folder is no bundle."""
     text = to_json(bundle)
-    _replace(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def to_json(bundle: Bundle) -> str:
@@ -126,7 +126,7 @@ def to_json(bundle: Bundle) -> str:
     sparse = None
     if bundle.sparse is not None:
         sparse = plain(bundle.sparse)
-        sparse["params"] = {name: _encode(name, value) for name, value in bundle.sparse.params.items()}
+        sparse["params"] = {name: encode(name, value) for name, value in bundle.sparse.params.items()}
     value = {
         "format": FORMAT,
         "version": VERSION,
@@ -161,7 +161,7 @@ def as_json(name: str, value: Any) -> Any:
         return None
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"`{name}` must be numbers, texts, or lists or mappings of them, got {_shortened(value)}")
+    raise TypeError(f"`{name}` must be numbers, texts, or lists or mappings of them, got {shortened(value)}")
 
 
 # ---------------------------------------------------------------------- reading
@@ -227,25 +227,27 @@ def check_files(folder: Path, bundle: Bundle) -> None:
 
 def _from_json(text: str) -> Bundle:
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
     except RecursionError:
         raise ValueError("the text must be a bundle, got lists within lists without end") from None
     if not isinstance(value, dict):
-        raise ValueError(f"the text must be a JSON object, got {_shortened(value)}")
+        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
     found = value.get("format"), value.get("version")
     if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {_shortened(found)}")
-    _exactly("bundle", value, _KEYS)
-    _exactly("fingerprint", value["fingerprint"], _MODEL_KEYS)
+        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
+    check_keys("bundle", value, _KEYS)
+    check_keys("fingerprint", value["fingerprint"], MODEL_KEYS)
     made = Bundle(
-        base_model=_text("base_model", value["base_model"]),
-        part=_text("part", value["part"]),
+        base_model=as_text("base_model", value["base_model"]),
+        part=as_text("part", value["part"]),
         fingerprint=Fingerprint(**value["fingerprint"]),
         sparse=None if value["sparse"] is None else _settings(value["sparse"]),
-        rope=None if value["rope"] is None else _dict("rope", value["rope"]),
-        figures=_dict("figures", value["figures"]),
-        recipe=_dict("recipe", value["recipe"]),
-        versions={_text("versions", k): _text("versions", v) for k, v in _dict("versions", value["versions"]).items()},
+        rope=None if value["rope"] is None else as_dict("rope", value["rope"]),
+        figures=as_dict("figures", value["figures"]),
+        recipe=as_dict("recipe", value["recipe"]),
+        versions={
+            as_text("versions", k): as_text("versions", v) for k, v in as_dict("versions", value["versions"]).items()
+        },
         files=_files(value["files"]),
     )
     if made.has_profile != (made.sparse is not None and made.sparse.method == _OWN_PROFILE):
@@ -260,17 +262,17 @@ def _settings(value: Any) -> SparseSettings:
     if "gates" in made.params:
         raise ValueError("`sparse.params` must have no `gates`: a bundle has its own in its folder")
     if not re.fullmatch(r"[\w.-]{1,200}", made.method):
-        raise ValueError(f"`sparse.method` must be the name of a method, got {_shortened(made.method)}")
-    return replace(made, params={k: _decode(f"sparse.params.{k}", v) for k, v in made.params.items()})
+        raise ValueError(f"`sparse.method` must be the name of a method, got {shortened(made.method)}")
+    return replace(made, params={k: decode(f"sparse.params.{k}", v) for k, v in made.params.items()})
 
 
 def _files(value: Any) -> dict[str, str]:
-    found = _dict("files", value)
+    found = as_dict("files", value)
     for name, expected in found.items():
         # No name here can lead out of the folder.
         if not _NAME.fullmatch(name) or not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
             raise ValueError(
-                f"`files` must be those of a bundle with their SHA-256, got {_shortened({name: expected})}"
+                f"`files` must be those of a bundle with their SHA-256, got {shortened({name: expected})}"
             )
     if (CONFIG in found) != (WEIGHTS in found):
         raise ValueError(f"`files` must have both of {CONFIG} and {WEIGHTS}, or none")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.bundle_file import CARD, FILE, Bundle, check_files, read
-from hf_sparse_attn.head_profile_hub import _told, check_hub_id
+from hf_sparse_attn.head_profile_hub import check_hub_id, told
 from hf_sparse_attn.lora_file import DIFFUSERS_WEIGHTS
 
 
@@ -22,13 +22,13 @@ def download(source: object) -> tuple[Path, Bundle]:
 
     # A path object was never meant as the name of a repository.
     repo_id = check_hub_id("source", source)
-    with _told(f"`source` must be a bundle on the Hub that can be reached, got {repo_id!r}"):
+    with told(f"`source` must be a bundle on the Hub that can be reached, got {repo_id!r}"):
         folder = Path(huggingface_hub.hf_hub_download(repo_id, FILE)).parent
     found = read(folder)
     for name in found.files:
         # That for diffusers holds the same weights once more, and nothing here reads it.
         if name != DIFFUSERS_WEIGHTS:
-            with _told(f"`source` must be a bundle on the Hub with all its files, got {repo_id!r} without {name}"):
+            with told(f"`source` must be a bundle on the Hub with all its files, got {repo_id!r} without {name}"):
                 huggingface_hub.hf_hub_download(repo_id, name)
     return folder, found
 
@@ -72,7 +72,7 @@ def push_bundle(
     operations = [add(path_in_repo=name, path_or_fileobj=path / name) for name in [FILE, *names]]
     operations.append(add(path_in_repo=CARD, path_or_fileobj=card(found, repo_id).encode()))
     options = {"commit_message": "Upload bundle", **kwargs}
-    with _told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
+    with told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
         done = api.create_commit(repo_id=repo_id, operations=operations, repo_type="model", **options)

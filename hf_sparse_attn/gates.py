@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import hf_sparse_attn
 from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.head_profile import _shortened
-from hf_sparse_attn.head_profile_file import _replace
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.strict_json import replace_file, shortened
 
 FORMAT = "hf_sparse_attn.gates"
 VERSION = 1
@@ -100,8 +99,8 @@ class GateSet(nn.Module):
         }  # fmt: skip
         # Weights that belong to other settings would fit in shape, perhaps: each file knows the other.
         mark = {"format": FORMAT, "settings": _digest(value)}
-        _replace(path / WEIGHTS_FILE, lambda file: save_file(weights, file, mark))
-        _replace(path / SETTINGS_FILE, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
+        replace_file(path / WEIGHTS_FILE, lambda file: save_file(weights, file, mark))
+        replace_file(path / SETTINGS_FILE, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> GateSet:
@@ -243,9 +242,9 @@ def _download(repo_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    from hf_sparse_attn.head_profile_hub import _told
+    from hf_sparse_attn.head_profile_hub import told
 
-    with _told(f"`source` must be gates on the Hub that can be reached, got {repo_id!r}"):
+    with told(f"`source` must be gates on the Hub that can be reached, got {repo_id!r}"):
         try:
             beside = huggingface_hub.hf_hub_download(repo_id, SETTINGS_FILE)
             huggingface_hub.hf_hub_download(repo_id, WEIGHTS_FILE)
@@ -313,31 +312,31 @@ def _settings(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{SETTINGS_FILE} must be a JSON file: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{SETTINGS_FILE} must be a JSON object, got {_shortened(value)}")
+        raise ValueError(f"{SETTINGS_FILE} must be a JSON object, got {shortened(value)}")
     found = value.get("format"), value.get("version")
     if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {_shortened(found)}")
+        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
     if set(value) != set(_KEYS):
-        raise ValueError(f"{SETTINGS_FILE} must have the keys {', '.join(_KEYS)}; got {_shortened(sorted(value))}")
+        raise ValueError(f"{SETTINGS_FILE} must have the keys {', '.join(_KEYS)}; got {shortened(sorted(value))}")
     model, fields = value["model"], Fingerprint.__dataclass_fields__
     if not isinstance(model, dict) or set(model) != set(fields):
-        raise ValueError(f"`model` must have the keys {', '.join(fields)}; got {_shortened(model)}")
+        raise ValueError(f"`model` must have the keys {', '.join(fields)}; got {shortened(model)}")
     if not isinstance(value["settings"], dict):
-        raise ValueError(f"`settings` must be an object, got {_shortened(value['settings'])}")
+        raise ValueError(f"`settings` must be an object, got {shortened(value['settings'])}")
     if not isinstance(value["kind"], str):
-        raise ValueError(f"`kind` must be the name of a method, got {_shortened(value['kind'])}")
+        raise ValueError(f"`kind` must be the name of a method, got {shortened(value['kind'])}")
     return value
 
 
 def _checked(name: object, value: Any) -> Any:
     """A setting as JSON has it."""
     if not isinstance(name, str) or len(name) > 200:
-        raise ValueError(f"`settings` must have short names, got {_shortened(name)}")
+        raise ValueError(f"`settings` must have short names, got {shortened(name)}")
     if isinstance(value, (list, tuple)) and len(value) <= 256:
         return [_checked(name, item) for item in value]
     plain = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
     if not plain:
-        raise TypeError(f"`settings[{name!r}]` must be a number, a text or a list of them, got {_shortened(value)}")
+        raise TypeError(f"`settings[{name!r}]` must be a number, a text or a list of them, got {shortened(value)}")
     return value
 
 

@@ -17,6 +17,7 @@ from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.strict_json import finite, shortened
 
 FIGURES = ("density", "seconds", "damage", "output_error_p95", *METRICS)
 # Of profiles that others measured: their figures are in units of their own.
@@ -24,7 +25,6 @@ PUBLISHED = "published"
 BUDGETS = ("density", "time")
 MOST_METHODS = 1024
 MOST_PLANS = 1024
-_HUGE = 1e300
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +87,14 @@ class HeadProfile:
             except (TypeError, ValueError):
                 known = ", ".join(METRICS)
                 raise ValueError(
-                    f"`metric` must be {PUBLISHED!r}, one of {known}, or a sum of them; got {_shortened(self.metric)}"
+                    f"`metric` must be {PUBLISHED!r}, one of {known}, or a sum of them; got {shortened(self.metric)}"
                 ) from None
         _check_budget(self.budget)
         _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)), lists=True)
         _check_texts("versions", self.versions, (str,), lists=False)
-        object.__setattr__(self, "pareto", tuple((_finite("pareto", a), _finite("pareto", b)) for a, b in self.pareto))
+        object.__setattr__(self, "pareto", tuple((finite("pareto", a), finite("pareto", b)) for a, b in self.pareto))
         if not isinstance(self.same_in_group, bool):
-            raise TypeError(f"`same_in_group` must be a bool, got {_shortened(self.same_in_group)}")
+            raise TypeError(f"`same_in_group` must be a bool, got {shortened(self.same_in_group)}")
         if self.measurements is not None:
             found = (len(self.measurements.layers), self.measurements.heads)
             if found != shape:
@@ -237,7 +237,7 @@ def _checked_plan(plan: StepPlan, shape: tuple[int, int], methods: int) -> StepP
     choice = choice.astype(np.int16)
     choice.setflags(write=False)
     start, end = plan.steps
-    return StepPlan((_finite("steps", start), _finite("steps", end)), choice)
+    return StepPlan((finite("steps", start), finite("steps", end)), choice)
 
 
 def _check_steps(steps: list[tuple[float, float]]) -> None:
@@ -245,7 +245,7 @@ def _check_steps(steps: list[tuple[float, float]]) -> None:
     if not steps or len(steps) > MOST_PLANS:
         raise ValueError(f"`plans` must be from 1 to {MOST_PLANS}, got {len(steps)}")
     if [start for start, _ in steps] != edges[:-1] or edges[-1] != 1 or any(a >= b for a, b in steps):
-        raise ValueError(f"`steps` must follow one another from 0 to 1, got {_shortened(steps)}")
+        raise ValueError(f"`steps` must follow one another from 0 to 1, got {shortened(steps)}")
 
 
 def _checked_figures(
@@ -275,7 +275,7 @@ def _check_budget(budget: Mapping[str, float]) -> None:
     if unknown:
         raise ValueError(f"`budget` must be of {' or '.join(BUDGETS)}, got {', '.join(unknown)}")
     for name, value in budget.items():
-        if not 0 < _finite(f"budget[{name!r}]", value) <= 1:
+        if not 0 < finite(f"budget[{name!r}]", value) <= 1:
             raise ValueError(f"`budget[{name!r}]` must be more than 0 and at most 1, got {value}")
 
 
@@ -288,29 +288,12 @@ def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...], 
             list(value) if isinstance(value, (list, tuple)) and str not in kinds[1:] and len(kinds) > 1 else [value]
         )
         if not isinstance(key, str) or len(key) > 200 or len(items) > 256:
-            raise ValueError(f"`{name}` must have short names and lists of at most 256, got {_shortened(key)}")
+            raise ValueError(f"`{name}` must have short names and lists of at most 256, got {shortened(key)}")
         for item in items:
             if not isinstance(item, kinds):
                 kind = type(item).__name__
-                raise TypeError(f"`{name}[{_shortened(key)}]` must be plain values, got {_shortened(item)} of {kind}")
+                raise TypeError(f"`{name}[{shortened(key)}]` must be plain values, got {shortened(item)} of {kind}")
             if isinstance(item, (int, float)) and not isinstance(item, bool):
-                _finite(f"{name}[{_shortened(key)}]", item)
+                finite(f"{name}[{shortened(key)}]", item)
             if isinstance(item, str) and len(item) > 2000:
-                raise ValueError(f"`{name}[{_shortened(key)}]` must be at most 2000 characters, got {len(item)}")
-
-
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"`{name}` must be a number, got {_shortened(value)} of type {type(value).__name__}")
-    # Compared before it is converted: a whole number may be too large for that.
-    if not -_HUGE < value < _HUGE:
-        raise ValueError(f"`{name}` must be a finite number, got {_shortened(value)}")
-    return float(value)
-
-
-def _shortened(value: Any) -> str:
-    # The digits of a huge number are not even made.
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+                raise ValueError(f"`{name}[{shortened(key)}]` must be at most 2000 characters, got {len(item)}")

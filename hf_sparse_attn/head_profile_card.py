@@ -24,7 +24,7 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
     model = profile.model
     parts = [
         _front(profile),
-        f"# Sparse attention head profile for {_plain(model.model_class)}\n",
+        f"# Sparse attention head profile for {plain_value(model.model_class)}\n",
         f"Which sparse attention method each of {model.layers} layers x {model.heads} heads runs; mean density "
         f"{_number(profile.density)} of the visible pairs of tokens.\n",
         "## Use\n",
@@ -32,17 +32,17 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
         f"with hsa.patch(model, {json.dumps(repo_id or 'this/folder')}) as p:\n    ...\n    print(p.report())\n```\n",
         "A model of another class or configuration is refused, and the difference named.\n",
         "## Model\n",
-        _table(("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
+        markdown_table(("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
         "## Methods\n",
-        _table(("method", "heads", "mean density", *_names(profile)), _methods(profile)),
+        markdown_table(("method", "heads", "mean density", *_names(profile)), _methods(profile)),
         "## Calibration\n",
-        _table(("", ""), _facts(profile)),
+        markdown_table(("", ""), _facts(profile)),
     ]
     if profile.pareto:
         rows = [(_number(a), _number(b)) for a, b in profile.pareto]
-        parts += ["## Other budgets\n", _table(("density", "damage"), rows)]
+        parts += ["## Other budgets\n", markdown_table(("density", "damage"), rows)]
     if profile.versions:
-        parts += ["## Versions\n", _table(("library", "version"), list(profile.versions.items()))]
+        parts += ["## Versions\n", markdown_table(("library", "version"), list(profile.versions.items()))]
     return "\n".join(parts)
 
 
@@ -86,11 +86,11 @@ def _facts(profile: HeadProfile) -> list[tuple[str, str]]:
     return [(k, str(v)) for k, v in {**facts, **profile.calibration}.items()]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown(tuple(columns), [tuple(_plain(cell) for cell in row) for row in rows]) + "\n"
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(tuple(columns), [tuple(plain_value(cell) for cell in row) for row in rows]) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain_value(text: str) -> str:
     """A text that ends no cell, line or tag."""
     return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
 

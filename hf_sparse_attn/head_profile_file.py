@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.head_profile import MOST_METHODS, MOST_PLANS, HeadProfile, StepPlan, _finite, _shortened
+from hf_sparse_attn.head_profile import MOST_METHODS, MOST_PLANS, HeadProfile, StepPlan
 from hf_sparse_attn.measurements import Measurements
 from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.strict_json import (
+    as_dict,
+    as_list,
+    as_pair,
+    as_text,
+    check_keys,
+    decode,
+    encode,
+    finite,
+    refuse_word,
+    replace_file,
+    shortened,
+    unique_keys,
+)
 
 FORMAT = "hf_sparse_attn.head_profile"
 VERSION = 1
@@ -28,8 +41,7 @@ _KEYS = (
     "format", "version", "model", "methods", "plans", "figures", "metric", "budget", "calibration", "pareto",
     "same_in_group", "versions",
 )  # fmt: skip
-_MODEL_KEYS = tuple(Fingerprint.__dataclass_fields__)
-_DEEPEST = 4
+MODEL_KEYS = tuple(Fingerprint.__dataclass_fields__)
 
 
 def save(profile: HeadProfile, folder: Path) -> None:
@@ -44,21 +56,12 @@ def write(profile: HeadProfile, folder: Path, card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = to_json(profile)
     if profile.measurements is not None:
-        _replace(folder / MEASUREMENTS, profile.measurements.save)
+        replace_file(folder / MEASUREMENTS, profile.measurements.save)
     else:
         # What an earlier profile left here would pass for this one's.
         (folder / MEASUREMENTS).unlink(missing_ok=True)
-    _replace(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
-    _replace(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load(source: str | os.PathLike[str], measurements: bool = True) -> HeadProfile:
@@ -127,7 +130,7 @@ def to_json(profile: HeadProfile) -> str:
 
 
 def _method_to_json(method: Method) -> dict[str, Any]:
-    return {"method": method.name, "params": {k: _encode(k, v) for k, v in method.params().items()}}
+    return {"method": method.name, "params": {k: encode(k, v) for k, v in method.params().items()}}
 
 
 def _rounded(x: float) -> float | None:
@@ -145,17 +148,6 @@ def _lines(value: Any, indent: str = "") -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _encode(name: str, value: Any) -> Any:
-    """A parameter as JSON; infinity, which JSON lacks, by name."""
-    if isinstance(value, (list, tuple)):
-        return [_encode(name, v) for v in value]
-    if isinstance(value, float) and math.isinf(value):
-        return {"float": "inf" if value > 0 else "-inf"}
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and not math.isnan(value)):
-        return value
-    raise TypeError(f"parameter {name!r} must be numbers, texts or tuples of them to be saved, got {value!r}")
-
-
 # ---------------------------------------------------------------------- reading
 
 
@@ -166,146 +158,80 @@ def from_json(text: str, measurements: Measurements | None = None) -> HeadProfil
         ValueError, TypeError: the text is no valid profile; the message names the part, the rule and the value.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
     except RecursionError:
         raise ValueError("the text must be a profile, got lists within lists without end") from None
     if not isinstance(value, dict):
-        raise ValueError(f"the text must be a JSON object, got {_shortened(value)}")
+        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
     found = value.get("format"), value.get("version")
     if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {_shortened(found)}")
-    _exactly("profile", value, _KEYS)
-    _exactly("model", value["model"], _MODEL_KEYS)
+        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
+    check_keys("profile", value, _KEYS)
+    check_keys("model", value["model"], MODEL_KEYS)
     for key, part in value["model"].items():
         if not isinstance(part, (str, int)) or (isinstance(part, str) and len(part) > 200):
-            raise ValueError(f"`model.{key}` must be a number or a short text, got {_shortened(part)}")
+            raise ValueError(f"`model.{key}` must be a number or a short text, got {shortened(part)}")
     model = Fingerprint(**value["model"])
-    methods = tuple(_method(i, m) for i, m in enumerate(_list("methods", value["methods"], MOST_METHODS)))
-    plans = tuple(_plan(i, p, model) for i, p in enumerate(_list("plans", value["plans"], MOST_PLANS)))
+    methods = tuple(_method(i, m) for i, m in enumerate(as_list("methods", value["methods"], MOST_METHODS)))
+    plans = tuple(_plan(i, p, model) for i, p in enumerate(as_list("plans", value["plans"], MOST_PLANS)))
     shape = (len(plans), model.layers, model.heads)
     return HeadProfile(
         model=model,
         methods=methods,
         plans=plans,
-        figures={k: _figure(k, v, shape) for k, v in _dict("figures", value["figures"]).items()},
-        metric=_text("metric", value["metric"]),
-        budget=_dict("budget", value["budget"]),
-        calibration=_dict("calibration", value["calibration"]),
-        pareto=tuple(_pair("pareto", p) for p in _list("pareto", value["pareto"], 4096)),
+        figures={k: _figure(k, v, shape) for k, v in as_dict("figures", value["figures"]).items()},
+        metric=as_text("metric", value["metric"]),
+        budget=as_dict("budget", value["budget"]),
+        calibration=as_dict("calibration", value["calibration"]),
+        pareto=tuple(as_pair("pareto", p) for p in as_list("pareto", value["pareto"], 4096)),
         same_in_group=value["same_in_group"],
-        versions=_dict("versions", value["versions"]),
+        versions=as_dict("versions", value["versions"]),
         measurements=measurements,
     )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"keys must be given once, got {_shortened(next(n for n in names if names.count(n) > 1))} twice"
-        )
-    return made
-
-
-def _refuse(word: str) -> Any:
-    raise ValueError(f"numbers must be finite, got {word}")
-
-
-def _exactly(name: str, value: Any, keys: tuple[str, ...]) -> None:
-    given = set(_dict(name, value))
-    if given - set(keys):
-        raise ValueError(f"`{name}` must have the keys {', '.join(keys)}; got {_names(given - set(keys))} besides")
-    if set(keys) - given:
-        raise ValueError(f"`{name}` must have the keys {', '.join(keys)}; {_names(set(keys) - given)} missing")
-
-
-def _names(keys: set[str]) -> str:
-    return ", ".join(_shortened(k) for k in sorted(keys)[:8])
-
-
-def _dict(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"`{name}` must be an object, got {_shortened(value)}")
-    return value
-
-
-def _list(name: str, value: Any, most: int) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"`{name}` must be a list, got {_shortened(value)}")
-    if len(value) > most:
-        raise ValueError(f"`{name}` must have at most {most} entries, got {len(value)}")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a text, got {_shortened(value)}")
-    return value
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    both = _list(name, value, 2)
-    if len(both) != 2:
-        raise ValueError(f"`{name}` must be pairs of numbers, got {_shortened(both)}")
-    return _finite(name, both[0]), _finite(name, both[1])
-
-
 def _method(index: int, value: Any) -> Method:
     name = f"methods[{index}]"
-    _exactly(name, value, ("method", "params"))
-    params = {k: _decode(f"{name}.{k}", v) for k, v in _dict(f"{name}.params", value["params"]).items()}
+    check_keys(name, value, ("method", "params"))
+    params = {k: decode(f"{name}.{k}", v) for k, v in as_dict(f"{name}.params", value["params"]).items()}
     try:
-        made = make_method(_text(f"{name}.method", value["method"]), params)
+        made = make_method(as_text(f"{name}.method", value["method"]), params)
         hash(made)
     # The checks of a method were written for its users, who do not try them with just anything.
     except Exception as error:
         raise ValueError(
-            f"`{name}` must be a method with its parameters, got {_shortened(value)}: {str(error)[:500]}"
+            f"`{name}` must be a method with its parameters, got {shortened(value)}: {str(error)[:500]}"
         ) from error
     return made
 
 
-def _decode(name: str, value: Any, depth: int = 0) -> Any:
-    """The inverse of `_encode`; lists become tuples, for parameters are hashable."""
-    if isinstance(value, list) and depth < _DEEPEST:
-        return tuple(_decode(name, v, depth + 1) for v in value)
-    if value in ({"float": "inf"}, {"float": "-inf"}):
-        return float(value["float"])
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"`{name}` must be numbers, texts or lists of them, got {_shortened(value)}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _finite(name, value)
-    return value
-
-
 def _plan(index: int, value: Any, model: Fingerprint) -> StepPlan:
     name = f"plans[{index}]"
-    _exactly(name, value, ("steps", "choice"))
-    rows = _list(f"{name}.choice", value["choice"], model.layers)
+    check_keys(name, value, ("steps", "choice"))
+    rows = as_list(f"{name}.choice", value["choice"], model.layers)
     choice = np.full((len(rows), model.heads), -1, np.int16)
     for layer, row in enumerate(rows):
-        words = _text(f"{name}.choice[{layer}]", row).split(" ")
+        words = as_text(f"{name}.choice[{layer}]", row).split(" ")
         if len(words) != model.heads or not all(re.fullmatch("[0-9]{1,4}", w) for w in words):
             raise ValueError(
-                f"`{name}.choice[{layer}]` must be {model.heads} numbers of methods, got {_shortened(row)}"
+                f"`{name}.choice[{layer}]` must be {model.heads} numbers of methods, got {shortened(row)}"
             )
         choice[layer] = [int(w) for w in words]
-    return StepPlan(_pair(f"{name}.steps", value["steps"]), choice)
+    return StepPlan(as_pair(f"{name}.steps", value["steps"]), choice)
 
 
 def _figure(name: str, value: Any, shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """An array of numbers, null where one is not known; made only when every list has the right length."""
 
     def rows(found: Any, sizes: tuple[int, ...]) -> list[Any]:
-        entries = _list(f"figures.{name}", found, sizes[0])
+        entries = as_list(f"figures.{name}", found, sizes[0])
         if len(entries) != sizes[0]:
-            raise ValueError(f"`figures.{_shortened(name)}` must be {list(shape)}, got a list of {len(entries)}")
+            raise ValueError(f"`figures.{shortened(name)}` must be {list(shape)}, got a list of {len(entries)}")
         if len(sizes) > 1:
             return [rows(entry, sizes[1:]) for entry in entries]
-        return [math.nan if x is None else _finite(f"figures.{name}", x) for x in entries]
+        return [math.nan if x is None else finite(f"figures.{name}", x) for x in entries]
 
     values = np.array(rows(value, shape), np.float64)
     if (np.abs(values) > np.finfo(np.float32).max).any():
-        raise ValueError(f"`figures.{_shortened(name)}` must fit in float32, got {np.nanmax(np.abs(values))}")
+        raise ValueError(f"`figures.{shortened(name)}` must fit in float32, got {np.nanmax(np.abs(values))}")
     return values.astype(np.float32)

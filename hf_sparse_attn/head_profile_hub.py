@@ -43,7 +43,7 @@ def download(repo_id: str, measurements: bool) -> tuple[Path, Path]:
     from huggingface_hub.errors import EntryNotFoundError
 
     check_hub_id("source", repo_id)
-    with _told(f"`source` must be a profile on the Hub that can be reached, got {repo_id!r}"):
+    with told(f"`source` must be a profile on the Hub that can be reached, got {repo_id!r}"):
         file = Path(huggingface_hub.hf_hub_download(repo_id, FILE))
     beside = file.with_name(MEASUREMENTS)
     if measurements:
@@ -65,7 +65,7 @@ def push(
 
     check_hub_id("repo_id", repo_id)
     options = {"commit_message": "Upload head profile", **kwargs}
-    with TemporaryDirectory() as folder, _told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
+    with TemporaryDirectory() as folder, told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
         write(profile, Path(folder), card(profile, repo_id))
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
@@ -73,7 +73,7 @@ def push(
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Says what was asked for where the Hub or the network fails."""
     from huggingface_hub.errors import HFValidationError
 

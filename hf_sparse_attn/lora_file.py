@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.head_profile import _shortened
-from hf_sparse_attn.head_profile_file import _object, _refuse, _replace
 from hf_sparse_attn.lora import ADAPTER, Adapter, add_lora
 from hf_sparse_attn.recipe import LoraSettings
+from hf_sparse_attn.strict_json import refuse_word, replace_file, shortened, unique_keys
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -45,8 +44,8 @@ def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
     for name in (CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     for name, (tensors, metadata) in files.items():
-        _replace(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     return [CONFIG, *files]
 
 
@@ -82,11 +81,11 @@ def read_settings(file: Path) -> LoraSettings:
     if found.get("peft_type") != "LORA" or not all(
         isinstance(names, list) and all(isinstance(name, str) and name for name in names) for names in lists
     ):
-        raise ValueError(f"`{file}` must hold a LoRA adapter with the names of its modules, got {_shortened(found)}")
+        raise ValueError(f"`{file}` must hold a LoRA adapter with the names of its modules, got {shortened(found)}")
     values = {"rank": found.get("r"), "alpha": found.get("lora_alpha"), "dropout": found.get("lora_dropout", 0.0)}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"`{file}` must hold a number as {name}, got {_shortened(value)}")
+            raise ValueError(f"`{file}` must hold a number as {name}, got {shortened(value)}")
     try:
         return LoraSettings(targets=tuple(lists[0]), trained=tuple(trained), **values)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
@@ -126,11 +125,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"`{file}` must have at most {_LARGEST_CONFIG} bytes, got {file.stat().st_size}")
     try:
-        found = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
+        found = json.loads(
+            file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_word
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` must hold valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"`{file}` must hold a JSON object, got {_shortened(found)}")
+        raise ValueError(f"`{file}` must hold a JSON object, got {shortened(found)}")
     return found
 
 
@@ -152,7 +153,7 @@ def _check_plain(adapter: Adapter, file: Path) -> None:
     given, own = _read_json(file), _config(adapter, "")
     for key in sorted(own.keys() & given.keys() - _INDIFFERENT - _SETTINGS):
         if given[key] != own[key]:
-            raise ValueError(f"`{file}` must hold a plain LoRA adapter, got {key}: {_shortened(given[key])}")
+            raise ValueError(f"`{file}` must hold a plain LoRA adapter, got {key}: {shortened(given[key])}")
 
 
 def _fill(adapter: Adapter, state: dict[str, Tensor], file: Path) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse_attn.fingerprint import LARGEST, Fingerprint
-from hf_sparse_attn.head_profile import MOST_PLANS, PUBLISHED, HeadProfile, StepPlan, _finite, _shortened
+from hf_sparse_attn.head_profile import MOST_PLANS, PUBLISHED, HeadProfile, StepPlan
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.selection import check_share
+from hf_sparse_attn.strict_json import finite, shortened
 
 GATES, SIZES = "full_attention_heads.tsv", "config.json"
 _LARGEST_FILE = 64 << 20
@@ -49,7 +50,7 @@ def read_published(path: str | os.PathLike[str], model: Any, **options: Any) -> 
         return from_sliding_tile(path, model, **options)
     raise ValueError(
         f"`path` must be a profile of MInference, DuoAttention or sliding tile attention, got {file}: "
-        f"{_shortened(value)}"
+        f"{shortened(value)}"
     )
 
 
@@ -72,15 +73,15 @@ def from_minference(path: str | os.PathLike[str], model: Any, *, starting_layer:
     """
     value, found = _read_json(Path(path)), Fingerprint.of(model)
     if not isinstance(value, list) or len(value) != found.layers:
-        what = f"a list of {len(value)}" if isinstance(value, list) else _shortened(value)
+        what = f"a list of {len(value)}" if isinstance(value, list) else shortened(value)
         raise ValueError(f"`path` must be a list over {found.layers} layers, got {what} in {path}")
     cells = []
     for layer, heads in enumerate(value):
         if not isinstance(heads, dict):
-            raise ValueError(f"layer {layer} must be an object of heads, got {_shortened(heads)} in {path}")
+            raise ValueError(f"layer {layer} must be an object of heads, got {shortened(heads)} in {path}")
         known = {str(h) for h in range(found.heads)}
         if set(heads) - known:
-            wrong = _shortened(sorted(set(heads) - known)[0])
+            wrong = shortened(sorted(set(heads) - known)[0])
             raise ValueError(f"layer {layer} must have heads from 0 to {found.heads - 1}, got {wrong} in {path}")
         for head in range(found.heads):
             where = f"layer {layer} head {head}"
@@ -91,7 +92,7 @@ def from_minference(path: str | os.PathLike[str], model: Any, *, starting_layer:
 
 def _minference(where: str, entry: Any) -> Method:
     if not isinstance(entry, (list, tuple)) or len(entry) not in (3, 4):
-        raise ValueError(f"{where} must be [kind, vertical, slash, score], got {_shortened(entry)}")
+        raise ValueError(f"{where} must be [kind, vertical, slash, score], got {shortened(entry)}")
     kind, first, second = entry[:3]
     if kind == "vertical_and_slash":
         return _made(where, "vertical_slash", vertical=first, slash=second)
@@ -99,7 +100,7 @@ def _minference(where: str, entry: Any) -> Method:
         return _made(where, "sliding_window", sink=first, window=second)
     if kind == "block_sparse":
         return _made(where, "block_topk", block_size=64, topk=_MINFERENCE_BLOCKS)
-    raise ValueError(f"{where} must be of vertical_and_slash, stream_llm or block_sparse, got {_shortened(kind)}")
+    raise ValueError(f"{where} must be of vertical_and_slash, stream_llm or block_sparse, got {shortened(kind)}")
 
 
 def from_duo_attention(
@@ -128,10 +129,10 @@ def from_duo_attention(
     gates = _gates(folder / GATES, (found.layers, found.kv_heads))
     sizes = _read_json(folder / SIZES)
     if not isinstance(sizes, dict) or not {"sink_size", "recent_size"} <= set(sizes):
-        raise ValueError(f"`path` must have `sink_size` and `recent_size` in {SIZES}, got {_shortened(sizes)}")
+        raise ValueError(f"`path` must have `sink_size` and `recent_size` in {SIZES}, got {shortened(sizes)}")
     streaming = _made(SIZES, "sliding_window", sink=sizes["sink_size"], window=sizes["recent_size"])
     if threshold is not None:
-        dense = gates >= _finite("threshold", threshold)
+        dense = gates >= finite("threshold", threshold)
     else:
         share = check_share("sparsity", 0.5 if sparsity is None else sparsity)
         order = np.argsort(gates, axis=None, kind="stable")[: round(share * gates.size)]
@@ -179,7 +180,7 @@ def from_sliding_tile(
     """
     value, found = _read_json(Path(path)), Fingerprint.of(model)
     if not isinstance(value, dict) or not value or not all(_STA_KEY.fullmatch(key) for key in value):
-        raise ValueError(f"`path` must be an object of 'step_layer_head', got {_shortened(value)} in {path}")
+        raise ValueError(f"`path` must be an object of 'step_layer_head', got {shortened(value)} in {path}")
     windows = {tuple(map(int, key.split("_"))): window for key, window in value.items()}
     steps = max(step for step, _, _ in windows) + 1
     if steps > MOST_PLANS or len(windows) != steps * found.layers * found.heads or len(windows) != len(value):
@@ -198,7 +199,7 @@ def from_sliding_tile(
                     raise ValueError(f"`path` must have a window for {where}, got none in {path}")
                 window = windows[step, layer, head]
                 if not _is_window(window):
-                    raise ValueError(f"{where} must be three numbers of tiles, got {_shortened(window)}")
+                    raise ValueError(f"{where} must be three numbers of tiles, got {shortened(window)}")
                 key = tuple(window)
                 if key not in made:
                     dense = full is not None and all(a >= b for a, b in zip(key, full, strict=True))
