@@ -240,7 +240,7 @@ def write(lengths: Sequence[dict[str, Any]], output: Path) -> None:
         + "\n```",
         "The machine was shared with other work, which lengthens the processor time of all rows alike.",
         "Commands: `hf-sparse-attn train moving_wan_long extend=2 steps=60 scenes.clips=0 held_out=1` and `extend=4 "
-        "steps=12 optimizer.warmup_steps=3 scenes.clips=0 held_out=1`, each also with `sparse=null`, then `python -m "
+        "steps=60 optimizer.warmup_steps=3 scenes.clips=0 held_out=1`, each also with `sparse=null`, then `python -m "
         "hf_sparse_attn.recipes.wan_long_video_report --runs RUNS --output .github/train`.",
     ]
     (output / "wan_long_video.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
