@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.recipe import Recipe, Run, Task
@@ -133,6 +134,8 @@ class _Loop:
             stack.callback(self.accelerator.end_training)
         if self.first == 0:
             self._evaluate(0)
+        if run.progress:
+            stack.enter_context(logging_redirect_tqdm([logging.getLogger("hf_sparse_attn")]))
         bar = tqdm(total=total, initial=self.first, desc=recipe.name, unit="step", disable=not run.progress)
         stack.callback(bar.close)
         self.task.module.train()

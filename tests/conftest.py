@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 # Processes that share a machine share its cores; torch reads this when it is imported.
 if (_WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+# Tables have the width of a terminal, which not every test process has.
+os.environ["COLUMNS"] = "140"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hf_sparse_attn.head_profile import StepPlan
 from hf_sparse_attn.lora import Adapter, add_lora
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.recipe import SparseSettings
+from hf_sparse_attn.registry import METHODS
 from tests import tiny_lm, tiny_wan
 from tests.lora_cases import CASES, assert_same, shake, snapshot
 from tests.tiny_lm import one_thread as one_thread
@@ -179,7 +180,6 @@ def test_a_profile_is_in_the_bundle(how: str, tmp_path: Path) -> None:
     assert hsa.load_bundle(llama(), tmp_path / "moved").patch.method.profile.model == made.model
 
 
-@hsa.register_method("gated_for_the_bundle_test")
 @dataclass(frozen=True, kw_only=True)
 class Gated(Method):
     """Takes gates and keeps everything."""
@@ -188,6 +188,16 @@ class Gated(Method):
 
     def pattern(self, q: Any, k: Any, ctx: hsa.Context) -> hsa.BlockPattern:
         return hsa.BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, causal=ctx.layout.is_causal, block=64)
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of the method, known while a test runs: others run over all methods."""
+    METHODS.discover()
+    with monkeypatch.context() as patched:
+        patched.setitem(METHODS._entries, "gated_for_the_bundle_test", Gated)
+        patched.setattr(Gated, "name", "gated_for_the_bundle_test")
+        yield "gated_for_the_bundle_test"
 
 
 class Gates:
@@ -210,13 +220,13 @@ class Gates:
 
 
 @pytest.mark.parametrize("how", ["named", "given", "live"])
-def test_gates_are_in_the_bundle(how: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_gates_are_in_the_bundle(how: str, gated: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "hf_sparse_attn.gates", types.SimpleNamespace(GateSet=Gates))
     model = llama()
     gates = Gates(Fingerprint.of(model), 7)
     gates.save(tmp_path / "elsewhere")
     params: dict[str, Any] = {"gates": gates if how == "live" else str(tmp_path / "elsewhere")}
-    sparse = SparseSettings(method="gated_for_the_bundle_test", params=params, min_tokens=0)
+    sparse = SparseSettings(method=gated, params=params, min_tokens=0)
     given = {"gates": Gates(gates.model, 8)} if how == "given" else {}
     save(tmp_path / "bundle", None, model, sparse=sparse, **given)
     shutil.rmtree(tmp_path / "elsewhere")
