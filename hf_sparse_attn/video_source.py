@@ -259,7 +259,7 @@ def _reader() -> Any:
 def _by_av(path: Path) -> Decoded:
     import av
 
-    opened = av.open(str(path))
+    opened: Any = av.open(str(path))
     stream = opened.streams.video[0]
 
     def frames() -> Iterator[NDArray[np.uint8]]:
