@@ -704,7 +704,26 @@ def test_fingerprints_know_weights_and_config_and_nothing_else() -> None:
     assert len(fingerprint(other)) == 20
 
 
+def test_a_real_video_file_is_read(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / "grey.mp4"
+    with av.open(str(file), "w") as made:
+        stream = made.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for level in range(20):
+            picture = np.full((16, 32, 3), 10 * level, np.uint8)
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        made.mux(stream.encode())
+    frames, fps = video_source._by_av(file)
+    read = list(frames)
+    assert fps == 8.0 and len(read) == 20 and all(frame.shape == (16, 32, 3) for frame in read)
+    # The format loses a little.
+    assert [float(frame.mean()) for frame in read] == pytest.approx([10 * level for level in range(20)], abs=4)
+
+
 def test_the_readers_come_in_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in READERS:
+        monkeypatch.setitem(sys.modules, name, None)
     for name in reversed(READERS):
         for key, module in READERS[name](_pixels(0)).items():
             monkeypatch.setitem(sys.modules, key, module)
