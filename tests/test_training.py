@@ -61,6 +61,18 @@ def test_it_learns_and_tells_figures(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("micro_batch", [None, 2], ids=str)
+def test_loss_and_gradient_are_means_over_the_weights_of_a_step(tmp_path: Path, micro_batch: int | None) -> None:
+    train(Toy(steps=1, micro_batch=micro_batch), tmp_path, progress=False)
+    task = ToyTask(Toy(), Run(tmp_path, torch.device("cpu")))
+    batch = task.batch(0, range(6))
+    loss = task.loss(batch) / (1 + 2 + 3 + 4 + 5 + 6)
+    gradients = torch.autograd.grad(loss, list(task.trained().values()))
+    (entry,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "loss" in line)
+    assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert entry["gradient"] == pytest.approx(float(torch.stack([g.norm() for g in gradients]).norm()), rel=1e-5)
+
+
 def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Toy(save_every=2, term_at=5), tmp_path, progress=False)
