@@ -73,6 +73,24 @@ def test_loss_and_gradient_are_means_over_the_weights_of_a_step(tmp_path: Path, 
     assert entry["gradient"] == pytest.approx(float(torch.stack([g.norm() for g in gradients]).norm()), rel=1e-5)
 
 
+def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    train(Toy(steps=5), tmp_path, progress=False)
+    task = ToyTask(Toy(steps=5), Run(tmp_path, torch.device("cpu")))
+    (optimizer,) = task.optimizers()
+    for step in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * task.rate(step)
+        optimizer.zero_grad()
+        batch = task.batch(step, range(task.samples(step)))
+        (task.loss(batch) / task.weight(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(list(task.trained().values()), 1.0)
+        optimizer.step()
+        task.end_step(step)
+    for name, found in weights(tmp_path).items():
+        wanted = task.average if name == "average" else task.module.state_dict()[name]
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Toy(save_every=2, term_at=5), tmp_path, progress=False)
