@@ -134,6 +134,22 @@ def test_a_kill_while_a_checkpoint_is_written_costs_nothing(
     assert same(weights(tmp_path), weights(whole))
 
 
+def test_the_log_holds_every_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(self: ToyTask, step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    # Evaluations write the log beyond the last checkpoint.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ToyTask, "begin_step", dies)
+        train(Toy(save_every=3, evaluate_every=1), tmp_path, progress=False)
+    assert '"step": 5' in (tmp_path / "log.jsonl").read_text()
+    train(Toy(save_every=3, evaluate_every=2), tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 8))
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 1, 2, 3, 4, 6, 7]
+
+
 def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after 3 steps") as stopped:
