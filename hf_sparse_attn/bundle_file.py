@@ -23,10 +23,9 @@ from hf_sparse_attn.strict_json import (
     check_keys,
     decode,
     encode,
-    refuse_word,
+    read_document,
     replace_file,
     shortened,
-    unique_keys,
 )
 
 FORMAT = "hf_sparse_attn.bundle"
@@ -226,16 +225,7 @@ def check_files(folder: Path, bundle: Bundle) -> None:
 
 
 def _from_json(text: str) -> Bundle:
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
-    except RecursionError:
-        raise ValueError("the text must be a bundle, got lists within lists without end") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
-    found = value.get("format"), value.get("version")
-    if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
-    check_keys("bundle", value, _KEYS)
+    value = read_document(text, "bundle", FORMAT, VERSION, _KEYS)
     check_keys("fingerprint", value["fingerprint"], MODEL_KEYS)
     made = Bundle(
         base_model=as_text("base_model", value["base_model"]),

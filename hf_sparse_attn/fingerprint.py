@@ -88,6 +88,17 @@ class Fingerprint:
             )
         return found.pop()
 
+    def check(self, model: Any, whose: str) -> None:
+        """Raises where a model is another one than `whose`, "the gates were trained for".
+
+        Raises:
+            ValueError: names every field that differs, with both values.
+            TypeError: a model of no known family.
+        """
+        different = self.difference(Fingerprint.of(model))
+        if different:
+            raise ValueError(f"`model` must be the one that {whose}; {'; '.join(different)}")
+
     def difference(self, other: Fingerprint) -> list[str]:
         """The fields that differ, each with both values: "heads: 32 here, 28 in the model"."""
         pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]

@@ -70,9 +70,7 @@ class GateSet(nn.Module):
             ValueError: names every field that differs, with both values.
             TypeError: a model of no known family.
         """
-        different = self.model.difference(Fingerprint.of(model))
-        if different:
-            raise ValueError(f"`model` must be the one that the gates were trained for; {'; '.join(different)}")
+        self.model.check(model, "the gates were trained for")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `gates.safetensors` and `gates.json`; each file is replaced as a whole or not at all.

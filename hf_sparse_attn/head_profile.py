@@ -138,9 +138,7 @@ class HeadProfile:
             ValueError: names every field that differs, with both values.
             TypeError: a model of no known family.
         """
-        different = self.model.difference(Fingerprint.of(model))
-        if different:
-            raise ValueError(f"`model` must be the one that the profile was made for; {'; '.join(different)}")
+        self.model.check(model, "the profile was made for")
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `head_profile.json`, a model card README.md, and `measurements.safetensors` where there are any.

@@ -26,10 +26,9 @@ from hf_sparse_attn.strict_json import (
     decode,
     encode,
     finite,
-    refuse_word,
+    read_document,
     replace_file,
     shortened,
-    unique_keys,
 )
 
 FORMAT = "hf_sparse_attn.head_profile"
@@ -157,16 +156,7 @@ def from_json(text: str, measurements: Measurements | None = None) -> HeadProfil
     Raises:
         ValueError, TypeError: the text is no valid profile; the message names the part, the rule and the value.
     """
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
-    except RecursionError:
-        raise ValueError("the text must be a profile, got lists within lists without end") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
-    found = value.get("format"), value.get("version")
-    if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
-    check_keys("profile", value, _KEYS)
+    value = read_document(text, "profile", FORMAT, VERSION, _KEYS)
     check_keys("model", value["model"], MODEL_KEYS)
     for key, part in value["model"].items():
         if not isinstance(part, (str, int)) or (isinstance(part, str) and len(part) > 200):

@@ -44,21 +44,6 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return values
 
 
-def read_config(kind: type[_Built], path: Path) -> _Built:
-    """Read settings from a YAML file.
-
-    Args:
-        kind: as for `build_config`.
-        path: a YAML file with keys of `kind`.
-
-    Raises:
-        ValueError: a key is missing or unknown, or the dataclass refuses a value.
-        TypeError: a value has the wrong type.
-        FileNotFoundError: there is no such file.
-    """
-    return build_config(kind, read_yaml(path))
-
-
 def build_config(kind: type[_Built], values: object, where: str = "config") -> _Built:
     """Make settings from plain values.
 

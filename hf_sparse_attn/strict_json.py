@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -77,6 +78,25 @@ def check_keys(name: str, value: Any, keys: tuple[str, ...]) -> None:
 
 def _names(keys: set[str]) -> str:
     return ", ".join(shortened(k) for k in sorted(keys)[:8])
+
+
+def read_document(text: str, what: str, form: str, version: int, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The object in a text of a known format, with exactly these keys; `what` names it in errors.
+
+    Raises:
+        ValueError, TypeError: the text is not JSON, or of another format, version or keys.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
+    except RecursionError:
+        raise ValueError(f"the text must be a {what}, got lists within lists without end") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
+    found = value.get("format"), value.get("version")
+    if found[0] != form or type(found[1]) is not int or found[1] != version:
+        raise ValueError(f"the format must be {form} version {version}, got {shortened(found)}")
+    check_keys(what, value, keys)
+    return value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.recipe import Task
+from hf_sparse_attn.strict_json import replace_file
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -57,7 +58,7 @@ class TrainingFiles:
                         f"`{name}` must be as in the training of {self.folder}, {before.get(name)!r}, "
                         f"got {plain.get(name)!r}"
                     )
-        write_text(file, text)
+        _write_text(file, text)
 
     def load(
         self,
@@ -102,7 +103,7 @@ class TrainingFiles:
         from safetensors.torch import save_file
 
         # What a step noted is written before the checkpoint that counts it.
-        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        self._write_log()
         self._checkpoints.mkdir(exist_ok=True)
         scratch = self._checkpoints / ".partial"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -125,8 +126,8 @@ class TrainingFiles:
         task.save(scratch, figures)
         shutil.rmtree(self.result, ignore_errors=True)
         os.replace(scratch, self.result)
-        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
-        write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
+        self._write_log()
+        _write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
     def figures(self) -> dict[str, Any] | None:
@@ -141,7 +142,7 @@ class TrainingFiles:
     def note_evaluation(self, step: int, found: dict[str, float]) -> None:
         """Keeps what an evaluation showed, and writes the log at once: evaluations are few and dear."""
         self._entries.append({"step": step, "evaluation": found})
-        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        self._write_log()
 
     def steps(self) -> list[dict[str, Any]]:
         """What the steps showed so far, those before a resumption included."""
@@ -149,7 +150,7 @@ class TrainingFiles:
 
     def last(self, name: str) -> float:
         """A value of the last step."""
-        return float(self.steps()[-1][name])
+        return float(next(entry for entry in reversed(self._entries) if "evaluation" not in entry)[name])
 
     def evaluation(self, step: int) -> dict[str, float]:
         """What an evaluation showed."""
@@ -162,6 +163,9 @@ class TrainingFiles:
     def _last(self) -> Path | None:
         found = self._all()
         return found[-1] if found else None
+
+    def _write_log(self) -> None:
+        _write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
 
     def _read_log(self) -> list[dict[str, Any]]:
         if not self._log.is_file():
@@ -186,11 +190,8 @@ def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> No
         )
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replaces a file by a finished one, so that an interruption leaves the old or the new."""
-    scratch = file.with_name(f".{file.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
+def _write_text(file: Path, text: str) -> None:
+    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.corpus import FIRST_BYTE, NeedleDocument, needle_document, next_byte_loss, score_needles
+from hf_sparse_attn.corpus import FIRST_BYTE, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, Task, stage_at
 from hf_sparse_attn.recipes.byte_llama_init import CircuitConfig, set_circuit
+from hf_sparse_attn.train_text import document_weights
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,6 @@ def _copy_document(length: int, rng: np.random.Generator) -> tuple[bytes, np.nda
     return bytes([FIRST_BYTE]) + body.tobytes(), weights
 
 
-def _document_weights(document: NeedleDocument, loss: LossConfig) -> np.ndarray:
-    weights = np.full(len(document), loss.other, dtype=np.float32)
-    for start, stop in document.code_spans:
-        weights[start:stop] = 1.0
-    for needle in document.needles:
-        weights[needle.asked_at : needle.asked_at + len(needle.value)] = loss.answer
-    return weights
-
-
 def training_batch(config: ByteLlama, step: int) -> tuple[Tensor, Tensor]:
     """Draw the batch of one step, which depends on the seed and the step alone.
 
@@ -184,7 +176,8 @@ def training_batch(config: ByteLlama, step: int) -> tuple[Tensor, Tensor]:
         else:
             needles = int(rng.integers((most + 1) // 2, most + 1))
             document = needle_document(length, needles, int(rng.integers(2**62)), split="train")
-            text, row_weights = document.text, _document_weights(document, config.loss)
+            text = document.text
+            row_weights = document_weights(document, config.loss.answer, config.loss.other)
         ids.append(np.frombuffer(text, dtype=np.uint8))
         weights.append(row_weights)
     return torch.from_numpy(np.stack(ids).astype(np.int64)), torch.from_numpy(np.stack(weights))

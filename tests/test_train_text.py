@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_sparse_attn import train_text, train_text_source
 from hf_sparse_attn.corpus import needle_document, standard_library_text
 from hf_sparse_attn.extras import MissingExtra
-from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes import byte_llama
+from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.train_text import TextData, TextSettings, document_weights, open_text, sample_order
 
 DOCUMENTS = [f"Chapter {i}.\n" + f"the fox number {i * 37} jumps over {i} dogs.\r\n" * (3 + i % 5) for i in range(23)]
@@ -238,8 +237,14 @@ def test_needle_weights_are_settings_and_those_of_the_shipped_training(tmp_path:
     data = _open("needles", None, tmp_path, length=512, answer_weight=2.0, other_weight=0.5)
     assert data[4].weights.unique().tolist() == [0.5, 1.0, 2.0]
     document = needle_document(600, 4, 9)
-    loss = byte_llama.LossConfig(answer=5.0, other=0.1)
-    assert np.array_equal(document_weights(document, 5.0, 0.1), byte_llama._document_weights(document, loss))
+    wanted = np.full(600, 0.1, np.float32)
+    for start, stop in document.code_spans:
+        wanted[start:stop] = 1.0
+    for needle in document.needles:
+        wanted[needle.asked_at : needle.asked_at + 4] = 5.0
+    loss = read_recipe("byte_llama").loss
+    assert (loss.answer, loss.other) == (5.0, 0.1)
+    assert np.array_equal(document_weights(document, 5.0, 0.1), wanted)
 
 
 def test_draw_stacks_the_shuffled_samples(tmp_path: Path, tokenizer: Any) -> None:
