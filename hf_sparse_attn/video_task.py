@@ -30,7 +30,7 @@ from hf_sparse_attn.video_vae import encode_caption, placed
 # What the pipelines multiply noise levels by to have timesteps.
 TIMES = 1000.0
 # Numbers of samples from here on are for evaluation; no training gets so far.
-_HELD_OUT = 1 << 40
+HELD_OUT = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,12 +251,12 @@ class VideoTask(AdapterTask):
         """Mean loss of the held-out samples."""
         total = 0.0
         for number in range(self.recipe.held_out):
-            batch = self.draw([_HELD_OUT + number], self._kept_out, 0.0)
+            batch = self.draw([HELD_OUT + number], self._kept_out, 0.0)
             total += float(self.loss(batch).detach())
         return total / self.recipe.held_out
 
     def _kept_out(self, number: int, seed: int) -> LatentSample:
-        return self.material.held_out(number - _HELD_OUT, seed)
+        return self.material.held_out(number - HELD_OUT, seed)
 
 
 # ---------------------------------------------------------------------- models of a pipeline

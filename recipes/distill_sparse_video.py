@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,27 +21,13 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import INDEX, LatentData
 from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
+from hf_sparse_attn.video_task import HELD_OUT, TIMES, VideoBatch
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode, SceneSettings
 
-# Numbers of samples from here on are for evaluation; no training gets so far.
-_HELD_OUT = 1 << 40
-_TIMES = 1000
 # Steps of a schedule that no run has as many of.
 _STEPS = 1000
-
-
-class VideoBatch(NamedTuple):
-    """Noisy latents as the model takes them.
-
-    Args:
-        given: keyword arguments of the model's forward.
-        velocity: the true one, [batch, channels, frames, height, width].
-    """
-
-    given: dict[str, Any]
-    velocity: Tensor
 
 
 class FlowMaterial:
@@ -159,20 +145,20 @@ class SceneMaterial(FlowMaterial):
         weight = next(self.model.parameters())
         given = {
             "hidden_states": with_motion(flow.noisy, told).to(weight),
-            "timestep": (flow.level * _TIMES).to(self.device),
+            "timestep": (flow.level * TIMES).to(self.device),
             "encoder_hidden_states": condition(told).to(weight),
         }
         return VideoBatch(given, flow.velocity.to(self.device))
 
     def held_out(self, number: int) -> VideoBatch:
-        return self.batch([_HELD_OUT + number])
+        return self.batch([HELD_OUT + number])
 
     def evaluate(self, teacher: Mode, dense: Mode, match: AttentionMatch) -> dict[str, float]:
         """Besides: `psnr` (dB) and `ssim` of sampled clips against the teacher's of the same seed, and the share of
         clips whose motion is `right`, and `right_dense` of the teacher's.
         """
         figures, size = super().evaluate(teacher, dense, match), self.settings
-        seed = sample_seed(self.recipe.seed, 2 * _HELD_OUT)
+        seed = sample_seed(self.recipe.seed, 2 * HELD_OUT)
         scenes = draw_classes(size.clips, seed)
         wanted: dict[str, Any] = {
             "frames": size.frames,
@@ -221,7 +207,7 @@ class LatentMaterial(FlowMaterial):
 
     def held_out(self, number: int) -> VideoBatch:
         first = len(self.data) - self.recipe.evaluation_samples
-        return self._made([first + number], self.seeds([_HELD_OUT + number]))
+        return self._made([first + number], self.seeds([HELD_OUT + number]))
 
     def _made(self, indices: Sequence[int], seeds: Sequence[int]) -> VideoBatch:
         samples = [self.data[index] for index in indices]
@@ -233,7 +219,7 @@ class LatentMaterial(FlowMaterial):
         flow = self.mixed(latents.float(), seeds)
         given = {
             "hidden_states": flow.noisy.to(weight.dtype),
-            "timestep": flow.level * _TIMES,
+            "timestep": flow.level * TIMES,
             "encoder_hidden_states": texts.to(weight.dtype),
         }
         return VideoBatch(given, flow.velocity)

@@ -22,7 +22,7 @@ from hf_sparse_attn.gates import GateSet
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.video_task import _HELD_OUT, Material, VideoTask
+from hf_sparse_attn.video_task import HELD_OUT, Material, VideoTask
 
 METHOD = "vsa"
 
@@ -140,7 +140,7 @@ class VsaGateTask(VideoTask):
 
     def _held_out_loss(self) -> float:
         """Of the same samples, levels and noise as `flow_loss`."""
-        numbers = range(_HELD_OUT, _HELD_OUT + self.recipe.held_out)
+        numbers = range(HELD_OUT, HELD_OUT + self.recipe.held_out)
         losses = [float(self.loss(self.draw([number], self._kept_out, 0.0)).detach()) for number in numbers]
         return sum(losses) / len(losses)
 
