@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_sparse_attn.coverage_diffusers_rules import CHANNELS, FRAMES, HEIGHT, INPUTS, SIZES, WIDE, Tiny
 from hf_sparse_attn.coverage_diffusers_table import TABLE
@@ -29,11 +30,24 @@ def tiny_sizes(kind: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and name in known}
 
 
-def tiny_model(kind: Any) -> nn.Module:
-    """A model of a class with random weights in float32, none of them all zero, in evaluation mode."""
+class _Unset(TorchFunctionMode):
+    """NaN in memory that is only allocated, so that weights which no initialisation sets are known as such."""
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.fill_(torch.nan) if func is torch.empty and out.is_floating_point() else out
+
+
+def tiny_model(kind: Any, sizes: Mapping[str, Any] | None = None) -> nn.Module:
+    """A model of a class with random weights in float32, none of them all zero, in evaluation mode.
+
+    Args:
+        sizes: arguments of its constructor; None takes those of `tiny_sizes`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = kind(**tiny_sizes(kind)).eval()
+        with _Unset():
+            model: nn.Module = kind(**(tiny_sizes(kind) if sizes is None else sizes)).eval()
         draw = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -240,3 +240,18 @@ def test_the_document_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert json.loads(paths[0].read_text()) == document
     text = paths[1].read_text()
     assert "| diffusers transformer | 2 | 1 | 0 | 1 | 0 |" in text and LTX in text and "<details>" not in text
+
+
+def test_weights_that_a_class_only_allocates_are_drawn() -> None:
+    dirt = [torch.full((1, 4), 7.0) for _ in range(1000)]
+
+    class Allocates(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+            self.token = torch.nn.Parameter(torch.empty(1, 4))
+
+    del dirt
+    model: Any = tiny_model(Allocates)
+    drawn = torch.randn(1, 4, generator=torch.Generator().manual_seed(2)) * 0.1
+    assert torch.equal(model.token, drawn) and bool(model.linear.weight.isfinite().all())

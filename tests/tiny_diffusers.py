@@ -513,15 +513,7 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
     kind = getattr(diffusers, name, None)
     if kind is None:
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    tiny = CLASSES[name]
-    torch.manual_seed(0)
-    model = kind(**(coverage_diffusers_tiny.tiny_sizes(kind) if tiny.sizes is None else tiny.sizes)).eval()
-    # Zero-initialised gates would let attention have no part in the output.
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not bool(parameter.any()):
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    model: Any = coverage_diffusers_tiny.tiny_model(kind, CLASSES[name].sizes)
     return model, inputs(name)
 
 
