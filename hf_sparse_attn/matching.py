@@ -17,17 +17,18 @@ from hf_sparse_attn.patching import Patch
 
 
 @contextmanager
-def teaching(model: nn.Module, patch: Patch, adapter: Any = None) -> Iterator[None]:
+def teaching(model: nn.Module, patch: Patch | None, adapter: Any = None) -> Iterator[None]:
     """Within it a model computes what it did before its patch and its adapter, bit for bit, without gradients.
 
     Args:
         model: in any mode; within, it is in evaluation mode.
-        patch: sparse attention on it.
+        patch: sparse attention on it, or None.
         adapter: a lora.Adapter on it, or None.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
-        stack.enter_context(patch.paused())
+        if patch is not None:
+            stack.enter_context(patch.paused())
         if adapter is not None:
             stack.enter_context(adapter.disabled())
         stack.enter_context(torch.no_grad())

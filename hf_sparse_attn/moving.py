@@ -292,6 +292,8 @@ def sample(
     guidance: float = 3.0,
     callback: Callable[[int, Tensor], None] | None = None,
     turn: int | None = None,
+    shift: float = _SHIFT,
+    even: bool = False,
 ) -> Tensor:
     """Sample a clip of each class by Euler steps along the learned flow.
 
@@ -310,6 +312,9 @@ def sample(
         guidance: classifier-free guidance; 1 is none, which halves the work and gets the motion right less often.
         callback: called after every step with its number and the frames so far, as they are returned.
         turn: frames after which the sprite is to turn back; see `moving_scenes.travelled`.
+        shift: how far the noise levels lean towards noise.
+        even: whether the levels are evenly spaced before the shift, as for a model distilled to a few steps; else the
+            last one is nearly 0, as diffusers has it.
 
     Returns:
         float32 [classes, frames, 3, height, width] in [0, 1].
@@ -321,8 +326,8 @@ def sample(
         raise ValueError(f"`classes` must not be empty and `steps` at least 1, got {len(classes)} and {steps}")
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=_SHIFT)
-    scheduler.set_timesteps(steps)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(**({"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}))
     weight = next(model.parameters())
     noises = (torch.Generator().manual_seed(seed + row) for row in range(len(classes)))
     shape = (3, frames, height, width)

@@ -161,8 +161,12 @@ class Task:
         return 1.0
 
     def gradient_clip(self) -> float | None:
-        """Longest gradient, over all weights together; None leaves it."""
+        """Longest gradient, over all weights of a group together; None leaves it."""
         return 1.0
+
+    def gradient_groups(self, weights: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Trained weights whose gradients are cut to length together."""
+        return [list(weights.values())]
 
     def samples(self, step: int) -> int:
         """Samples of a step, over all processes."""
@@ -187,7 +191,10 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define loss()")
 
     def begin_step(self, step: int) -> None:
-        """Called before the batches of a step are drawn (a schedule of the sparsity)."""
+        """Called before the batches of a step are drawn (a schedule of the sparsity).
+
+        A weight that requires no gradient from then on keeps its value in this step, in any number of processes.
+        """
 
     def end_step(self, step: int) -> None:
         """Called after the weights have changed (a clamp, a moving average)."""

@@ -211,7 +211,7 @@ class _Loop:
 
     def _gradients(self) -> float:
         """Adds the gradients up over the processes and cuts them to length; returns the length they had."""
-        weights = list(self.weights.values())
+        weights = [p for p in self.weights.values() if p.requires_grad]
         if self.run.world > 1:
             for dtype in sorted({p.dtype for p in weights}, key=str):
                 same = [p for p in weights if p.dtype == dtype]
@@ -221,8 +221,9 @@ class _Loop:
                 for p, part in zip(same, flat.split([p.numel() for p in same]), strict=True):
                     p.grad = part.view_as(p)
         longest = self.task.gradient_clip()
-        norm = nn.utils.clip_grad_norm_(weights, math.inf if longest is None else longest)
-        return float(norm)
+        groups = self.task.gradient_groups(self.weights)
+        norms = [nn.utils.clip_grad_norm_(group, math.inf if longest is None else longest) for group in groups]
+        return math.hypot(*map(float, norms))
 
     def _evaluate(self, step: int) -> None:
         """Has the task evaluate in the first process, and notes the figures."""

@@ -133,6 +133,23 @@ def test_every_row_takes_its_own_steps(keep):
             torch.testing.assert_close(found[row : row + 1], state)
 
 
+def test_each_step_draws_new_noise_of_its_own():
+    levels = torch.tensor([1.0, 0.7, 0.4, 0.2, 0.0])
+    drawn = tm.draw([3, 4], (4000,), levels)._replace(step=torch.tensor([3, 3]))
+    met = []
+
+    def student(state: Tensor, level: Tensor, rows: Tensor) -> Tensor:
+        met.append(state / level[:, None])
+        # It says that there is nothing but noise: a state is then the level times what was drawn last.
+        return state / level[:, None]
+
+    met.append(tm.rollout(student, drawn, levels, 0.0) / 0.2)
+    noises = torch.cat(met)
+    # 4000 independent pairs: the standard deviation of a correlation is 0.016.
+    assert (torch.corrcoef(noises) - torch.eye(8)).abs().max() < 0.08
+    assert torch.equal(met[0], drawn.start)
+
+
 def test_a_step_that_keeps_its_noise_is_an_euler_step_and_one_that_does_not_is_drawn_anew():
     state, velocity, fresh = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
     here, there = torch.tensor([0.9, 0.5]), torch.tensor([0.6, 0.0])
