@@ -70,7 +70,8 @@ def open_videos(
 
     Args:
         settings: where from, and how much.
-        pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile.
+        pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile. Latents
+            need neither.
         cache: folder for latents, made if missing.
         run: where the training runs; the first process encodes and the others wait.
         family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
@@ -83,10 +84,12 @@ def open_videos(
         TypeError: a VAE of an unknown class, or of another family.
         MissingExtra: nothing that reads the videos is installed.
     """
-    check_vae(getattr(pipe, "vae", None), family)
-    shape = latent_shape(settings, pipe)
     source = Path(settings.source).expanduser()
-    if (source / INDEX).is_file():
+    ready = (source / INDEX).is_file()
+    if not ready or getattr(pipe, "vae", None) is not None:
+        check_vae(getattr(pipe, "vae", None), family)
+    shape = latent_shape(settings, pipe)
+    if ready:
         data = LatentData(source)
         _check_latents(data, shape, settings)
         return data
@@ -101,9 +104,7 @@ def latent_shape(settings: VideoSettings, pipe: Any) -> tuple[int, int, int]:
 
     Raises:
         ValueError: the VAE, or the transformer's patches, cannot take that size; the nearest that they can are named.
-        TypeError: a VAE of an unknown class.
     """
-    check_vae(getattr(pipe, "vae", None))
     temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
     if (settings.frames - 1) % temporal:
         low = (settings.frames - 1) // temporal * temporal + 1

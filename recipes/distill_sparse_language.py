@@ -14,6 +14,7 @@ from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy, in_c
 from hf_sparse_attn.corpus import score_needles
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_text import (
     SPLIT_SOURCES,
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode
 
 
-class LanguageMaterial:
-    """A causal language model and text; see distill_sparse.Material."""
+class LanguageStudent:
+    """A causal language model and text; see distill_sparse.Student."""
 
     def __init__(self, recipe: DistillSparse, settings: TextSettings, run: Run) -> None:
-        self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
+        self.recipe, self.device = recipe, run.device
         loaded = load_language_model(recipe.model, recipe.torch_dtype, run.device)
         self.model: nn.Module = loaded[0]
         tokenizer = loaded[1]
@@ -55,6 +56,12 @@ class LanguageMaterial:
             )
         self.parts = CausalParts(self.model)
 
+    def attach(self, patch: Patch) -> None:
+        """Any patch will do."""
+
+    def bundle_parts(self) -> dict[str, str]:
+        return {}
+
     def batch(self, numbers: Sequence[int]) -> TextSample:
         size = len(self.data) - self.kept
         made = [self.data[sample_order(self.recipe.seed, size, number)] for number in numbers]
@@ -68,7 +75,7 @@ class LanguageMaterial:
         # The first token of a sample is predicted by nothing.
         return batch.weights[:, 1:].sum(1)
 
-    def run(self, batch: TextSample) -> Tensor:
+    def forward(self, batch: TextSample) -> Tensor:
         return self.parts.hidden(batch.ids)
 
     def output_loss(self, batch: TextSample, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
@@ -96,17 +103,17 @@ class LanguageMaterial:
             index = first + number
             batch = self._stacked([self.held_out[index]])
             with teacher():
-                taught = self.run(batch)
+                taught = self.forward(batch)
                 sums["loss_dense"] += self._loss(batch, taught)
                 self._needles(sums, "needles_dense", index, taught)
             with match.collecting() as found:
-                mine = self.run(batch)
+                mine = self.forward(batch)
             errors += found
             sums["loss"] += self._loss(batch, mine)
             sums["kl"] += float(self.output_loss(batch, mine, taught, teacher))
             self._needles(sums, "needles", index, mine)
             with dense():
-                sums["loss_run_dense"] += self._loss(batch, self.run(batch))
+                sums["loss_run_dense"] += self._loss(batch, self.forward(batch))
             sums["weights"] += float(self.weights(batch).sum())
         samples, weights = self.recipe.evaluation_samples, sums.pop("weights")
         shares = {name: total / (samples if name.startswith("needles") else weights) for name, total in sums.items()}

@@ -17,18 +17,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_sparse_attn import moving, video_task
+from hf_sparse_attn import moving, video_material
 from hf_sparse_attn.flow_matching import noise_levels, sample_seed
 from hf_sparse_attn.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipe_config import plain
-from hf_sparse_attn.recipes import hunyuan_long_video, wan_long_video, wan_long_video_report
+from hf_sparse_attn.recipes import video_models, wan_long_video_report
 from hf_sparse_attn.recipes.hunyuan_long_video import HunyuanLongVideo
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
 from hf_sparse_attn.train_latents import LatentSample, write_latents
 from hf_sparse_attn.train_videos import VideoSettings
+from hf_sparse_attn.video_material import HELD_OUT, FlowSettings, load_pipeline
 from hf_sparse_attn.video_scenes import SceneSettings
-from hf_sparse_attn.video_task import FlowSettings, VideoTask, load_pipeline
+from hf_sparse_attn.video_task import VideoTask
 
 pytest.importorskip("peft")
 
@@ -73,12 +74,18 @@ def videos(folder: Path, family: str, size: tuple[int, int]) -> VideoSettings:
     return VideoSettings(source=str(source), frames=9, height=8 * size[0], width=8 * size[1])
 
 
+def serve(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[], Any]) -> None:
+    """Has the recipes find a pipeline under a name."""
+    load = video_models.load_pipeline
+    monkeypatch.setattr(video_models, "load_pipeline", lambda model, *a: build() if model == name else load(model, *a))
+
+
 @pytest.fixture
 def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., WanLongVideo]:
     """A recipe for a tiny Wan pipeline; `kind` as in tiny_wan.pipeline."""
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> WanLongVideo:
-        monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: tiny_wan.pipeline(kind))
+        serve(monkeypatch, "tiny", lambda: tiny_wan.pipeline(kind))
         made = {
             "model": "tiny",
             "videos": videos(tmp_path, "wan", size),
@@ -96,9 +103,9 @@ def hunyuan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hu
     """A recipe for a tiny HunyuanVideo pipeline."""
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> HunyuanLongVideo:
-        monkeypatch.setattr(hunyuan_long_video, "load_pipeline", lambda recipe: tiny_hunyuan.pipeline(kind))
+        serve(monkeypatch, "tiny-hunyuan", lambda: tiny_hunyuan.pipeline(kind))
         made = {
-            "model": "tiny",
+            "model": "tiny-hunyuan",
             "videos": videos(tmp_path, "hunyuan", size),
             "lora": HUNYUAN_LORA,
             "sparse": WINDOW,
@@ -407,13 +414,13 @@ def test_an_expert_of_a_saved_pipeline_is_loaded(expert: str, tmp_path: Path, ru
     recipe = WanLongVideo(**COMMON, model=str(tmp_path / "pipe"), videos=source, lora=WAN_LORA, flow=NO_DROP)
     loaded: list[Any] = []
 
-    def load(recipe: Any) -> Any:
+    def load(model: str, dtype: Any) -> Any:
         # A folder without text encoders says so only by leaving them out.
-        loaded.append(load_pipeline(recipe, text_encoder=None, tokenizer=None))
+        loaded.append(load_pipeline(model, dtype, text_encoder=None, tokenizer=None))
         return loaded[0]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(wan_long_video, "load_pipeline", load)
+        patched.setattr(video_models, "load_pipeline", load)
         with closing(replace(recipe, expert=expert, dtype="bfloat16").task(run)) as task:
             pipe = loaded[0]
             assert task.model is (pipe.transformer if expert == "high" else pipe.transformer_2)
@@ -441,14 +448,14 @@ def test_an_empty_prompt_stands_for_none(wan: Any, run: Run, monkeypatch: pytest
         return {"prompt_embeds": torch.full((9, 32), 7.0)}
 
     recipe = wan(flow=FlowSettings(drop=0.5), batch=20)
-    monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: pipe)
-    monkeypatch.setattr(video_task, "encode_caption", encode)
+    serve(monkeypatch, "tiny", lambda: pipe)
+    monkeypatch.setattr(video_material, "encode_caption", encode)
     with closing(recipe.task(run)) as task:
         told = task.batch(0, range(20)).given["encoder_hidden_states"]
         empty = (told == 7.0).flatten(1).all(1)
         # 20 draws of a half: 10 with a standard deviation of 2.2.
         assert asked == [""] and 2 <= int(empty.sum()) <= 18
-        assert not any((task.draw([1 << 40], task._kept_out, 0.0).given["encoder_hidden_states"] == 7.0).flatten())
+        assert not any((task.draw([HELD_OUT]).given["encoder_hidden_states"] == 7.0).flatten())
 
 
 # ---------------------------------------------------------------------- report
