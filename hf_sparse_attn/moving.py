@@ -327,7 +327,10 @@ def sample(
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(**({"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}))
+    if even:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
     weight = next(model.parameters())
     noises = (torch.Generator().manual_seed(seed + row) for row in range(len(classes)))
     shape = (3, frames, height, width)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from hf_sparse_attn.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_latents import LatentSample
+from hf_sparse_attn.train_latents import LatentData, LatentSample
 from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
+from hf_sparse_attn.video_prompts import PromptData, PromptSettings, open_prompts
 from hf_sparse_attn.video_vae import encode_caption, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
@@ -189,21 +190,22 @@ def announced(model: Any, patch: Patch | None) -> AbstractContextManager[Any]:
 
 
 class PipelineMaterial(Material):
-    """A transformer of a text-to-video pipeline, and videos encoded by its VAE and text encoders.
+    """A transformer of a text-to-video pipeline, and videos or prompts encoded by its VAE and text encoders.
 
-    The last `held_out` videos are kept for evaluation. All of the pipeline but the transformer is let go.
+    The last `held_out` of them are kept for evaluation. All of the pipeline but the transformer is let go.
 
     Args:
-        run: where it runs; encoded videos are kept in its folder.
+        run: where it runs; what is encoded is kept in its folder.
         pipe: the pipeline.
-        videos: what it learns from.
+        videos: what it learns from; or prompts alone, whose samples have no latents.
         held_out: samples that are kept for evaluation.
         seed: of the order of the others.
         drops: whether conditions are dropped, so that those which stand for none are needed.
         name: of the transformer in the pipeline.
 
     Raises:
-        ValueError: too few videos, or a transformer that takes more than latents and text; see also `open_videos`.
+        ValueError: too few videos, or a transformer that takes more than latents and text; see also `open_videos` and
+            `open_prompts`.
     """
 
     # Names of classes, and of the keyword arguments that only this family takes.
@@ -214,7 +216,7 @@ class PipelineMaterial(Material):
         self,
         run: Run,
         pipe: Any,
-        videos: VideoSettings,
+        videos: VideoSettings | PromptSettings,
         *,
         held_out: int,
         seed: int,
@@ -224,7 +226,7 @@ class PipelineMaterial(Material):
         self.seed = seed
         model = getattr(pipe, name)
         self.shift = scheduler_shift(pipe.scheduler)
-        self.data = open_videos(videos, pipe, cache=run.output / "latents", run=run)
+        self.data = _open(videos, pipe, run)
         channels, wanted = self.data[0].latents.shape[0], model.config.in_channels
         if channels != wanted:
             raise ValueError(
@@ -234,7 +236,8 @@ class PipelineMaterial(Material):
         if self.trained < 1:
             raise ValueError(f"`held_out` must leave some of the {len(self.data)} videos to train on, got {held_out}")
         if drops and getattr(pipe, "text_encoder", None) is not None:
-            self.nothing = _nothing(pipe, videos.tokens, run.device)
+            told = videos.negative if isinstance(videos, PromptSettings) else ""
+            self.nothing = _nothing(pipe, told, videos.tokens, run.device)
         self.model, self.dtype = model.to(run.device).eval(), model.dtype
 
     def sample(self, number: int, seed: int) -> LatentSample:
@@ -244,10 +247,17 @@ class PipelineMaterial(Material):
         return self.data[self.trained + number]
 
 
-def _nothing(pipe: Any, tokens: int | None, device: torch.device) -> dict[str, Tensor]:
+def _open(videos: VideoSettings | PromptSettings, pipe: Any, run: Run) -> LatentData | PromptData:
+    cache = run.output / "latents"
+    if isinstance(videos, PromptSettings):
+        return open_prompts(videos, pipe, cache=cache, run=run)
+    return open_videos(videos, pipe, cache=cache, run=run)
+
+
+def _nothing(pipe: Any, told: str, tokens: int | None, device: torch.device) -> dict[str, Tensor]:
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     with placed([encoder for encoder in encoders if encoder is not None], device):
-        found = encode_caption(pipe, "", device, tokens)
+        found = encode_caption(pipe, told, device, tokens)
     return {name: value.cpu() for name, value in found.items()}
 
 

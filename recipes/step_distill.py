@@ -2,50 +2,43 @@
 
     hf-sparse-attn train step_distill model=FOLDER_OR_ID prompts=prompts.txt --output DIR
 
-Sparsity-aware step distillation (Gu et al. 2025, BLADE, arXiv 2508.10774): trajectory distribution matching (Luo et al.
-2025, TDM, arXiv 2503.06674; see hf_sparse_attn/trajectory_matching.py) of a student that is sparse while it learns,
-from prompts alone. There is one model in memory: the student and the fake score are two adapters on it, and the
-teacher is the model without both and without the patch. As in BLADE the fake score is sparse like the student, and the
-teacher is dense. The result is one adapter, sampled in as many steps as it was trained for, without guidance.
+Sparsity-aware step distillation (Gu et al. 2025, BLADE, arXiv 2508.10774): trajectory distribution matching (Luo et
+al. 2025, TDM, arXiv 2503.06674; see hf_sparse_attn/trajectory_matching.py) of a student that is sparse while it
+learns, from prompts alone. There is one model in memory: the student and the fake score are two adapters on it, and
+the teacher is the model without both and without the patch. As in BLADE the fake score is sparse like the student, and
+the teacher is dense. The result is one adapter, sampled in as many steps as it was trained for, without guidance.
 
 Deviations from BLADE: sparse attention is any trainable method of the package (its ASA is none of them); the gradient
 is divided by the mean distance of the samples, as in TDM and DMD2, where its code has a pseudo-Huber loss; levels are
-drawn in the stretch of their step, as in TDM, unless `student.whole` is set; student and fake score learn from the same
-draw, in one backward pass, so that the student meets the fake score of the step before.
+drawn in the stretch of their step, as in TDM, unless `student.whole` is set; student and fake score learn from the
+same draw, in one backward pass, so that the student meets the fake score of the step before.
 
 moving_wan_distill.yaml does it to the small Wan that comes with the package, on a processor.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from hf_sparse_attn import trajectory_matching as tm
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
+from hf_sparse_attn.adapter_task import AdapterRecipe
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.flow_matching import flow_error, sample_seed
-from hf_sparse_attn.lora_companion import Companion, add_companion
-from hf_sparse_attn.matching import teaching
 from hf_sparse_attn.moving import CHANNELS_OUT, draw_classes, sample
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
-from hf_sparse_attn.recipes.video_models import open_material
+from hf_sparse_attn.recipes.video_models import HunyuanMaterial, WanMaterial, open_material
 from hf_sparse_attn.train_latents import LatentSample
-from hf_sparse_attn.video_material import HELD_OUT, Material, announced
+from hf_sparse_attn.video_material import Material
 from hf_sparse_attn.video_prompts import PromptSettings
 from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings, motion_figures
 
-_CLIPS = "clips-{:05}.safetensors"
+if TYPE_CHECKING:
+    from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +156,9 @@ class StepDistill(AdapterRecipe):
             )
 
     def task(self, run: Run) -> StepDistillTask:
+        # It knows this module.
+        from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
+
         return StepDistillTask(self, run, self._material(run))
 
     def _material(self, run: Run) -> Material:
@@ -175,10 +171,23 @@ class StepDistill(AdapterRecipe):
             self.torch_dtype,
             wanted,
             {"guidance": self.embedded},
+            (SingleWan, HunyuanMaterial),
             held_out=self.held_out,
             seed=self.seed,
             drops=self.guidance != 1,
         )
+
+
+class SingleWan(WanMaterial):
+    """A Wan pipeline with one transformer for all noise levels."""
+
+    def __init__(self, run: Run, pipe: Any, videos: Any, **samples: Any) -> None:
+        boundary = pipe.config.get("boundary_ratio")
+        if boundary is not None:
+            raise ValueError(
+                f"`model` must have one transformer for all noise levels, got a pipeline with two, from {boundary} on"
+            )
+        super().__init__(run, pipe, videos, **samples)
 
 
 class SceneMaker(SceneMaterial):
@@ -201,228 +210,15 @@ class SceneMaker(SceneMaterial):
         if student is not None:
             own = {"steps": student.steps, "guidance": 1.0, "shift": shift, "even": student.even}
         scenes, began = draw_classes(size.clips, size.seed), time.process_time()
+        form: dict[str, Any] = {"frames": self.frames, "height": size.height, "width": size.width, "turn": size.turn}
+        seeds = range(size.seed, size.seed + len(scenes))
         clips = [
-            sample(self.model, [scene], self.frames, size.height, size.width, seed=size.seed + place, turn=size.turn, **own)
-            for place, scene in enumerate(scenes)
+            sample(self.model, [scene], seed=seed, **form, **own) for scene, seed in zip(scenes, seeds, strict=True)
         ]
         seconds = (time.process_time() - began) / len(clips)
         calls = own["steps"] * (1 if own["guidance"] == 1 else 2)
         made = torch.cat(clips)
         return made, {**motion_figures(made, scenes, size), "seconds": seconds, "calls": float(calls)}
-
-
-class PromptBatch(NamedTuple):
-    """What some samples begin with: draws, and conditions by name, with a batch axis."""
-
-    drawn: tm.Draw
-    conditions: dict[str, Tensor]
-
-
-class StepDistillTask(AdapterTask):
-    """See StepDistill.
-
-    Args:
-        recipe: the settings.
-        run: where it runs.
-        material: model and prompts.
-
-    Raises:
-        ValueError: see AdapterTask; or guidance is asked for and an empty prompt cannot be encoded; or the model is one
-            of two for different noise levels.
-    """
-
-    recipe: StepDistill
-
-    def __init__(self, recipe: StepDistill, run: Run, material: Material) -> None:
-        if recipe.guidance != 1 and material.nothing is None:
-            raise ValueError(
-                f"`guidance` must be 1 where the pipeline cannot encode an empty prompt, got {recipe.guidance}"
-            )
-        self.shift = _shift(recipe, material)
-        self.levels = tm.student_levels(recipe.student.steps, self.shift, recipe.student.even).to(run.device)
-        super().__init__(recipe, run, material.model, base_model=recipe.model)
-        self.material = material
-        self._learns, self._imitates, self._sparse, self.done = True, False, recipe.sparse is None, 0
-        self._taught: dict[str, float] | None = None
-        try:
-            self.companion: Companion = add_companion(self.adapter)
-            self._undo.callback(self.companion.remove)
-            if recipe.gradient_checkpointing:
-                # What is computed again for the backward pass is so with the adapter that it was computed with.
-                self.model.enable_gradient_checkpointing(self._checkpoint)
-        except BaseException:
-            self.close()
-            raise
-
-    def _checkpoint(self, module: Any, *args: Any) -> Any:
-        return checkpoint(self.companion.bound(module.__call__), *args, use_reentrant=False)
-
-    # ------------------------------------------------------------------ weights
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        student, fake = self.gradient_groups(self.trained())
-        own = self.recipe.optimizer
-        other = dataclasses.replace(own, learning_rate=self.recipe.fake.learning_rate)
-        return [own.make(student), other.make(fake)]
-
-    def gradient_groups(self, weights: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Those of the student, and those of the fake score."""
-        fake = set(self.companion.parameters())
-        return [[p for name, p in weights.items() if (name in fake) == wanted] for wanted in (False, True)]
-
-    def begin_step(self, step: int) -> None:
-        self._imitates = step < self.recipe.student.imitate
-        self._learns = self._imitates or step % self.recipe.fake.updates == self.recipe.fake.updates - 1
-        self._free(self._learns)
-
-    def end_step(self, step: int) -> None:
-        self._free(True)
-        self.done = step + 1
-
-    def _free(self, learns: bool) -> None:
-        for parameter in self.adapter.parameters().values():
-            parameter.requires_grad_(learns)
-
-    # ------------------------------------------------------------------ a step
-
-    def batch(self, step: int, samples: Sequence[int]) -> PromptBatch:
-        return self.draw(self.numbers(step, samples))
-
-    def draw(self, numbers: Sequence[int]) -> PromptBatch:
-        """Samples by their numbers over the whole training; those from HELD_OUT on are held out."""
-        material, device = self.material, self.run.device
-        seeds = [sample_seed(self.recipe.seed, number) for number in numbers]
-        held = [
-            material.sample(number, seed) if number < HELD_OUT else material.held_out(number - HELD_OUT, seed)
-            for number, seed in zip(numbers, seeds, strict=True)
-        ]
-        drawn = tm.draw(seeds, held[0].latents.shape, self.levels.cpu(), self.shift, self.recipe.student.whole)
-        dtype = torch.promote_types(material.dtype, torch.float32)
-        on = {n: getattr(drawn, n).to(device, dtype) for n in ("start", "level", "again", "diffused")}
-        told = [s.conditions for s in held]
-        conditions = {name: torch.stack([one[name] for one in told]).to(device) for name in told[0]}
-        return PromptBatch(drawn._replace(step=drawn.step.to(device), **on), conditions)
-
-    def weight(self, batch: PromptBatch) -> float:
-        return float(len(batch.drawn.step))
-
-    def loss(self, batch: PromptBatch) -> Tensor:
-        recipe, (drawn, conditions) = self.recipe, batch
-        keep = recipe.student.keep
-        state = tm.rollout(
-            lambda some, level, rows: self.velocity(some, level, {n: t[rows] for n, t in conditions.items()}),
-            drawn,
-            self.levels,
-            keep,
-        )
-        here = self.levels.to(state)[drawn.step]
-        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
-            velocity = self.velocity(state, here, conditions)
-        self._check_sparse()
-        reached = tm.reach(state, velocity, drawn, self.levels, keep)
-        with self.companion.active():
-            guess = self.velocity(reached.state, reached.level, conditions)
-        loss = tm.fake_loss(reached, guess)
-        if recipe.fake.anchor or (self._learns and not self._imitates):
-            told, wanted = self.taught(reached.state, reached.level, conditions)
-            if recipe.fake.anchor:
-                loss = loss + recipe.fake.anchor * (guess - told).square().flatten(1).mean(1)
-            if self._learns and not self._imitates:
-                loss = loss + tm.student_loss(reached, tm.matching_gradient(reached, wanted, guess.detach()))
-        if self._imitates:
-            loss = loss + (velocity - self.taught(state, here, conditions)[1]).square().flatten(1).mean(1)
-        return loss.sum()
-
-    def velocity(self, state: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """What the model predicts as it is now, in the precision of the states."""
-        given = self.material.inputs(state, level, conditions)
-        with announced(self.model, self.patch):
-            found: Tensor = self.model(**given, return_dict=False)[0]
-        return found.to(state.dtype)
-
-    def taught(self, state: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the teacher predicts: without guidance and with it."""
-        with self.teacher():
-            told = self.velocity(state, level, conditions)
-            nothing = self.material.nothing
-            if self.recipe.guidance == 1 or nothing is None:
-                return told, told
-            none = {n: t.to(state.device).expand(len(state), *t.shape) for n, t in nothing.items()}
-            return told, tm.guided(told, self.velocity(state, level, none), self.recipe.guidance)
-
-    @contextmanager
-    def teacher(self) -> Iterator[None]:
-        """Within it the model is its own teacher: dense, and without both adapters."""
-        with teaching(self.model, self.patch, self.adapter):
-            yield
-
-    def _check_sparse(self) -> None:
-        """Raises where the first batch ran dense: what comes out would not be what was asked for."""
-        if self._sparse or self.patch is None:
-            return
-        layers = self.patch.report().layers
-        if not any(layer.sparse_calls for layer in layers):
-            reasons = sorted({reason for layer in layers for reason in layer.reasons})
-            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {'; '.join(reasons)}")
-        self._sparse = True
-
-    # ------------------------------------------------------------------ figures
-
-    def evaluate(self) -> dict[str, float]:
-        """`teacher_error`: mean squared distance of the student's velocity from the teacher's with guidance, along the
-        student's way, over the held-out prompts; `density` where attention is sparse. Of scenes besides what
-        `motion_figures` tells of clips as the student samples them, and as the teacher does (`teacher_right`, ...),
-        with processor seconds and calls of the model for a clip. The student's clips are kept in the folder of the run.
-        """
-        figures = {"teacher_error": self._teacher_error()}
-        if self.patch is not None:
-            figures["density"] = self.patch.report().density
-        material = self.material
-        if not isinstance(material, SceneMaker) or not material.settings.clips:
-            return figures
-        if self._taught is None:
-            with self.teacher():
-                self._taught = {f"teacher_{name}": value for name, value in material.made()[1].items()}
-        clips, found = material.made(self.recipe.student, self.shift)
-        if self.run.output.is_dir():
-            from safetensors.torch import save_file
-
-            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(self.done))
-        return {**figures, **found, **self._taught}
-
-    def _teacher_error(self) -> float:
-        total = 0.0
-        for number in range(self.recipe.held_out):
-            (drawn, conditions) = self.draw([HELD_OUT + number])
-            state = drawn.start
-            for step in range(self.recipe.student.steps):
-                here, there = (self.levels[place].to(state).expand(1) for place in (step, step + 1))
-                velocity = self.velocity(state, here, conditions)
-                total += float(flow_error(velocity, self.taught(state, here, conditions)[1]))
-                state = tm.advance(state, velocity, here, there)
-        return total / (self.recipe.held_out * self.recipe.student.steps)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"done": torch.tensor(self.done)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.done = int(state["done"])
-
-    def bundle_parts(self) -> dict[str, Any]:
-        recipe = self.recipe
-        sampling = {
-            "num_inference_steps": recipe.student.steps,
-            "guidance_scale": 1.0 if recipe.embedded is None else recipe.embedded,
-            "flow_shift": self.shift,
-            "levels": [round(level, 6) for level in self.levels.tolist()],
-        }
-        return {"part": self.material.part, "recipe": {"recipe": recipe.name, "sampling": sampling, **plain(recipe)}}
-
-
-def _shift(recipe: StepDistill, material: Material) -> float:
-    if material.bounds != (0.0, 1.0):
-        raise ValueError(f"`model` must have one transformer for all noise levels, got one for {material.bounds}")
-    return material.shift if recipe.student.shift is None else recipe.student.shift
 
 
 RECIPE = StepDistill

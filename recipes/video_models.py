@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_videos import VideoSettings
 from hf_sparse_attn.video_material import TIMES, PipelineMaterial, load_pipeline
+from hf_sparse_attn.video_prompts import PromptSettings
 
 Expert = Literal["high", "low"]
 
@@ -31,7 +32,13 @@ class WanMaterial(PipelineMaterial):
     options = ("expert",)
 
     def __init__(
-        self, run: Run, pipe: Any, videos: VideoSettings, *, expert: Expert | None = None, **samples: Any
+        self,
+        run: Run,
+        pipe: Any,
+        videos: VideoSettings | PromptSettings,
+        *,
+        expert: Expert | None = None,
+        **samples: Any,
     ) -> None:
         boundary = pipe.config.get("boundary_ratio")
         if (expert is None) != (boundary is None):
@@ -74,7 +81,9 @@ class HunyuanMaterial(PipelineMaterial):
     transformers = ("HunyuanVideoTransformer3DModel",)
     options = ("guidance",)
 
-    def __init__(self, run: Run, pipe: Any, videos: VideoSettings, *, guidance: float = 1.0, **samples: Any) -> None:
+    def __init__(
+        self, run: Run, pipe: Any, videos: VideoSettings | PromptSettings, *, guidance: float = 1.0, **samples: Any
+    ) -> None:
         super().__init__(run, pipe, videos, **samples)
         self.guidance = guidance
 
@@ -99,7 +108,7 @@ def open_material(
     run: Run,
     model: str,
     dtype: Any,
-    videos: VideoSettings,
+    videos: VideoSettings | PromptSettings,
     options: Mapping[str, Any],
     kinds: Sequence[type[PipelineMaterial]] = KINDS,
     **samples: Any,
@@ -110,7 +119,7 @@ def open_material(
         run: where it runs.
         model: folder or Hub id.
         dtype: of torch, or "auto".
-        videos: what it learns from.
+        videos: what it learns from; see PipelineMaterial.
         options: what only some families take, by name; None for what is not asked for.
         kinds: families that are taken.
         samples: see PipelineMaterial.
