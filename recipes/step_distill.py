@@ -6,7 +6,12 @@ Sparsity-aware step distillation (Gu et al. 2025, BLADE, arXiv 2508.10774): traj
 al. 2025, TDM, arXiv 2503.06674; see hf_sparse_attn/trajectory_matching.py) of a student that is sparse while it
 learns, from prompts alone. There is one model in memory: the student and the fake score are two adapters on it, and
 the teacher is the model without both and without the patch. As in BLADE the fake score is sparse like the student, and
-the teacher is dense. The result is one adapter, sampled in as many steps as it was trained for, without guidance.
+the teacher is dense.
+
+The result is one adapter, to be sampled in as many steps as it was trained for and without guidance:
+`pipe(prompt, num_inference_steps=8, guidance_scale=1.0)`. Steps, shift and levels are noted in the bundle under
+`recipe["sampling"]`. The student's steps are Euler's. Wan's own scheduler (UniPC) goes through the same even levels to
+a thousandth, in steps of second order; with `solver_order=1` and a `disable_corrector` of all steps they are Euler's.
 
 Deviations from BLADE: sparse attention is any trainable method of the package (its ASA is none of them); the gradient
 is divided by the mean distance of the samples, as in TDM and DMD2, where its code has a pseudo-Huber loss; levels are
@@ -140,8 +145,13 @@ class StepDistill(AdapterRecipe):
             raise ValueError(f"`scenes` must say what model {self.model!r} makes, got none")
         if not 0 < self.guidance < math.inf:
             raise ValueError(f"`guidance` must be more than 0, got {self.guidance}")
-        if self.embedded is not None and self.scenes is not None:
+        if self.scenes is not None and self.embedded is not None:
             raise ValueError(f"`embedded` must be none for scenes, got {self.embedded}")
+        if self.scenes is not None and self.scenes.guidance != self.guidance:
+            raise ValueError(
+                f"`scenes.guidance` must be `guidance` = {self.guidance}, the same teacher's, "
+                f"got {self.scenes.guidance}"
+            )
         if self.lora is None:
             raise ValueError("`lora` must say what is trained, got none")
         if self.lora.trained or self.lora.dropout:

@@ -55,12 +55,22 @@ def test_levels_are_those_of_the_scheduler(steps, shift, even):
     torch.testing.assert_close(levels, scheduler.sigmas, rtol=2e-7, atol=1e-7)
 
 
-def test_levels_are_those_of_wans_own_scheduler_to_a_thousandth():
+def test_wans_own_scheduler_has_the_even_levels_to_a_thousandth_and_can_take_euler_steps():
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    euler = {"solver_order": 1, "disable_corrector": list(range(4))}
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, **euler
+    )
     scheduler.set_timesteps(4)
     assert (tm.student_levels(4, 3.0) - scheduler.sigmas).abs().max() < 1e-3
+    state = there = torch.randn(1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step, time in enumerate(scheduler.timesteps):
+        here, to = scheduler.sigmas[step : step + 2].split(1)
+        state = scheduler.step((3 * state).sin(), time, state, return_dict=False)[0]
+        there = tm.advance(there, (3 * there).sin(), here, to)
+    # Its levels are float32.
+    torch.testing.assert_close(state, there, rtol=1e-6, atol=1e-6)
 
 
 def test_the_shift_has_a_way_back():
