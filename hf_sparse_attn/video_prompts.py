@@ -14,7 +14,7 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentData, LatentSample, LatentWriter
 from hf_sparse_attn.train_text import tokenizer_identity
-from hf_sparse_attn.train_videos import latent_shape
+from hf_sparse_attn.train_videos import VideoSettings, latent_shape
 from hf_sparse_attn.video_vae import check_vae, encode_caption, fingerprint, placed
 
 _SHARD_BYTES = 64 << 20
@@ -81,7 +81,8 @@ def open_prompts(settings: PromptSettings, pipe: Any, *, cache: Path, run: Run) 
     """
     check_vae(getattr(pipe, "vae", None))
     model: Any = getattr(pipe, "transformer", None) or pipe.transformer_2
-    shape = (int(model.config.in_channels), *latent_shape(settings, pipe))
+    size = VideoSettings(source=settings.source, frames=settings.frames, height=settings.height, width=settings.width)
+    shape = (int(model.config.in_channels), *latent_shape(size, pipe))
     prompts = read_prompts(Path(settings.source).expanduser())
     with run.main_first():
         return PromptData(_encoded(settings, pipe, prompts, cache, run), shape)
