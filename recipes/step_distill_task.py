@@ -61,7 +61,8 @@ class StepDistillTask(AdapterTask):
             self._undo.callback(self.companion.remove)
             if recipe.gradient_checkpointing:
                 # What is computed again for the backward pass is so with the adapter that it was computed with.
-                self.model.enable_gradient_checkpointing(self._checkpoint)
+                host: Any = self.model
+                host.enable_gradient_checkpointing(self._checkpoint)
         except BaseException:
             self.close()
             raise
