@@ -93,6 +93,36 @@ def encode_video(vae: Any, video: Tensor) -> Tensor:
     return normalised(vae, z)[0]
 
 
+def encode_first_frame(pipe: Any, video: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What an image-to-video pipeline of Wan makes of the first frame of a video.
+
+    Args:
+        pipe: of class WanImageToVideoPipeline, or any that gives the first frame in place of its noise.
+        video: [3, frames, height, width], from -1 to 1.
+        device: where the image encoder is.
+
+    Returns:
+        `image_latents`, normalised: of the first frame alone, [channels, 1, latent height, latent width], where the
+        pipeline gives it in place of noise; else of the first frame and grey ones after it, like the latents of the
+        video. And `image_embeds` [tokens, width] where the transformer takes them.
+
+    Raises:
+        ValueError: the transformer takes embeddings of an image, and the pipeline cannot make them.
+    """
+    first = video[:, :1]
+    clip = first if pipe.config.get("expand_timesteps") else torch.cat([first, torch.zeros_like(video[:, 1:])], dim=1)
+    made = {"image_latents": encode_video(pipe.vae, clip)}
+    if getattr(getattr(pipe, "transformer", None), "config", {}).get("image_dim") is not None:
+        if getattr(pipe, "image_encoder", None) is None:
+            raise ValueError("`pipe` must have an image encoder, which its transformer needs, got none")
+        from PIL import Image
+
+        pixels = ((first[:, 0].float() + 1) * 127.5).round().clamp(0, 255).byte()
+        with torch.no_grad():
+            made["image_embeds"] = pipe.encode_image(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), device)[0]
+    return made
+
+
 def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | None = None) -> dict[str, Tensor]:
     """What a pipeline's text encoders make of a caption, by the names that the pipeline itself takes it under.
 
