@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.extras import MissingExtra
+
 # Values of each weight that a fingerprint looks at.
 _LOOKED_AT = 64
 
@@ -137,7 +139,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
 
     Raises:
         ValueError: the pipeline has no text encoder, or needs more than a text.
-        ImportError: the pipeline needs ftfy, which is not installed.
+        MissingExtra: the pipeline needs ftfy, which is not installed.
     """
     accepted = inspect.signature(pipe.encode_prompt).parameters
     needed = [n for n, p in accepted.items() if p.default is p.empty and n not in ("prompt", "kwargs")]
@@ -158,7 +160,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
         # Releases of diffusers without this check fail in the middle of their own code.
         if error.name != "ftfy":
             raise
-        raise ImportError("encode_prompt of this pipeline needs ftfy (pip install ftfy)", name="ftfy") from error
+        raise MissingExtra("encode_prompt of this pipeline", "ftfy", "video") from error
     names = _RULES[type(pipe.vae).__name__].prompt
     if len(made) != len(names):
         raise ValueError(

@@ -673,7 +673,7 @@ def test_a_missing_ftfy_is_named() -> None:
 
     pipe: Any = FakePipe()
     pipe.encode_prompt = encode_prompt
-    with pytest.raises(ImportError, match=r"needs ftfy \(pip install ftfy\)"):
+    with pytest.raises(MissingExtra, match=r"needs ftfy \(pip install 'hf-sparse-attn\[video\]'\)"):
         encode_caption(pipe, "a", torch.device("cpu"))
 
 
