@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context
-from tests import tiny_wan
+from hf_sparse_attn.method import Method
+from tests import tiny_diffusers, tiny_wan
 from tests.tiny_hunyuan import Recorder
 from tests.tiny_lm import FAMILIES, tokens
 from tests.tiny_lm import one_thread as one_thread
@@ -99,22 +101,55 @@ def test_a_language_model_learns() -> None:
 def test_a_compiled_language_model() -> None:
     model, ids = FAMILIES["llama"]("sdpa"), tokens(2, 90)
     torch._dynamo.reset()
-    with hsa.patch(model, "sliding_window", min_tokens=0, **WINDOW), torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            eager = model(input_ids=ids).logits
-            compiled = torch.compile(model, backend="eager")(input_ids=ids).logits
-        scale = float(eager.abs().max())
-        assert float((compiled - eager).abs().max()) <= 16 * torch.finfo(torch.bfloat16).eps * scale
+    with hsa.patch(model, "sliding_window", min_tokens=0, **WINDOW), torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = model(input_ids=ids, labels=ids)
+        # The operator's outputs are compared with what the graph believes of them.
+        compiled = torch.compile(model, backend="aot_eager_decomp_partition")(input_ids=ids, labels=ids)
+    scale = float(eager.logits.detach().abs().max())
+    apart = float((compiled.logits - eager.logits).detach().abs().max())
+    assert apart <= 16 * torch.finfo(torch.bfloat16).eps * scale
+    compiled.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_video_model() -> None:
-    model, given = tiny_wan.transformer(), tiny_wan.inputs()
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "CosmosTransformer3DModel"])
+def test_a_video_model(name: str) -> None:
+    """Queries and keys of the second are float32, its values are not."""
+    model, given = (
+        (tiny_wan.transformer(), tiny_wan.inputs()) if name.startswith("Wan") else tiny_diffusers.build(name)
+    )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         dense = model(**given, return_dict=False)[0]
-        with hsa.patch(model, "radial", block_size=16, min_tokens=0, strict=True) as patch:
+        with hsa.patch(model, "sliding_window", min_tokens=0, strict=True, **WINDOW) as patch:
             sparse = model(**given, return_dict=False)[0]
         assert all(r.sparse_calls == 1 for r in patch.report().layers)
     assert sparse.isfinite().all() and sparse.dtype == dense.dtype and not torch.equal(sparse, dense)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks(Method):
+    """Notes whether autocast would change what is computed here."""
+
+    seen: list[bool] = field(default_factory=list, compare=False)
+
+    def pattern(self, q: Any, k: Any, ctx: hsa.Context) -> hsa.BlockPattern:
+        self.seen += [torch.is_autocast_enabled("cpu"), q.dtype != torch.bfloat16]
+        return hsa.BlockPattern.dense(q.shape[2], k.shape[2], causal=ctx.layout.is_causal, block=64)
+
+
+def test_methods_and_observers_run_without_autocast() -> None:
+    from hf_sparse_attn.observe import observing
+
+    model, ids, asks, seen = FAMILIES["llama"]("sdpa"), tokens(2, 90), Asks(), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with hsa.patch(model, asks, min_tokens=0):
+            model(input_ids=ids)
+        hsa.attention(*mixed(torch.bfloat16), asks)
+        with observing(model, lambda one: seen.append(torch.is_autocast_enabled("cpu"))):
+            model(input_ids=ids)
+        assert torch.is_autocast_enabled("cpu")
+    assert len(asks.seen) == 6 and not any(asks.seen)
+    assert len(seen) == 2 and not any(seen)
 
 
 def test_estimates_are_not_rounded() -> None:
