@@ -133,7 +133,7 @@ class Asks(Method):
     seen: list[bool] = field(default_factory=list, compare=False)
 
     def pattern(self, q: Any, k: Any, ctx: hsa.Context) -> hsa.BlockPattern:
-        self.seen += [torch.is_autocast_enabled("cpu"), q.dtype != torch.bfloat16]
+        self.seen.extend([torch.is_autocast_enabled("cpu"), q.dtype != torch.bfloat16])
         return hsa.BlockPattern.dense(q.shape[2], k.shape[2], causal=ctx.layout.is_causal, block=64)
 
 
