@@ -66,7 +66,10 @@ def test_a_recipe_in_bfloat16(name: str, where: str, tmp_path: Path) -> None:
     assert low != full and low[0] == pytest.approx(full[0], rel=0.05)
     result = tmp_path / "bfloat16" / "result"
     saved = {n: w for file in result.rglob("*.safetensors") for n, w in load_file(file).items()}
-    assert saved and all(w.dtype == torch.float32 and bool(w.isfinite().all()) for w in saved.values())
+    # What duo_gate finds is a profile, without weights.
+    assert bool(saved) == (name != "duo_gate") and all(
+        w.dtype == torch.float32 and bool(w.isfinite().all()) for w in saved.values()
+    )
     model: Any = load_moving_wan() if "wan" in name else load_model()
     if where == "cuda":
         model.to("cuda")
