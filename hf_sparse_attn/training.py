@@ -72,7 +72,7 @@ def train(
         ValueError: the folder holds a training and `resume` is not set, or one with other settings; or the recipe
             cannot work. Nothing was trained then.
         OSError: the disk is too full for the checkpoints.
-        FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
+        FloatingPointError: the loss or its gradient is not finite any more; the last checkpoint is kept.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written after the step that was under way.
         MissingExtra: accelerate is not installed.
     """
@@ -190,6 +190,9 @@ class _Loop:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss must stay finite, got {loss} at step {step}")
         norm = self._gradients()
+        if not math.isfinite(norm):
+            # A finite loss can have such a gradient; the weights after it would go into the next checkpoint.
+            raise FloatingPointError(f"the gradient must stay finite, got {norm} at step {step}")
         for optimizer in self.optimizers:
             optimizer.step()
         task.end_step(step)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_toy import Toy, ToyTask
 
 from hf_sparse_attn import training_files
@@ -213,6 +214,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path
             train(toy, tmp_path, progress=False)
     assert tasks[0].closed
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the gradient must stay finite, got nan at step 3"):
+        train(Toy(overflow_at=3, save_every=1), tmp_path, progress=False)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-00000003"
+    assert all(bool(t.isfinite().all()) for t in load_file(kept / "weights.safetensors").values())
 
 
 def test_a_folder_with_a_training_is_not_overwritten(tmp_path: Path) -> None:
