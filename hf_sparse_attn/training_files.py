@@ -19,6 +19,7 @@ from hf_sparse_attn.strict_json import replace_file
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
 # Adam keeps two numbers for each weight, and the checkpoint before stands until the new one is complete.
 _ADAM, _CHECKPOINTS = 2, 2
+_CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class TrainingFiles:
@@ -31,7 +32,7 @@ class TrainingFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.result = folder / "result"
-        self._checkpoints = folder / "checkpoints"
+        self._checkpoints = folder / _CHECKPOINTS_FOLDER
         self._log = folder / "log.jsonl"
         self._entries: list[dict[str, Any]] = []
 
@@ -182,7 +183,9 @@ def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> No
     own = sum(p.numel() * p.element_size() for p in weights.values())
     state = sum(t.numel() * t.element_size() for t in task.state().values())
     needed = _CHECKPOINTS * (own * (1 + _ADAM) + state) + task.result_bytes()
-    free = shutil.disk_usage(folder).free
+    # A resumed run has one of the two already, and what a kill left of the other goes.
+    there = sum(path.stat().st_size for path in (folder / _CHECKPOINTS_FOLDER).rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + there
     if free < needed:
         raise OSError(
             f"`output` must have room for {needed / 2**20:,.0f} MiB of checkpoints and result, "

@@ -92,6 +92,18 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_where_the_system_tells_no_peak_memory_the_result_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Elsewhere than on Windows psutil needs the module itself.
+    import psutil  # noqa: F401
+
+    # Windows has no module of that name.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert train(Toy(steps=1), tmp_path, progress=False)["peak_memory"] > 1 << 20
+    assert (tmp_path / "result" / "model.pt").is_file()
+
+
 def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Toy(save_every=2, term_at=5), tmp_path, progress=False)
@@ -151,6 +163,25 @@ def test_the_log_holds_every_step_once_after_a_kill(tmp_path: Path, monkeypatch:
     assert [line["step"] for line in lines if "evaluation" in line] == [0, 1, 2, 3, 4, 6, 7]
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path: Path) -> None:
+    toy = Toy(term_at=2, evaluate_every=3)
+    with pytest.raises(Interrupted, match="stopped after 3 steps"):
+        train(toy, tmp_path, progress=False)
+    train(toy, tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6, 7]
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
+    killed = program(tmp_path, kill_at=4, evaluate_every=3, save_every=3)
+    assert killed.returncode == -signal.SIGKILL
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "kill_at": None}))
+    train(Toy(evaluate_every=3), tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6, 7]
+
+
 def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after 3 steps") as stopped:
@@ -189,6 +220,25 @@ def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
     assert first["processes"] == 2 and second == {}
+
+
+@pytest.mark.slow
+def test_two_processes_treat_seldom_trained_weights_as_one_does(tmp_path: Path) -> None:
+    # Weights that no sample of a step reaches have no gradient: Adam leaves them, and does not decay them.
+    train(Toy(lonely=True), tmp_path / "one", progress=False)
+    stopped = program(tmp_path / "two", processes=2, lonely=True, term_at=2, term_all=True)
+    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
+    # Both had the signal, as after Ctrl-C in a terminal: its number is no sum.
+    assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
+    resumed = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert bool((one["never.weight"] == 0.5).all() and (one["seldom.weight"] != 0.5).all())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    again = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0]["processes"] == 2 and told[1] == {}, again.stderr[-2000:]
 
 
 def test_only_weights_that_ask_for_it_change(tmp_path: Path) -> None:
@@ -245,6 +295,29 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match=r"`output` must have room for .* MiB of checkpoints and result, got 0 MiB free"):
         train(Toy(), tmp_path, progress=False)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_resumed_run_needs_no_second_room_for_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy(term_at=2, steps=4)
+    free, task = shutil.disk_usage(tmp_path), ToyTask(toy, Run(tmp_path, torch.device("cpu")))
+    own = sum(4 * p.numel() for p in task.trained().values())
+    # Two checkpoints of weights, both moments and the average; and the result.
+    needed = 2 * (3 * own + 4 * task.average.numel()) + own
+
+    def disk_usage(path: Path) -> Any:
+        used = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.suffix in (".pt", ".safetensors"))
+        return free._replace(free=max(0, needed - used))
+
+    monkeypatch.setattr(training_files.shutil, "disk_usage", disk_usage)
+    with pytest.raises(Interrupted):
+        train(toy, tmp_path, progress=False)
+    # What a kill left of another one goes when the next is written.
+    left = tmp_path / "checkpoints" / ".partial"
+    left.mkdir()
+    (left / "weights.safetensors").write_bytes(bytes(100))
+    train(toy, tmp_path, resume=True, progress=False)
 
 
 @pytest.mark.parametrize(
