@@ -39,13 +39,15 @@ class TrainingFiles:
     def open(self, settings: dict[str, Any], resume: bool) -> None:
         """Makes the folder, or checks that it holds a training with these settings.
 
+        A training that failed before its first step and evaluation has left nothing: another one may take its place.
+
         Raises:
             ValueError: it holds one and `resume` is not set, or the settings differ.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "settings.json"
         text = json.dumps(settings, indent=2)
-        if file.is_file():
+        if file.is_file() and any(path.exists() for path in (self._log, self._checkpoints, self.result)):
             if not resume:
                 raise ValueError(
                     f"`output` must be a folder without a training, got {self.folder}: resume it, or choose another"
@@ -100,18 +102,34 @@ class TrainingFiles:
         optimizers: Sequence[torch.optim.Optimizer],
         task: Task,
     ) -> None:
-        """Writes a checkpoint, then removes those before it."""
+        """Writes a checkpoint, then removes those before it.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the one before is kept.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        # What a step noted is written before the checkpoint that counts it.
-        self._write_log()
-        self._checkpoints.mkdir(exist_ok=True)
+        # safetensors takes no views, and no two tensors that share memory.
+        held = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in weights.items()}
+        state = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in task.state().items()}
         scratch = self._checkpoints / ".partial"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        save_file({n: p.detach().contiguous().clone() for n, p in weights.items()}, scratch / "weights.safetensors")
-        save_file({n: t.detach().contiguous().clone() for n, t in task.state().items()}, scratch / "state.safetensors")
-        torch.save([optimizer.state_dict() for optimizer in optimizers], scratch / "optimizers.pt")
+        try:
+            # What a step noted is written before the checkpoint that counts it.
+            self._write_log()
+            self._checkpoints.mkdir(exist_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            save_file(held, scratch / "weights.safetensors")
+            save_file(state, scratch / "state.safetensors")
+            torch.save([optimizer.state_dict() for optimizer in optimizers], scratch / "optimizers.pt")
+        # A full disk is another error in each of the libraries.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint after step {step} must be written to {self._checkpoints}; "
+                f"the one before is kept: {error}"
+            ) from error
         done = self._checkpoints / f"step-{step:08d}"
         shutil.rmtree(done, ignore_errors=True)
         os.replace(scratch, done)

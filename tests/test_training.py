@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from train_toy import Toy, ToyTask
 
@@ -295,6 +296,43 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match=r"`output` must have room for .* MiB of checkpoints and result, got 0 MiB free"):
         train(Toy(), tmp_path, progress=False)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("file write failed"), SafetensorError("no space"), OSError(28, "full")])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_the_one_before(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    kept, toy = torch.save, Toy(dropout=0.2, save_every=2)
+
+    def fails(*args: Any) -> None:
+        if list((tmp_path / "checkpoints").glob("step-*")):
+            raise error
+        kept(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fails)
+        with pytest.raises(OSError, match="the checkpoint after step 4 must be written to .*; the one before is kept"):
+            train(toy, tmp_path, progress=False)
+    # What was written of it takes no room.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    train(toy, tmp_path, resume=True, progress=False)
+    assert same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("started", [False, True], ids=("no step", "a step"))
+def test_a_start_that_failed_can_be_tried_again_with_other_settings(tmp_path: Path, started: bool) -> None:
+    def fails(self: ToyTask, step: int) -> None:
+        raise ValueError("no such data")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ToyTask, "end_step" if started else "optimizers", fails)
+        with pytest.raises((ValueError, TypeError)):
+            train(Toy(steps=2), tmp_path, progress=False)
+    if started:
+        with pytest.raises(ValueError, match="`output` must be a folder without a training"):
+            train(Toy(steps=3), tmp_path, progress=False)
+    else:
+        assert train(Toy(steps=3), tmp_path, progress=False)["steps"] == 3
 
 
 def test_a_resumed_run_needs_no_second_room_for_what_is_there(
