@@ -144,6 +144,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_disk(file: Path) -> None:
+    """Waits until a file is on the disk: after a power cut its name must not stand for an empty one."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())

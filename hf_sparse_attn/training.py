@@ -29,7 +29,7 @@ from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.recipe import Recipe, Run, Task
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.timing import synchronize
-from hf_sparse_attn.training_files import TrainingFiles, check_room
+from hf_sparse_attn.training_files import TrainingFiles, alone, check_room
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def train(
         do not prolong it), "peak_memory" in bytes, "processes". Nothing in other processes than the first.
 
     Raises:
-        ValueError: the folder holds a training and `resume` is not set, or one with other settings; or the recipe
-            cannot work. Nothing was trained then.
+        ValueError: the folder holds a training and `resume` is not set, or one with other settings, or one that runs;
+            or the recipe cannot work. Nothing was trained then.
         OSError: the disk is too full for the checkpoints.
         FloatingPointError: the loss or its gradient is not finite any more; the last checkpoint is kept.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written after the step that was under way.
@@ -81,9 +81,6 @@ def train(
     output = Path(output)
     accelerator = _accelerator(recipe, output)
     files = TrainingFiles(output)
-    if accelerator.is_main_process:
-        files.open(plain(recipe) | {"recipe": recipe.name}, resume)
-    accelerator.wait_for_everyone()
     run = Run(
         output=output,
         device=accelerator.device,
@@ -93,6 +90,10 @@ def train(
         main_first=accelerator.main_process_first,
     )
     with ExitStack() as stack:
+        if run.is_main:
+            stack.enter_context(alone(output))
+            files.open(plain(recipe) | {"recipe": recipe.name}, resume)
+        accelerator.wait_for_everyone()
         # Seeds are set step by step: the caller's generators and threads must be as they were afterwards.
         devices = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))

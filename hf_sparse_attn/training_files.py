@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.strict_json import replace_file
+from hf_sparse_attn.strict_json import replace_file, to_disk
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -123,6 +126,8 @@ class TrainingFiles:
             save_file(held, scratch / "weights.safetensors")
             save_file(state, scratch / "state.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], scratch / "optimizers.pt")
+            for file in scratch.iterdir():
+                to_disk(file)
         # A full disk is another error in each of the libraries.
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -190,6 +195,34 @@ class TrainingFiles:
         if not self._log.is_file():
             return []
         return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within it no other process can train in a folder, which is made if it is not there.
+
+    Raises:
+        ValueError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with lock.open("a") as file:
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network disks have no locks.
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise ValueError(f"`output` must be a folder that no other process trains in, got {folder}") from error
+        yield
+    lock.unlink(missing_ok=True)
 
 
 def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,39 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_the_one_before(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     train(toy, tmp_path, resume=True, progress=False)
     assert same(weights(tmp_path), weights(whole))
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    held = subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(tmp_path), json.dumps({"pause": 60.0}), "0"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match="`output` must be a folder that no other process trains in"):
+            train(Toy(pause=60.0), tmp_path, resume=True, progress=False)
+    finally:
+        held.kill()
+        held.wait()
+    # A process that was killed holds nothing.
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "pause": 0.0}))
+    train(Toy(), tmp_path, resume=True, progress=False)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    kept = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), kept(number))[1])
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path, progress=False)
+    files = [*(tmp_path / "checkpoints" / "step-00000003").iterdir(), tmp_path / "log.jsonl"]
+    assert len(files) == 4 and all(file.stat().st_ino in synced for file in files)
 
 
 @pytest.mark.parametrize("started", [False, True], ids=("no step", "a step"))
