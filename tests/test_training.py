@@ -299,7 +299,9 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("file write failed"), SafetensorError("no space"), OSError(28, "full")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("file write failed"), SafetensorError("no space"), OSError(28, "full")]
+)
 def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_the_one_before(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -369,9 +371,7 @@ def test_a_start_that_failed_can_be_tried_again_with_other_settings(tmp_path: Pa
         assert train(Toy(steps=3), tmp_path, progress=False)["steps"] == 3
 
 
-def test_a_resumed_run_needs_no_second_room_for_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_needs_no_second_room_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy(term_at=2, steps=4)
     free, task = shutil.disk_usage(tmp_path), ToyTask(toy, Run(tmp_path, torch.device("cpu")))
     own = sum(4 * p.numel() for p in task.trained().values())
