@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NEEDLES, STANDARD_LIBRARY = "needles", "standard_library"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Text files are read in pieces of about so many characters, cut at the end of a line.
+# Text files are read in pieces of so many characters, or up to twice as many to the end of a line.
 _PIECE_CHARACTERS = 1 << 20
 _ROWS = 256
 
@@ -126,10 +126,17 @@ def _files(path: Path, split: str) -> list[Path]:
         if split != "train":
             raise ValueError(f"`split` must be 'train' or the name of a folder in {path}, got {split!r}")
         chosen = path
-    files = sorted(p for p in chosen.rglob("*") if p.is_file() and p.suffix in _READERS)
+    files = sorted(p for p in shown_files(chosen) if p.suffix in _READERS)
     if not files:
         raise FileNotFoundError(f"`source` must be a folder with {_either(_READERS)} files, got none in {chosen}")
     return files
+
+
+def shown_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, which systems and editors leave, such as ._name and .checkpoints/."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _either(names: Any) -> str:
@@ -141,14 +148,18 @@ def _either(names: Any) -> str:
 
 
 def _read_txt(path: Path, column: str) -> Iterator[Piece]:
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        lines = file.readlines(_PIECE_CHARACTERS)
-        begins = True
-        while lines:
-            following = file.readlines(_PIECE_CHARACTERS)
-            text = "".join(lines)
+    # The mark that Windows puts in front of UTF-8 is no text.
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+
+        def part() -> str:
+            # To the end of the line; but a line may have no end.
+            return file.read(_PIECE_CHARACTERS) + file.readline(_PIECE_CHARACTERS)
+
+        text, begins = part(), True
+        while text:
+            following = part()
             yield Piece(text, begins, not following, len(text.encode()))
-            lines, begins = following, False
+            text, begins = following, False
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
