@@ -225,7 +225,8 @@ def _rows(settings: QuestionSettings) -> Sequence[Mapping[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"`source` must be a .jsonl file that is there, got {settings.source}")
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:
             raise ValueError(f"`source` must hold an object of JSON in each line, got {path}: {error}") from error
     elif path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():

@@ -282,8 +282,10 @@ def test_questions_of_a_list_are_processed(tmp_path: Path) -> None:
         folder.mkdir()
         for frame in range(5):
             image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{frame}.png")
-        lines.append(json.dumps({"video": f"clip{number}", "question": "where is it", "answer": "left"}))
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+        # A separator of lines inside of a text ends no line of the file.
+        row = {"video": f"clip{number}", "question": "where\u2028is it", "answer": "left"}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
     tiny_qwen("qwen2_vl").save_pretrained(tmp_path / "model")
     data = {"source": str(tmp_path / "questions.jsonl"), "frames": 4, "height": 16, "width": 24}
     settings = {**settings_of(("qwen2_vl", tmp_path / "model", tmp_path)), "data": data, "evaluation_samples": 1}
