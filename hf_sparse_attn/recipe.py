@@ -260,8 +260,8 @@ class LoraSettings:
             raise ValueError("`targets` must name at least one module, got none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"`alpha` must be more than 0, or none, got {self.alpha}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"`alpha` must be more than 0 and finite, or none, got {self.alpha}")
 
 
 class Stage(Protocol):

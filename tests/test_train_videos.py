@@ -180,7 +180,7 @@ def test_hunyuan_15_has_two_texts_and_two_masks() -> None:
 def test_a_longest_caption_that_the_pipeline_cannot_have_is_refused() -> None:
     pipe = tiny_hunyuan.pipeline("1.5")
     pipe.tokenizer = pipe.text_encoder = object()
-    with pytest.raises(ValueError, match="`tokens` must be none for .*15Pipeline, whose prompts .* length, got 7"):
+    with pytest.raises(ValueError, match=r"`tokens` must be none for .*15Pipeline, whose prompts .* length, got 7"):
         encode_caption(pipe, "a", torch.device("cpu"), 7)
 
 
