@@ -225,6 +225,18 @@ def test_a_profile_is_found_first_kept_for_a_resumed_run_and_put_into_the_bundle
         assert bundle.recipe["sparse"]["method"] == "profile"
 
 
+def test_a_profile_of_other_settings_and_half_a_profile_are_found_anew(model: str, tmp_path: Path) -> None:
+    # A start that failed, or was killed, leaves a profile in a folder that may be used again.
+    task(model, tmp_path, **PROFILED).close()
+    file = tmp_path / "profile" / "head_profile.json"
+    assert hsa.HeadProfile.from_pretrained(tmp_path / "profile").budget == {"density": 0.5}
+    task(model, tmp_path, **{**PROFILED, "profile": {**PROFILED["profile"], "budget": 0.4}}).close()
+    assert hsa.HeadProfile.from_pretrained(tmp_path / "profile").budget == {"density": 0.4}
+    file.unlink()
+    task(model, tmp_path, **{**PROFILED, "profile": {**PROFILED["profile"], "budget": 0.4}}).close()
+    assert file.is_file()
+
+
 def test_candidates_of_a_profile_where_none_are_given_can_train() -> None:
     methods = ProfileSettings().methods(4096)
     assert len(methods) > 5 and all(method.trainable for method in methods)
