@@ -64,6 +64,22 @@ def identity(settings: TextSettings) -> list[Any]:
     return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
+def shared_text(one: TextSettings, other: TextSettings) -> str | None:
+    """A file that two sources share, or the data set that both are; None where they share nothing that can be told.
+
+    Raises:
+        ValueError, FileNotFoundError: as for `open_texts`.
+    """
+    if {one.source, other.source} & {NEEDLES, STANDARD_LIBRARY}:
+        return None
+    first, second = local_path(one.source), local_path(other.source)
+    if first is None or second is None or _is_saved(first) or _is_saved(second):
+        same = (one.source, first, one.split, one.name) == (other.source, second, other.split, other.name)
+        return one.source if same else None
+    own = {file.resolve() for file in _files(first, one.split)}
+    return min((str(file) for file in _files(second, other.split) if file.resolve() in own), default=None)
+
+
 def open_texts(settings: TextSettings) -> Texts:
     """Opens a source of text.
 

@@ -114,7 +114,7 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
     """
     decoded, rate = _decode(clip)
     least = frames
-    taken = (frame for frame, _ in decoded)
+    taken: Iterator[Frame] = (frame for frame, _ in decoded)
     if fps is not None:
         if rate is None or not rate > 0:
             raise ValueError(f"`fps` must be none where nothing says the rate of a video, got {fps:g} for {clip.name}")

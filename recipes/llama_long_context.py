@@ -34,6 +34,7 @@ from hf_sparse_attn.train_text import (
     open_text,
     sample_order,
 )
+from hf_sparse_attn.train_text_source import shared_text
 
 _NEEDLE_METRIC = default_metric("byte_llama")
 
@@ -153,6 +154,9 @@ class LongContextTask(AdapterTask):
         undo_rope = scale_rope(model, recipe.rope) if recipe.rope is not None else None
         _check_lengths(recipe, model)
         held_out = recipe.held_out or replace(recipe.data, split="heldout")
+        shared = shared_text(recipe.data, held_out)
+        if shared is not None:
+            raise ValueError(f"`held_out` must be other text than `data`, got {shared} in both")
         cache = run.output / "cache"
         self.data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=cache, run=run)
         self.held_out = {

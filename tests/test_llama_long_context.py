@@ -242,6 +242,22 @@ def test_candidates_of_a_profile_where_none_are_given_can_train() -> None:
     assert len(methods) > 5 and all(method.trainable for method in methods)
 
 
+@pytest.mark.parametrize(
+    "held", [{"source": "."}, {"source": "own", "split": "test"}, {"source": "own/a.txt"}], ids=str
+)
+def test_held_out_text_that_is_trained_on_is_refused(
+    model: str, tmp_path: Path, held: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "test").mkdir(parents=True)
+    for name in ("a.txt", "test/b.txt"):
+        (tmp_path / "own" / name).write_text("one two three four\n" * 99, encoding="utf-8")
+    # Without a folder "train" in it all of the folder is trained on, its folder "test" as well.
+    data = {"source": "own", "length": LENGTH}
+    with pytest.raises(ValueError, match=r"`held_out` must be other text than `data`, got .*\.txt in both"):
+        task(model, tmp_path, data=data, held_out={**data, **held})
+
+
 def test_text_of_ones_own(model: str, tmp_path: Path) -> None:
     for name, count in (("train", 3000), ("held", 900)):
         (tmp_path / f"{name}.txt").write_text("one two three four\n" * (count // 19), encoding="utf-8")
