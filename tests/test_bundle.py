@@ -649,7 +649,7 @@ class Hub:
                 path.write_bytes(file.read())
         return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
-    def download(self, repo_id: str, name: str) -> str:
+    def download(self, repo_id: str, name: str, revision: str | None = None) -> str:
         from huggingface_hub.errors import EntryNotFoundError
 
         self.asked.append(name)
@@ -663,6 +663,8 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: Any) -> Hub:
     import huggingface_hub
 
+    # Imported with a hub that is none, diffusers would fail.
+    CASES["wan"].build()
     made = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", made)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)
@@ -694,6 +696,26 @@ def test_hub_round_trip(tmp_path: Path, hub: Hub) -> None:
         hsa.load_bundle(model, "me/adapter")
     with pytest.raises(OSError, match="`source` must be a bundle on the Hub that can be reached, got 'me/nothing'"):
         hsa.load_bundle(model, "me/nothing")
+
+
+def test_all_files_are_of_one_revision(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    import shutil
+
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+    folder = tmp_path / "snapshots" / ("0a" * 20)
+    shutil.copytree(saved, folder)
+
+    def download(repo_id: str, name: str, revision: str | None = None) -> str:
+        asked.append((name, revision))
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with hsa.load_bundle(llama(), "me/adapter"):
+        pass
+    # Another one may be pushed while the first one is downloaded.
+    assert asked[0] == ("bundle.json", None) and len(asked) > 2 and {r for _, r in asked[1:]} == {"0a" * 20}
 
 
 def test_only_a_whole_bundle_is_uploaded(saved: Path, hub: Hub) -> None:
