@@ -245,7 +245,7 @@ class LoraSettings:
         targets: names, or ends of names, of the linear modules that get one; a single one with a `*` or a `\\` in it
             is a regular expression over whole names.
         trained: ends of names of modules that are trained in full besides (norms, embeddings).
-        dropout: on what the added matrices read.
+        dropout: on what the added matrices read; drawn anew in each process and micro-batch.
     """
 
     targets: tuple[str, ...]

@@ -1,7 +1,7 @@
 """The training loop: any recipe, in one process or several, stopped and gone on with at any step.
 
 What a step computes depends on the seed and its number alone. So a run that was killed and resumed ends with the same
-weights as one that was not, and several processes compute what one does, up to the order of a sum.
+weights as one that was not, and several processes compute what one does, up to the order of a sum (but for dropout).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def train(
     """Runs a recipe and writes what it trained.
 
     The processes that `torchrun` or `accelerate launch` started share the samples of each step; the gradients of the
-    trained weights are added up. Each holds the whole model: the loop knows no sharding of weights.
+    trained weights are added up. Each holds the whole model: the loop knows no sharding of weights. Dropout draws anew
+    in each process and forward pass, so with it another number of processes, or another `micro_batch`, is another
+    training.
 
     Args:
         recipe: the settings.
@@ -124,6 +126,13 @@ class _Loop:
         if run.is_main:
             check_room(run.output, self.weights, task)
         self.first = files.load(self.weights, self.optimizers, task, run.device)
+        if run.world > 1:
+            done = accelerator.gather(torch.tensor([self.first], device=run.device)).tolist()
+            if min(done) != max(done):
+                raise ValueError(
+                    f"`output` must be a folder that all processes see, got one with {max(done)} steps done and one "
+                    f"with {min(done)}"
+                )
 
     def run_all(self, stack: ExitStack) -> dict[str, Any]:
         """Trains, evaluates, saves."""
@@ -213,7 +222,8 @@ class _Loop:
             self.files.note(step + 1, entry)
             if self.recipe.trackers:
                 self.accelerator.log(entry, step=step + 1)
-        return asked
+        # One process need not wait for the next step to know of a signal.
+        return asked if run.world > 1 else max(stop)
 
     def _sum(self, value: Tensor) -> Tensor:
         """The sum over the processes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
 from hf_sparse_attn.strict_json import replace_file, to_disk
@@ -76,24 +76,20 @@ class TrainingFiles:
         """Takes the last checkpoint back; returns the number of steps done.
 
         Raises:
-            ValueError: the checkpoint is of other weights.
+            ValueError: the checkpoint is of other weights, or damaged.
         """
-        from safetensors.torch import load_file
-
         found = self._last()
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         if found is not None:
-            kept = load_file(found / "weights.safetensors")
+            kept, states, state = _read_checkpoint(found)
             if {n: tuple(t.shape) for n, t in kept.items()} != {n: tuple(p.shape) for n, p in weights.items()}:
                 odd = sorted(set(kept) ^ set(weights))[:5] or "shapes"
                 raise ValueError(f"the checkpoint {found} must hold the weights that are trained, got other {odd}")
             with torch.no_grad():
                 for name, parameter in weights.items():
                     parameter.copy_(kept[name])
-            states = torch.load(found / "optimizers.pt", weights_only=True, map_location="cpu")
             for optimizer, own in zip(optimizers, states, strict=True):
                 optimizer.load_state_dict(own)
-            state = load_file(found / "state.safetensors")
             task.load_state({name: tensor.to(device) for name, tensor in state.items()})
         self._entries = [e for e in self._read_log() if e["step"] <= step]
         return step
@@ -242,6 +238,18 @@ def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> No
             f"`output` must have room for {needed / 2**20:,.0f} MiB of checkpoints and result, "
             f"got {free / 2**20:,.0f} MiB free at {folder}"
         )
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, Tensor]]:
+    """Weights, states of the optimizers, and what else the task keeps."""
+    from safetensors.torch import load_file
+
+    try:
+        weights, state = (load_file(folder / f"{name}.safetensors") for name in ("weights", "state"))
+        return weights, torch.load(folder / "optimizers.pt", weights_only=True, map_location="cpu"), state
+    # Each of the formats has errors of its own.
+    except Exception as error:
+        raise ValueError(f"the checkpoint {folder} must be whole, got a damaged one: {error}") from error
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -194,6 +194,17 @@ def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
     assert same(weights(tmp_path), weights(whole))
 
 
+def test_one_process_stops_after_the_step_in_which_the_signal_came(tmp_path: Path) -> None:
+    def signalled(self: ToyTask, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ToyTask, "end_step", signalled)
+        with pytest.raises(Interrupted, match="stopped after 3 steps"):
+            train(Toy(), tmp_path, progress=False)
+
+
 def test_a_finished_training_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = train(Toy(steps=2), tmp_path, progress=False)
     monkeypatch.setattr(Toy, "task", None)
@@ -241,6 +252,18 @@ def test_two_processes_treat_seldom_trained_weights_as_one_does(tmp_path: Path) 
     again = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
     told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
     assert told[0]["processes"] == 2 and told[1] == {}, again.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_do_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path / "rank0", progress=False)
+    # As two machines without a disk in common: the second has no checkpoint, and would train another model.
+    resumed = program(tmp_path / "rankRANK", resume=True, processes=2, term_at=2)
+    assert resumed.returncode != 0
+    assert (
+        "`output` must be a folder that all processes see, got one with 3 steps done and one with 0" in resumed.stderr
+    )
 
 
 def test_only_weights_that_ask_for_it_change(tmp_path: Path) -> None:
@@ -320,6 +343,16 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_the_one_before(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     train(toy, tmp_path, resume=True, progress=False)
     assert same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "optimizers.pt"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path, progress=False)
+    file = tmp_path / "checkpoints" / "step-00000003" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="the checkpoint .*step-00000003 must be whole, got a damaged one"):
+        train(Toy(term_at=2), tmp_path, resume=True, progress=False)
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:

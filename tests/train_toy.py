@@ -127,10 +127,14 @@ class ToyTask(Task):
 
 
 def main(folder: str, settings: str, resume: str) -> None:
-    """Trains as the arguments say; each process leaves what it has to tell in a file beside the folder."""
+    """Trains as the arguments say; each process leaves what it has to tell in a file beside the folder.
+
+    RANK in the folder's name is the number of the process.
+    """
     from hf_sparse_attn.training import Interrupted, train
 
     torch.set_num_threads(1)
+    folder = folder.replace("RANK", os.environ.get("RANK", "0"))
     try:
         told = train(Toy(**json.loads(settings)), Path(folder), resume=resume == "1", progress=False)
     except Interrupted as stopped:
