@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
         train(Toy(term_at=2), tmp_path, progress=False)
     file = tmp_path / "checkpoints" / "step-00000003" / name
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="the checkpoint .*step-00000003 must be whole, got a damaged one"):
+    with pytest.raises(ValueError, match=r"the checkpoint .*step-00000003 must be whole, got a damaged one"):
         train(Toy(term_at=2), tmp_path, resume=True, progress=False)
 
 
