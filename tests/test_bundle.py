@@ -524,7 +524,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sparse_key": (_sparse(more=1), "`sparse` must have keys out of .* got unknown .'more'"),
     "sparse_type": (_sparse(backend=3), "`sparse.backend` must be of type str, got 3"),
     "nothing": (_json(sparse=None, files={}), "`files` must have an adapter where `sparse` is null"),
-    "other_file": (_json(files={"profile/notes.txt": SHA}), "`files` must be those of a bundle with their SHA-256"),
+    "own_file": (_json(files={"profile/notes.txt": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "climbs_out": (_json(files={"profile/../../x": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "other_file": (_json(files={"evil.py": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "no_hash": (_json(files={"adapter_config.json": "abc"}), "`files` must be those of a bundle with their SHA-256"),
