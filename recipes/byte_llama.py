@@ -25,7 +25,6 @@ from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, Task, stage_at
 from hf_sparse_attn.recipes.byte_llama_init import CircuitConfig, set_circuit
 from hf_sparse_attn.train_text import document_weights
 
-
 # Bytes of the shortest document: one that says a string over has room for two of the shortest, and a byte before them.
 _SHORTEST_PERIOD = 16
 _LEAST = 2 * _SHORTEST_PERIOD + 2
