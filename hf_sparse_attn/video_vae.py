@@ -138,7 +138,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
         Tensors without a batch axis.
 
     Raises:
-        ValueError: the pipeline has no text encoder, or needs more than a text.
+        ValueError: the pipeline has no text encoder, needs more than a text, or cannot have a longest prompt.
         MissingExtra: the pipeline needs ftfy, which is not installed.
     """
     accepted = inspect.signature(pipe.encode_prompt).parameters
@@ -149,6 +149,10 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
         )
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
         raise ValueError(f"`pipe` must have a text encoder and a tokenizer, got a {type(pipe).__name__} without")
+    if tokens is not None and "max_sequence_length" not in accepted:
+        raise ValueError(
+            f"`tokens` must be none for {type(pipe).__name__}, whose prompts have one length, got {tokens}"
+        )
     longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     if tokens is None and longest is not None and isinstance(longest.default, int):
         tokens = longest.default
