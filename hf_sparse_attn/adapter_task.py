@@ -174,7 +174,8 @@ def check_backward(sparse: SparseSettings, model: nn.Module) -> None:
         raise ValueError(f"`sparse.method` must have a backward pass, got {method.name!r}, which has none")
     if sparse.backend == "auto":
         return
-    weight = next(model.parameters())
+    # Quantised weights are whole numbers.
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     like: Tensor = torch.zeros(1, 1, 64, 64, device=weight.device, dtype=weight.dtype, requires_grad=True)
     reason = BACKENDS.get(sparse.backend).why_not(None, like, like, like, True)
     if reason is not None:

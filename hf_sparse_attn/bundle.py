@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse_attn.bundle_file import CARD, FILE, GATES, PROFILE, Bundle, as_json, fetch, files_in, to_json, write
+from hf_sparse_attn.bundle_file import (
+    CARD,
+    FILE,
+    GATES,
+    NAMES,
+    PROFILE,
+    Bundle,
+    as_json,
+    fetch,
+    files_in,
+    to_json,
+    write,
+)
 from hf_sparse_attn.bundle_hub import push_bundle
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import HeadProfile, find_profile
@@ -96,10 +108,12 @@ def save_bundle(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / FILE).unlink(missing_ok=True)
+    for name in NAMES:
+        (path / name).unlink(missing_ok=True)
     for name in (PROFILE, GATES):
-        shutil.rmtree(path / name, ignore_errors=True)
-    for name in files_in(path):
-        (path / name).unlink()
+        # What is not of the bundle stays, and its folder.
+        with suppress(OSError):
+            (path / name).rmdir()
     if adapter is not None:
         adapter.save(path, base_model)
     if profile is not None:

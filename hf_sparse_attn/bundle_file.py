@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.head_profile_file import MODEL_KEYS
+from hf_sparse_attn.head_profile_file import CARD as PROFILE_CARD
+from hf_sparse_attn.head_profile_file import FILE as PROFILE_FILE
+from hf_sparse_attn.head_profile_file import MEASUREMENTS, MODEL_KEYS
 from hf_sparse_attn.lora_file import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.recipe_config import build_config, plain
@@ -37,8 +39,11 @@ _KEYS = (
     "files",
 )  # fmt: skip
 _LARGEST_FILE = 8 << 20
-_NAME = re.compile(
-    rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|{re.escape(DIFFUSERS_WEIGHTS)}|({PROFILE}|{GATES})/\w[\w.-]*"
+# No other files of a folder are in a bundle: no name in it can lead elsewhere, and nothing of one's own is uploaded.
+NAMES = frozenset(
+    [CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS]
+    + [f"{PROFILE}/{name}" for name in (PROFILE_FILE, MEASUREMENTS, PROFILE_CARD)]
+    + [f"{GATES}/{name}" for name in ("gates.json", "gates.safetensors")]
 )
 # That of a method in a bundle's settings, where it is the profile in the bundle.
 _OWN_PROFILE = "profile"
@@ -97,8 +102,7 @@ class Bundle:
 
 def files_in(folder: Path) -> dict[str, str]:
     """The files of a bundle that lie in a folder, each with its SHA-256."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: digest(path) for name, path in found.items() if _NAME.fullmatch(name)}
+    return {name: digest(folder / name) for name in sorted(NAMES) if (folder / name).is_file()}
 
 
 def digest(path: Path) -> str:
@@ -259,8 +263,7 @@ def _settings(value: Any) -> SparseSettings:
 def _files(value: Any) -> dict[str, str]:
     found = as_dict("files", value)
     for name, expected in found.items():
-        # No name here can lead out of the folder.
-        if not _NAME.fullmatch(name) or not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
+        if name not in NAMES or not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
             raise ValueError(
                 f"`files` must be those of a bundle with their SHA-256, got {shortened({name: expected})}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ def download(source: object) -> tuple[Path, Bundle]:
     with told(f"`source` must be a bundle on the Hub that can be reached, got {repo_id!r}"):
         folder = Path(huggingface_hub.hf_hub_download(repo_id, FILE)).parent
     found = read(folder)
+    # All of one revision, whatever is pushed meanwhile: the folder is called after it.
+    revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     for name in found.files:
         # That for diffusers holds the same weights once more, and nothing here reads it.
         if name != DIFFUSERS_WEIGHTS:
             with told(f"`source` must be a bundle on the Hub with all its files, got {repo_id!r} without {name}"):
-                huggingface_hub.hf_hub_download(repo_id, name)
+                huggingface_hub.hf_hub_download(repo_id, name, revision=revision)
     return folder, found
 
 

@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
     from hf_sparse_attn.dispatch import BackendUnavailable
-    from hf_sparse_attn.extras import MissingExtra
     from hf_sparse_attn.patching import DenseFallback
 
-    return ValueError, TypeError, OSError, BackendUnavailable, DenseFallback, MissingExtra
+    # A package that is missing is an ImportError, a training that diverged a FloatingPointError.
+    return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:

@@ -40,8 +40,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
         the Adapter.
 
     Raises:
-        ValueError: a name that no module has, a module that cannot get an adapter, or a model that has one. The model
-            is then as it was.
+        ValueError: a name that no module has, a module that cannot get an adapter or whose weights are offloaded, or a
+            model that has an adapter. The model is then as it was.
         TypeError: `model` is no module, or `settings` no LoraSettings.
         MissingExtra: peft is not installed.
     """
@@ -57,6 +57,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     _check_free(model)
     targets, trained = find_targets(model, settings), find_trained(model, settings)
     _check_apart(targets, trained)
+    for argument, names in (("targets", targets), ("trained", trained)):
+        _check_in_memory(model, argument, names)
     adapter = Adapter(model, settings)
     try:
         adapter._install(seed)
@@ -276,6 +278,13 @@ def _check_apart(targets: list[str], trained: list[str]) -> None:
         inside = next((t for t in targets if t == name or t.startswith(f"{name}.") or name.startswith(f"{t}.")), None)
         if inside is not None:
             raise ValueError(f"`trained` must name other modules than `targets`, got {name} and {inside}")
+
+
+def _check_in_memory(model: nn.Module, argument: str, names: list[str]) -> None:
+    """Raises where weights are elsewhere, as those that accelerate offloads: an adapter would be put there, too."""
+    for name in names:
+        if any(p.is_meta for p in model.get_submodule(name).parameters()):
+            raise ValueError(f"`{argument}` must be modules whose weights are in memory, got {name} on meta")
 
 
 def _check_free(model: nn.Module) -> None:

@@ -59,6 +59,7 @@ def load(model: nn.Module, folder: Path) -> Adapter:
     """
     settings = read_settings(folder / CONFIG)
     state = _read_weights(folder / WEIGHTS)
+    _check_rank(settings, state, folder / WEIGHTS)
     adapter = add_lora(model, settings)
     try:
         _check_plain(adapter, folder / CONFIG)
@@ -148,11 +149,22 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): value for name, value in found.items()}
 
 
+def _check_rank(settings: LoraSettings, state: dict[str, Tensor], file: Path) -> None:
+    """Raises where matrices have another rank than the settings: before memory is taken for what a stranger asks."""
+    for name, value in state.items():
+        if name.endswith(".lora_A.weight") and len(value) != settings.rank:
+            raise ValueError(
+                f"`{file}` must hold {name} as {value.dtype} {[settings.rank, *value.shape[1:]]}, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
+
+
 def _check_plain(adapter: Adapter, file: Path) -> None:
     """Raises where a file asks peft for more than LoraSettings have."""
     given, own = _read_json(file), _config(adapter, "")
-    for key in sorted(own.keys() & given.keys() - _INDIFFERENT - _SETTINGS):
-        if given[key] != own[key]:
+    for key in sorted(given.keys() - _INDIFFERENT - _SETTINGS):
+        # What this release of peft does not have may be there as long as it is off.
+        if given[key] != own[key] if key in own else given[key]:
             raise ValueError(f"`{file}` must hold a plain LoRA adapter, got {key}: {shortened(given[key])}")
 
 

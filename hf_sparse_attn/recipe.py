@@ -252,7 +252,7 @@ class LoraSettings:
         targets: names, or ends of names, of the linear modules that get one; a single one with a `*` or a `\\` in it
             is a regular expression over whole names.
         trained: ends of names of modules that are trained in full besides (norms, embeddings).
-        dropout: on what the added matrices read.
+        dropout: on what the added matrices read; drawn anew in each process and micro-batch.
     """
 
     targets: tuple[str, ...]
@@ -267,8 +267,8 @@ class LoraSettings:
             raise ValueError("`targets` must name at least one module, got none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"`alpha` must be more than 0, or none, got {self.alpha}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"`alpha` must be more than 0 and finite, or none, got {self.alpha}")
 
 
 class Stage(Protocol):

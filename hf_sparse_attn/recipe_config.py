@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe must be a YAML file, got {path}, which is not there")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load(path.read_text(encoding="utf-8"))
         parts = [(text, *text.partition("=")[::2]) for text in overrides]
-        changes = [(text, key.strip(), yaml.safe_load(value)) for text, key, value in parts]
+        changes = [(text, key.strip(), _load(value)) for text, key, value in parts]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe and its overrides must be YAML, got {path}: {error}") from error
     if not isinstance(values, dict):
@@ -64,7 +65,10 @@ def build_config(kind: type[_Built], values: object, where: str = "config") -> _
     needed = {name for name, field in known.items() if _has_no_default(field)}
     unknown, missing = sorted(set(values) - set(known), key=str), sorted(needed - set(values))
     if unknown or missing:
-        raise ValueError(f"`{where}` must have keys out of {sorted(known)}, got unknown {unknown}, no {missing}")
+        near = {close for name in unknown for close in difflib.get_close_matches(str(name), known, n=1)}
+        said = [f"unknown {unknown}" + (f" (nearest: {', '.join(sorted(near))})" if near else "")] if unknown else []
+        said += [f"no {missing}"] if missing else []
+        raise ValueError(f"`{where}` must have keys out of {sorted(known)}, got {', '.join(said)}")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -81,6 +85,22 @@ def plain(config: Any) -> Any:
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _load(text: str) -> Any:
+    """What YAML text says; a key that is given twice, of which YAML itself would take the last, is refused."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                said = f"keys must be given once, got {twice!r} twice"
+                raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _set(values: dict[str, Any], key: str, value: object) -> None:
@@ -116,16 +136,20 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 
 def _first_that_fits(kinds: tuple[Any, ...], value: object, where: str) -> Any:
-    """The value as the first kind of a union that takes it; the last kind says what is wrong with it."""
+    """The value as the first kind of a union that takes it."""
     others = [kind for kind in kinds if kind is not type(None)]
     if value is None and len(others) < len(kinds):
         return None
-    for kind in others[:-1]:
+    errors: list[Exception] = []
+    for kind in others:
         try:
             return _convert(kind, value, where)
-        except (TypeError, ValueError):
-            continue
-    return _convert(others[-1], value, where)
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+    if len(errors) == 1 or isinstance(value, (list, dict)):
+        # Lists and mappings stand last in a union: what is inside of them is wrong.
+        raise errors[-1]
+    raise type(errors[-1])("; or ".join(str(error) for error in errors))
 
 
 def _plain_value(hint: type, value: object, where: str) -> Any:

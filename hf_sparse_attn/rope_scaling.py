@@ -239,6 +239,8 @@ def _stretch(parameters: dict[str, Any], config: Any, settings: RopeSettings) ->
     known = parameters.get("original_max_position_embeddings") if kind == "yarn" else None
     original = settings.original_length or known or _length(config)
     parameters["original_max_position_embeddings"] = int(original)
+    # One that was set for a smaller factor would not fit the new one.
+    parameters.pop("attention_factor", None)
     parameters.update(settings.of_yarn())
     return math.ceil(original * stretched * factor)
 

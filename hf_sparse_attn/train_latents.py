@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.strict_json import replace_file
 
 FORMAT, VERSION = "hf_sparse_attn.latents", 1
 INDEX = "index.json"
@@ -211,12 +212,7 @@ class LatentWriter:
         used = {entry["shard"] for entry in self._index["samples"]}
         shard = _SHARD.format(len(used))
         # The shard counts once the index names it: what an earlier run left under that name is replaced.
-        temporary = self.folder / f".{shard}.{os.getpid()}"
-        try:
-            save_file(self._waiting, temporary)
-            _replace(temporary, self.folder / shard)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(self.folder / shard, lambda path: save_file(self._waiting, path))
         self._index["samples"] += [{**entry, "shard": shard} for entry in self._entries]
         self._waiting, self._entries = {}, []
         self._write_index()
@@ -234,12 +230,8 @@ class LatentWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        temporary = self.folder / f".{INDEX}.{os.getpid()}"
-        try:
-            temporary.write_text(json.dumps(self._index), encoding="utf-8")
-            _replace(temporary, self.folder / INDEX)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(self._index)
+        replace_file(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_latents(
@@ -309,10 +301,3 @@ def _key(number: int, name: str) -> str:
 def _own(tensor: Tensor) -> Tensor:
     """On the CPU, in memory of its own: safetensors takes no views, and the caller may change what it gave."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """On the disk before it has its name: a power cut must not leave an empty file under it."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -234,8 +235,10 @@ def _prepared(settings: TextSettings, tokenizer: Any, cache: Path, progress: boo
         _LOG.warning("%s is damaged and is made again", folder)
         shutil.rmtree(folder)
     for left in cache.glob(f".{name}-*"):
-        if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        # Another training may put it in its place at this very moment.
+        with suppress(FileNotFoundError):
+            if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
     try:
         _write(made, settings, tokenizer, progress)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NEEDLES, STANDARD_LIBRARY = "needles", "standard_library"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Text files are read in pieces of about so many characters, cut at the end of a line.
+# Text files are read in pieces of so many characters, or up to twice as many to the end of a line.
 _PIECE_CHARACTERS = 1 << 20
 _ROWS = 256
 
@@ -62,6 +62,22 @@ def identity(settings: TextSettings) -> list[Any]:
     files = [p for p in path.rglob("*") if p.is_file()] if _is_saved(path) else _files(path, settings.split)
     stats = [(p, p.stat()) for p in sorted(files)]
     return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
+
+
+def shared_text(one: TextSettings, other: TextSettings) -> str | None:
+    """A file that two sources share, or the data set that both are; None where they share nothing that can be told.
+
+    Raises:
+        ValueError, FileNotFoundError: as for `open_texts`.
+    """
+    if {one.source, other.source} & {NEEDLES, STANDARD_LIBRARY}:
+        return None
+    first, second = local_path(one.source), local_path(other.source)
+    if first is None or second is None or _is_saved(first) or _is_saved(second):
+        same = (one.source, first, one.split, one.name) == (other.source, second, other.split, other.name)
+        return one.source if same else None
+    own = {file.resolve() for file in _files(first, one.split)}
+    return min((str(file) for file in _files(second, other.split) if file.resolve() in own), default=None)
 
 
 def open_texts(settings: TextSettings) -> Texts:
@@ -126,10 +142,17 @@ def _files(path: Path, split: str) -> list[Path]:
         if split != "train":
             raise ValueError(f"`split` must be 'train' or the name of a folder in {path}, got {split!r}")
         chosen = path
-    files = sorted(p for p in chosen.rglob("*") if p.is_file() and p.suffix in _READERS)
+    files = sorted(p for p in shown_files(chosen) if p.suffix in _READERS)
     if not files:
         raise FileNotFoundError(f"`source` must be a folder with {_either(_READERS)} files, got none in {chosen}")
     return files
+
+
+def shown_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, which systems and editors leave, such as ._name and .checkpoints/."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _either(names: Any) -> str:
@@ -141,14 +164,18 @@ def _either(names: Any) -> str:
 
 
 def _read_txt(path: Path, column: str) -> Iterator[Piece]:
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        lines = file.readlines(_PIECE_CHARACTERS)
-        begins = True
-        while lines:
-            following = file.readlines(_PIECE_CHARACTERS)
-            text = "".join(lines)
+    # The mark that Windows puts in front of UTF-8 is no text.
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+
+        def part() -> str:
+            # To the end of the line; but a line may have no end.
+            return file.read(_PIECE_CHARACTERS) + file.readline(_PIECE_CHARACTERS)
+
+        text, begins = part(), True
+        while text:
+            following = part()
             yield Piece(text, begins, not following, len(text.encode()))
-            lines, begins = following, False
+            text, begins = following, False
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:

@@ -1,7 +1,7 @@
 """The training loop: any recipe, in one process or several, stopped and gone on with at any step.
 
 What a step computes depends on the seed and its number alone. So a run that was killed and resumed ends with the same
-weights as one that was not, and several processes compute what one does, up to the order of a sum.
+weights as one that was not, and several processes compute what one does, up to the order of a sum (but for dropout).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +29,13 @@ from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.recipe import Recipe, Run, Task
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.timing import synchronize
-from hf_sparse_attn.training_files import TrainingFiles, check_room
+from hf_sparse_attn.training_files import TrainingFiles, alone, check_room
 
 log = logging.getLogger(__name__)
 
 # Share of the last steps whose mean is the loss that is told.
 _TAIL = 0.1
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -55,7 +57,9 @@ def train(
     """Runs a recipe and writes what it trained.
 
     The processes that `torchrun` or `accelerate launch` started share the samples of each step; the gradients of the
-    trained weights are added up. Each holds the whole model: the loop knows no sharding of weights.
+    trained weights are added up. Each holds the whole model: the loop knows no sharding of weights. Dropout draws anew
+    in each process and forward pass, so with it another number of processes, or another `micro_batch`, is another
+    training.
 
     Args:
         recipe: the settings.
@@ -66,22 +70,19 @@ def train(
     Returns:
         the figures: "before" and "after" as the recipe evaluates, "loss" (mean of the last tenth of the steps),
         "steps", "seconds", "step_seconds" (median), "step_cpu_seconds" (of the process: other programs on the machine
-        do not prolong it), "peak_memory" in bytes, "processes".
+        do not prolong it), "peak_memory" in bytes, "processes". Nothing in other processes than the first.
 
     Raises:
-        ValueError: the folder holds a training and `resume` is not set, or one with other settings; or the recipe
-            cannot work. Nothing was trained then.
+        ValueError: the folder holds a training and `resume` is not set, or one with other settings, or one that runs;
+            or the recipe cannot work. Nothing was trained then.
         OSError: the disk is too full for the checkpoints.
-        FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
+        FloatingPointError: the loss or its gradient is not finite any more; the last checkpoint is kept.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written after the step that was under way.
         MissingExtra: accelerate is not installed.
     """
     output = Path(output)
     accelerator = _accelerator(recipe, output)
     files = TrainingFiles(output)
-    if accelerator.is_main_process:
-        files.open(plain(recipe) | {"recipe": recipe.name}, resume)
-    accelerator.wait_for_everyone()
     run = Run(
         output=output,
         device=accelerator.device,
@@ -91,6 +92,10 @@ def train(
         main_first=accelerator.main_process_first,
     )
     with ExitStack() as stack:
+        if run.is_main:
+            stack.enter_context(alone(output))
+            files.open(plain(recipe) | {"recipe": recipe.name}, resume)
+        accelerator.wait_for_everyone()
         # Seeds are set step by step: the caller's generators and threads must be as they were afterwards.
         devices = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
@@ -98,7 +103,7 @@ def train(
         finished = files.figures()
         if finished is not None:
             log.info("%s holds the finished training", output)
-            return finished
+            return finished if run.is_main else {}
         torch.manual_seed(recipe.seed)
         task = recipe.task(run)
         stack.callback(task.close)
@@ -121,6 +126,13 @@ class _Loop:
         if run.is_main:
             check_room(run.output, self.weights, task)
         self.first = files.load(self.weights, self.optimizers, task, run.device)
+        if run.world > 1:
+            done = accelerator.gather(torch.tensor([self.first], device=run.device)).tolist()
+            if min(done) != max(done):
+                raise ValueError(
+                    f"`output` must be a folder that all processes see, got one with {max(done)} steps done and one "
+                    f"with {min(done)}"
+                )
 
     def run_all(self, stack: ExitStack) -> dict[str, Any]:
         """Trains, evaluates, saves."""
@@ -132,8 +144,9 @@ class _Loop:
         if recipe.trackers:
             self.accelerator.init_trackers("hf_sparse_attn", {"recipe": recipe.name, "settings": str(plain(recipe))})
             stack.callback(self.accelerator.end_training)
-        if self.first == 0:
-            self._evaluate(0)
+        # A run that was stopped after this step has not evaluated it.
+        if self.first < total and (self.first == 0 or self._evaluates_at(self.first)):
+            self._evaluate(self.first)
         if run.progress:
             stack.enter_context(logging_redirect_tqdm([logging.getLogger("hf_sparse_attn")]))
         bar = tqdm(total=total, initial=self.first, desc=recipe.name, unit="step", disable=not run.progress)
@@ -151,7 +164,7 @@ class _Loop:
                 saved = done
             if asked and done < total:
                 raise Interrupted(saved, asked)
-            if recipe.evaluate_every is not None and done % recipe.evaluate_every == 0 and done < total:
+            if done < total and self._evaluates_at(done):
                 self._evaluate(done)
         self._evaluate(total)
         figures = self._figures()
@@ -159,6 +172,9 @@ class _Loop:
             files.finish(self.task, figures)
         self.accelerator.wait_for_everyone()
         return figures
+
+    def _evaluates_at(self, done: int) -> bool:
+        return self.recipe.evaluate_every is not None and done % self.recipe.evaluate_every == 0
 
     def _step(self, step: int, stop: list[int]) -> int:
         """One optimizer step; returns the number of a signal that came to any process, or 0."""
@@ -174,8 +190,11 @@ class _Loop:
         mine = range(run.rank, task.samples(step), run.world)
         size = self.recipe.micro_batch or max(1, len(mine))
         batches = [task.batch(step, mine[i : i + size]) for i in range(0, len(mine), size)]
-        told = torch.tensor([sum(task.weight(b) for b in batches), float(max(stop))], dtype=torch.float64)
-        weight, asked = self._sum(told.to(torch.float32 if run.device.type == "mps" else torch.float64)).tolist()
+        # Signals are counted kind by kind: several processes may have had one.
+        own = [sum(task.weight(b) for b in batches), *(float(number in stop) for number in _STOPPING)]
+        told = torch.tensor(own, dtype=torch.float32 if run.device.type == "mps" else torch.float64)
+        weight, *came = self._sum(told).tolist()
+        asked = next((int(number) for number, count in zip(_STOPPING, came, strict=True) if count), 0)
         if not weight > 0:
             raise ValueError(
                 f"step {step} must have samples with some weight in the loss, got a total weight of {weight}"
@@ -190,6 +209,9 @@ class _Loop:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss must stay finite, got {loss} at step {step}")
         norm = self._gradients()
+        if not math.isfinite(norm):
+            # A finite loss can have such a gradient; the weights after it would go into the next checkpoint.
+            raise FloatingPointError(f"the gradient must stay finite, got {norm} at step {step}")
         for optimizer in self.optimizers:
             optimizer.step()
         task.end_step(step)
@@ -200,7 +222,8 @@ class _Loop:
             self.files.note(step + 1, entry)
             if self.recipe.trackers:
                 self.accelerator.log(entry, step=step + 1)
-        return int(asked)
+        # One process need not wait for the next step to know of a signal.
+        return asked if run.world > 1 else max(stop)
 
     def _sum(self, value: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -213,9 +236,12 @@ class _Loop:
         """Adds the gradients up over the processes and cuts them to length; returns the length they had."""
         weights = [p for p in self.weights.values() if p.requires_grad]
         if self.run.world > 1:
-            for dtype in sorted({p.dtype for p in weights}, key=str):
-                same = [p for p in weights if p.dtype == dtype]
-                # A process may have met no sample that reaches a weight, where others have.
+            # A process may have met no sample that reaches a weight, where others have; where none has, the weight has
+            # no gradient, as in one process: an optimizer leaves it then.
+            reached = self._sum(torch.tensor([float(p.grad is not None) for p in weights])).tolist()
+            used = [p for p, count in zip(weights, reached, strict=True) if count]
+            for dtype in sorted({p.dtype for p in used}, key=str):
+                same = [p for p in used if p.dtype == dtype]
                 parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in same]
                 flat = self._sum(torch.cat([part.flatten() for part in parts]))
                 for p, part in zip(same, flat.split([p.numel() for p in same]), strict=True):
@@ -226,8 +252,8 @@ class _Loop:
         return math.hypot(*map(float, norms))
 
     def _evaluate(self, step: int) -> None:
-        """Has the task evaluate in the first process, and notes the figures."""
-        if self.run.is_main:
+        """Has the task evaluate in the first process, and notes the figures; not a second time after a resumption."""
+        if self.run.is_main and not self.files.evaluation(step):
             self.task.module.eval()
             with torch.no_grad():
                 found = {name: float(value) for name, value in self.task.evaluate().items()}
@@ -268,9 +294,14 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: of the device's allocator on CUDA, else of the whole process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
+    try:
+        import resource
+    except ImportError:
+        # Windows has none; accelerate brings psutil.
+        import psutil
 
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
@@ -327,15 +358,14 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    watched: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in watched}
+    before = {number: signal.getsignal(number) for number in _STOPPING}
 
     def note(number: int, frame: Any) -> None:
         came[0] = number
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
         log.warning("stopping after this step; once more stops at once")
 
-    for number in watched:
+    for number in _STOPPING:
         signal.signal(number, note)
     try:
         yield came

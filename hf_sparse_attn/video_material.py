@@ -65,6 +65,7 @@ class Material:
         bounds: noise levels that this transformer is responsible for.
         nothing: conditions that stand for none, by name; None where conditions cannot be dropped.
         part: name of the transformer in its pipeline, where that has two.
+        given_frames: latent frames at the start that the model is given without noise, and need not predict.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Material:
     bounds: tuple[float, float] = (0.0, 1.0)
     nothing: dict[str, Tensor] | None = None
     part: str = ""
+    given_frames: int = 0
 
     def sample(self, number: int, seed: int) -> LatentSample:
         """The training sample of a number over the whole training, and a seed of its own."""
@@ -104,10 +106,19 @@ class Material:
 
 
 class VideoBatch(NamedTuple):
-    """Samples as the model takes them, and the true velocity [batch, channels, frames, height, width]."""
+    """Samples as the model takes them, and what it is to predict.
+
+    Args:
+        given: keyword arguments of its forward.
+        velocity: the true one, [batch, channels, frames to predict, height, width].
+    """
 
     given: dict[str, Any]
     velocity: Tensor
+
+    def predicted(self, output: Tensor) -> Tensor:
+        """What counts of the model's output, like `velocity`: not the frames that it is given."""
+        return output[:, :, output.shape[2] - self.velocity.shape[2] :]
 
 
 def draw_batch(
@@ -148,10 +159,11 @@ def draw_batch(
             number < HELD_OUT and np.random.default_rng((own, 1)).random() < flow.drop
             for number, own in zip(numbers, seeds, strict=True)
         ]
-        told = [nothing if drop else held for held, drop in zip(told, dropped, strict=True)]
+        # An image stays when the text is dropped, as in the pipelines.
+        told = [{**held, **nothing} if drop else held for held, drop in zip(told, dropped, strict=True)]
     conditions = {name: torch.stack([held[name] for held in told]).to(device) for name in told[0]}
     given = material.inputs(noise.noisy.to(device), noise.level.to(device), conditions)
-    return VideoBatch(given, noise.velocity.to(device))
+    return VideoBatch(given, noise.velocity[:, :, material.given_frames :].to(device))
 
 
 def check_drop(flow: FlowSettings, material: Material) -> None:
@@ -190,7 +202,7 @@ def announced(model: Any, patch: Patch | None) -> AbstractContextManager[Any]:
 
 
 class PipelineMaterial(Material):
-    """A transformer of a text-to-video pipeline, and videos or prompts encoded by its VAE and text encoders.
+    """A transformer of a video pipeline, and videos or prompts encoded by its VAE and text encoders.
 
     The last `held_out` of them are kept for evaluation. All of the pipeline but the transformer is let go.
 
@@ -202,9 +214,10 @@ class PipelineMaterial(Material):
         seed: of the order of the others.
         drops: whether conditions are dropped, so that those which stand for none are needed.
         name: of the transformer in the pipeline.
+        first_frame: whether conditions of the first frame are wanted besides the text's.
 
     Raises:
-        ValueError: too few videos, or a transformer that takes more than latents and text; see also `open_videos` and
+        ValueError: too few videos, or a transformer that takes other channels; see also `open_videos` and
             `open_prompts`.
     """
 
@@ -222,16 +235,15 @@ class PipelineMaterial(Material):
         seed: int,
         drops: bool = True,
         name: str = "transformer",
+        first_frame: bool = False,
     ) -> None:
         self.seed = seed
         model = getattr(pipe, name)
         self.shift = scheduler_shift(pipe.scheduler)
-        self.data = _open(videos, pipe, run)
-        channels, wanted = self.data[0].latents.shape[0], model.config.in_channels
+        self.data = _open(videos, pipe, run, first_frame)
+        channels, wanted = self.channels(self.data[0].latents.shape[0], pipe), model.config.in_channels
         if channels != wanted:
-            raise ValueError(
-                f"`model` must take latents and text alone, of {channels} channels; got one of {wanted} channels"
-            )
+            raise ValueError(f"`model` must take the {channels} channels that its pipeline gives, got one of {wanted}")
         self.trained = len(self.data) - held_out
         if self.trained < 1:
             raise ValueError(f"`held_out` must leave some of the {len(self.data)} videos to train on, got {held_out}")
@@ -240,6 +252,10 @@ class PipelineMaterial(Material):
             self.nothing = _nothing(pipe, told, videos.tokens, run.device)
         self.model, self.dtype = model.to(run.device).eval(), model.dtype
 
+    def channels(self, latents: int, pipe: Any) -> int:
+        """How many channels the model is given, where latents have so many."""
+        return latents
+
     def sample(self, number: int, seed: int) -> LatentSample:
         return self.data[sample_order(self.seed, self.trained, number)]
 
@@ -247,11 +263,15 @@ class PipelineMaterial(Material):
         return self.data[self.trained + number]
 
 
-def _open(videos: VideoSettings | PromptSettings, pipe: Any, run: Run) -> LatentData | PromptData:
+def _open(videos: VideoSettings | PromptSettings, pipe: Any, run: Run, first_frame: bool) -> LatentData | PromptData:
     cache = run.output / "latents"
-    if isinstance(videos, PromptSettings):
-        return open_prompts(videos, pipe, cache=cache, run=run)
-    return open_videos(videos, pipe, cache=cache, run=run)
+    if not isinstance(videos, PromptSettings):
+        return open_videos(videos, pipe, cache=cache, run=run, first_frame=first_frame)
+    if first_frame:
+        raise ValueError(
+            "`prompts` must be for a model that makes videos of text alone, got one that starts from images"
+        )
+    return open_prompts(videos, pipe, cache=cache, run=run)
 
 
 def _nothing(pipe: Any, told: str, tokens: int | None, device: torch.device) -> dict[str, Tensor]:

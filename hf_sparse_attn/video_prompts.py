@@ -80,9 +80,10 @@ def open_prompts(settings: PromptSettings, pipe: Any, *, cache: Path, run: Run) 
         TypeError: a VAE of an unknown class.
     """
     check_vae(getattr(pipe, "vae", None))
-    model: Any = getattr(pipe, "transformer", None) or pipe.transformer_2
     size = VideoSettings(source=settings.source, frames=settings.frames, height=settings.height, width=settings.width)
-    shape = (int(model.config.in_channels), *latent_shape(size, pipe))
+    vae: Any = pipe.vae.config
+    channels = int(vae.get("z_dim") or vae.latent_channels)
+    shape = (channels, *latent_shape(size, pipe))
     prompts = read_prompts(Path(settings.source).expanduser())
     with run.main_first():
         return PromptData(_encoded(settings, pipe, prompts, cache, run), shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.train_text_source import shown_files
 
 # Pillow reads moving pictures of these itself.
 _PICTURES = (".gif", ".webp", ".apng")
@@ -26,7 +28,12 @@ _JSON, _JSONL = "captions.json", "metadata.jsonl"
 # 29.97 frames a second are 30 to whoever asks for them.
 _RATE_TOLERANCE = 0.01
 
-Decoded = tuple[Iterator[NDArray[np.uint8]], float | None]
+# How much earlier the nearer of two frames must be, in frames asked for, so that rounding decides nothing.
+_TIE = 1e-6
+
+Frame = NDArray[np.uint8]
+# Frames, each with its second in the video where the reader tells it; and the frames a second of the whole.
+Decoded = tuple[Iterator[tuple[Frame, float | None]], float | None]
 
 
 class ShortClipError(ValueError):
@@ -58,7 +65,8 @@ class Clip:
 def find_clips(folder: Path) -> list[Clip]:
     """The videos of a folder and of folders in it, sorted by name.
 
-    A video is a file, or a folder of frames as .png or .jpg files in the order of their names. Its caption stands
+    A video is a file, or a folder of frames as .png or .jpg files in the order of their names, in which numbers are
+    told by their value: frame2 stands before frame10. Hidden files are none. Its caption stands
     beside it in a .txt file of its name, or in captions.json (an object from names to captions) or metadata.jsonl
     (objects with `file_name` and `text`, `caption` or `prompt`, and `fps` if need be) of the outer folder.
 
@@ -68,7 +76,7 @@ def find_clips(folder: Path) -> list[Clip]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`source` must be a folder of videos, got {folder}")
-    files = [p for p in folder.rglob("*") if p.is_file()]
+    files = list(shown_files(folder))
     frames = {p.parent for p in files if p.suffix.lower() in _FRAMES}
     if folder in frames:
         raise ValueError(f"`source` must hold every video in a folder of its own, got frames in {folder} itself")
@@ -84,7 +92,8 @@ def find_clips(folder: Path) -> list[Clip]:
 
 def frame_files(folder: Path) -> list[Path]:
     """The frames of a folder, in order."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _FRAMES)
+    found = [p for p in folder.iterdir() if p.suffix.lower() in _FRAMES and not p.name.startswith(".")]
+    return sorted(found, key=lambda p: ([int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", p.name)], p.name))
 
 
 def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | None) -> Tensor:
@@ -93,7 +102,7 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
     Args:
         clip: the video.
         frames, height, width: of the result.
-        fps: frames a second to take; None takes every frame.
+        fps: frames a second to take, each the nearest in time where the video tells times; None takes every frame.
 
     Returns:
         [3, frames, height, width], float32 from -1 to 1.
@@ -104,21 +113,22 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
         MissingExtra: nothing that reads it is installed.
     """
     decoded, rate = _decode(clip)
-    step = 1.0
+    least = frames
+    taken: Iterator[Frame] = (frame for frame, _ in decoded)
     if fps is not None:
         if rate is None or not rate > 0:
             raise ValueError(f"`fps` must be none where nothing says the rate of a video, got {fps:g} for {clip.name}")
         if fps > rate * (1 + _RATE_TOLERANCE):
             raise ValueError(f"`fps` must be at most the {rate:g} of the video, got {fps:g} for {clip.name}")
-        step = max(1.0, rate / fps)
-    wanted = [math.floor(i * step + 0.5) for i in range(frames)]
+        fps = min(fps, rate)
+        least = math.floor((frames - 1) * rate / fps + 0.5) + 1
+        taken = _at_rate(decoded, fps, rate)
     kept: list[Tensor] = []
     try:
-        for number, frame in enumerate(decoded):
-            if number == wanted[len(kept)]:
-                kept.append(_fitted(torch.from_numpy(np.array(frame)), height, width))
-                if len(kept) == frames:
-                    return torch.stack(kept, 1)
+        for frame in taken:
+            kept.append(_fitted(torch.from_numpy(np.array(frame)), height, width))
+            if len(kept) == frames:
+                return torch.stack(kept, 1)
     except MissingExtra:
         raise
     # Each reader has errors of its own.
@@ -126,8 +136,25 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
         raise ValueError(f"`source` must hold videos that can be read, got {clip.path}: {error}") from error
     raise ShortClipError(
         f"`frames` must be at most what every video has, got {frames}, for which {clip.name} must have "
-        f"{wanted[-1] + 1} frames and has fewer; `skip_short` leaves such videos out"
+        f"{least} frames and has fewer; `skip_short` leaves such videos out"
     )
+
+
+def _at_rate(decoded: Iterator[tuple[Frame, float | None]], fps: float, rate: float) -> Iterator[Frame]:
+    """For each moment of a constant rate the nearest frame, of two as near the later one."""
+    number, start, before, place_before = 0, 0.0, None, 0.0
+    for index, (frame, told) in enumerate(decoded):
+        time = index / rate if told is None else told
+        start = time if before is None else start
+        place = (time - start) * fps
+        while before is not None and number < (place_before + place) / 2 - _TIE:
+            yield before
+            number += 1
+        before, place_before = frame, place
+    # The last one is shown for as long as one is on average.
+    while before is not None and number < place_before + fps / rate / 2 - _TIE:
+        yield before
+        number += 1
 
 
 def _fitted(frame: Tensor, height: int, width: int) -> Tensor:
@@ -150,7 +177,7 @@ def _clip(folder: Path, path: Path, listed: dict[str, tuple[str, float | None]])
     caption, fps = listed.get(name) or listed.get(stem) or (None, None)
     beside = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
     if caption is None and beside.is_file():
-        caption = beside.read_text(encoding="utf-8").strip()
+        caption = _text(beside).strip()
     if caption is None:
         raise ValueError(
             f"`source` must hold a caption of every video, in {beside.name} beside it, {_JSON} or {_JSONL}; "
@@ -164,13 +191,13 @@ def _listed(folder: Path) -> dict[str, tuple[str, float | None]]:
     found: dict[str, tuple[str, float | None]] = {}
     path = folder / _JSON
     if path.is_file():
-        values = _json(path.read_text(encoding="utf-8"))
+        values = _json(_text(path))
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ValueError(f"`{_JSON}` must hold an object from names to captions, got another in {folder}")
         found.update({name: (caption, None) for name, caption in values.items()})
     path = folder / _JSONL
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             row = _json(line)
@@ -184,6 +211,14 @@ def _listed(folder: Path) -> dict[str, tuple[str, float | None]]:
                 )
             found[row["file_name"].rstrip("/")] = caption, fps
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        # The mark that some editors put in front is no part of a caption.
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"captions must be UTF-8, got {path}: {error}") from error
 
 
 def _json(text: str) -> Any:
@@ -213,11 +248,11 @@ def _decode(clip: Clip) -> Decoded:
     return frames, clip.fps or rate
 
 
-def _frames_of(folder: Path) -> Iterator[NDArray[np.uint8]]:
+def _frames_of(folder: Path) -> Iterator[tuple[Frame, None]]:
     image = _pillow()
     for path in frame_files(folder):
         with image.open(path) as opened:
-            yield np.asarray(opened.convert("RGB"))
+            yield np.asarray(opened.convert("RGB")), None
 
 
 def _moving_picture(path: Path, fps: float | None) -> Decoded:
@@ -227,11 +262,11 @@ def _moving_picture(path: Path, fps: float | None) -> Decoded:
     except OSError as error:
         raise ValueError(f"`source` must hold videos that can be read, got {path}: {error}") from error
 
-    def frames() -> Iterator[NDArray[np.uint8]]:
+    def frames() -> Iterator[tuple[Frame, None]]:
         with opened:
             for number in range(getattr(opened, "n_frames", 1)):
                 opened.seek(number)
-                yield np.asarray(opened.convert("RGB"))
+                yield np.asarray(opened.convert("RGB")), None
 
     milliseconds = opened.info.get("duration")
     return frames(), fps or (1000.0 / milliseconds if milliseconds else None)
@@ -262,10 +297,12 @@ def _by_av(path: Path) -> Decoded:
     opened: Any = av.open(str(path))
     stream = opened.streams.video[0]
 
-    def frames() -> Iterator[NDArray[np.uint8]]:
+    def frames() -> Iterator[tuple[Frame, float | None]]:
         with opened:
             for frame in opened.decode(stream):
-                yield frame.to_ndarray(format="rgb24")
+                # A phone that is held upright writes lying frames, and by how much they are to be turned.
+                turns = round(getattr(frame, "rotation", 0) / 90)
+                yield np.rot90(frame.to_ndarray(format="rgb24"), turns), frame.time
 
     return frames(), None if stream.average_rate is None else float(stream.average_rate)
 
@@ -275,9 +312,10 @@ def _by_imageio(path: Path) -> Decoded:
 
     opened = imageio.v2.get_reader(str(path))
 
-    def frames() -> Iterator[NDArray[np.uint8]]:
+    def frames() -> Iterator[tuple[Frame, None]]:
         with opened:
-            yield from opened
+            for frame in opened:
+                yield frame, None
 
     return frames(), opened.get_meta_data().get("fps")
 
@@ -286,4 +324,4 @@ def _by_decord(path: Path) -> Decoded:
     import decord
 
     opened = decord.VideoReader(str(path))
-    return (opened[i].asnumpy() for i in range(len(opened))), float(opened.get_avg_fps())
+    return ((opened[i].asnumpy(), None) for i in range(len(opened))), float(opened.get_avg_fps())

@@ -112,7 +112,7 @@ class VideoTask(AdapterTask):
     def loss(self, batch: VideoBatch) -> Tensor:
         with announced(self.model, self.patch):
             guess = self.model(**batch.given, return_dict=False)[0]
-        return flow_error(guess, batch.velocity).sum()
+        return flow_error(batch.predicted(guess), batch.velocity).sum()
 
     def bundle_parts(self) -> dict[str, Any]:
         return {"part": self.material.part}

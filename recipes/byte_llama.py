@@ -25,6 +25,10 @@ from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, Task, stage_at
 from hf_sparse_attn.recipes.byte_llama_init import CircuitConfig, set_circuit
 from hf_sparse_attn.train_text import document_weights
 
+# Bytes of the shortest document: one that says a string over has room for two of the shortest, and a byte before them.
+_SHORTEST_PERIOD = 16
+_LEAST = 2 * _SHORTEST_PERIOD + 2
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -59,8 +63,14 @@ class StageConfig:
     copies: float
 
     def __post_init__(self) -> None:
+        for name in ("steps", "tokens", "bytes_per_needle"):
+            check_int(name, getattr(self, name), 1)
+        if not self.lengths:
+            raise ValueError("`lengths` must hold at least one, got none")
+        if not 0 <= self.copies <= 1:
+            raise ValueError(f"`copies` must be from 0 to 1, got {self.copies}")
         for length in self.lengths:
-            if self.tokens % length:
+            if self.tokens % check_int("lengths", length, _LEAST):
                 raise ValueError(f"`lengths` must divide `tokens`, which are {self.tokens}, got {length}")
 
 
@@ -146,7 +156,7 @@ def _length(stage: StageConfig, rng: np.random.Generator) -> int:
 
 def _copy_document(length: int, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
     """Random printable bytes with a period drawn anew; only the repetitions, which can be known, count in the loss."""
-    period = int(rng.integers(16, length // 2))
+    period = int(rng.integers(_SHORTEST_PERIOD, length // 2))
     alphabet = rng.integers(32, 127, size=int(rng.integers(8, 95)))
     once = rng.choice(alphabet, size=period)
     body = np.resize(once, length - 1).astype(np.uint8)

@@ -80,8 +80,7 @@ class VideoStudent:
 
     def forward(self, batch: VideoBatch) -> Tensor:
         with announced(self.model, self.patch):
-            found: Tensor = self.model(**batch.given, return_dict=False)[0]
-        return found
+            return batch.predicted(self.model(**batch.given, return_dict=False)[0])
 
     def output_loss(self, batch: VideoBatch, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
         return flow_error(mine, taught).sum()

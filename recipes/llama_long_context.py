@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from hf_sparse_attn.candidates import default_candidates
 from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.head_profile_file import FILE as PROFILE_FILE
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.profile_command import default_metric
@@ -32,11 +34,14 @@ from hf_sparse_attn.train_text import (
     open_text,
     sample_order,
 )
+from hf_sparse_attn.train_text_source import shared_text
 
 _NEEDLE_METRIC = default_metric("byte_llama")
 
 # What `sparse.method` is called where the method is a profile that is found first.
 _PROFILE = "profile"
+# What a profile was found for, beside it.
+_ASKED = "asked.json"
 
 How = Literal["sparse", "dense"]
 
@@ -149,6 +154,9 @@ class LongContextTask(AdapterTask):
         undo_rope = scale_rope(model, recipe.rope) if recipe.rope is not None else None
         _check_lengths(recipe, model)
         held_out = recipe.held_out or replace(recipe.data, split="heldout")
+        shared = shared_text(recipe.data, held_out)
+        if shared is not None:
+            raise ValueError(f"`held_out` must be other text than `data`, got {shared} in both")
         cache = run.output / "cache"
         self.data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=cache, run=run)
         self.held_out = {
@@ -168,7 +176,7 @@ class LongContextTask(AdapterTask):
         sparse = recipe.sparse
         if sparse is not None and recipe.profile is not None:
             with run.main_first():
-                sparse = replace(sparse, method=str(profile_folder(recipe.profile, model, self.data, run)))
+                sparse = replace(sparse, method=str(profile_folder(recipe, model, self.data, run)))
         if sparse is not None and recipe.train_with == "dense":
             # What is put on for evaluations alone must be refused before the first step as well.
             make_patch(model, sparse).remove()
@@ -274,19 +282,28 @@ def held_out_figures(
     return {"loss": total / count} | ({"needles": sum(answers) / len(answers)} if answers else {})
 
 
-def profile_folder(settings: ProfileSettings, model: Any, data: TextData, run: Run) -> Path:
-    """The folder with a profile of the model as it is now; one that a resumed run finds there stays.
+def profile_folder(recipe: LlamaLongContext, model: Any, data: TextData, run: Run) -> Path:
+    """The folder with a profile of the model as it is now; one of the same settings that is there stays.
 
     Args:
-        settings: how it is found.
+        recipe: the settings, with `profile`.
         model: on the device of the run, not patched.
         data: text to measure on.
         run: where it runs; the profile goes into the folder "profile" of its output.
+
+    Raises:
+        ValueError: the recipe has no profile, or a candidate no backward pass.
     """
+    if (settings := recipe.profile) is None:
+        raise ValueError("`profile` must be given, got none")
     folder = run.output / "profile"
-    if folder.is_dir():
-        HeadProfile.from_pretrained(folder).check(model)
-        return folder
+    names = ("model", "dtype", "rope", "data", "seed", "profile")
+    asked = json.dumps({name: plain(getattr(recipe, name)) for name in names}, sort_keys=True)
+    if (folder / PROFILE_FILE).is_file() and (folder / _ASKED).is_file():
+        if (folder / _ASKED).read_text(encoding="utf-8") == asked:
+            HeadProfile.from_pretrained(folder).check(model)
+            return folder
+        (folder / PROFILE_FILE).unlink()
     methods = settings.methods(data.length)
     for method in methods:
         if not method.trainable:
@@ -299,6 +316,9 @@ def profile_folder(settings: ProfileSettings, model: Any, data: TextData, run: R
             batches[-1]["needles"] = data.document(index).questions
     metric = _NEEDLE_METRIC if isinstance(data, NeedleData) else "layer_error"
     found = profile(model, batches, methods, settings.budget, metric, progress=run.progress, source="training text")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ASKED).write_text(asked, encoding="utf-8")
+    # The file that tells that there is one comes last.
     found.save_pretrained(folder)
     return folder
 

@@ -69,7 +69,7 @@ def unstretched(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
         raise ValueError("`recipe` must have `sparse`, got none")
     if recipe.profile is not None:
         data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=folder / "cache", run=run)
-        sparse = replace(sparse, method=str(profile_folder(recipe.profile, model, data, run)))
+        sparse = replace(sparse, method=str(profile_folder(recipe, model, data, run)))
     return _read(model, tokenizer, recipe, sparse, folder / "cache")
 
 

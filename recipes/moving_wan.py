@@ -19,6 +19,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from hf_sparse_attn.context import check_int
 from hf_sparse_attn.moving import (
     CHANNELS_IN,
     CHANNELS_OUT,
@@ -82,6 +83,11 @@ class StageConfig:
     motion: bool
 
     def __post_init__(self) -> None:
+        for name in ("steps", "clips", "frames"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("shift", "spread", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}")
         least = least_size(self.frames)
         for name in ("height", "width"):
             size = getattr(self, name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, QuestionData, QuestionSettings, Sample
+from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, SECONDS, QuestionData, QuestionSettings, Sample
 from hf_sparse_attn.train_text import sample_order
 
 _KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -101,6 +101,8 @@ class QwenVLTask(AdapterTask):
         """Loss of the answer's tokens, a sum, and which of them the model would choose, bool [answer]."""
         places = (sample["labels"][1:] != NO_LABEL).nonzero()[:, 0]
         given = {name: value[None] for name, value in sample.items() if name in ("input_ids", "mm_token_type_ids")}
+        if SECONDS in sample:
+            given[SECONDS] = sample[SECONDS]
         model: Any = self.model
         logits = (
             model(

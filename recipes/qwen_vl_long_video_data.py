@@ -18,6 +18,8 @@ from hf_sparse_attn.video_source import Clip, read_clip
 NO_LABEL = -100
 _TOKENS = ("input_ids", "mm_token_type_ids", "labels")
 _VIDEO = ("pixel_values_videos", "video_grid_thw")
+# Seconds between the frames of a grid, by which Qwen2.5-VL numbers positions in time; the others have none.
+SECONDS = "second_per_grid_ts"
 _VIDEO_TYPE = 2
 
 Sample = dict[str, Tensor]
@@ -142,7 +144,9 @@ def process(processor: Any, frames: Tensor, question: str, answer: str, fps: flo
     ids = made["input_ids"][0]
     said = torch.tensor(tokenizer(reply, add_special_tokens=False)["input_ids"], dtype=ids.dtype)
     types = made["mm_token_type_ids"][0]
+    seconds = made.get(SECONDS)
     return {
+        **({} if seconds is None else {SECONDS: torch.as_tensor(seconds, dtype=torch.float32)}),
         "input_ids": torch.cat([ids, said]),
         "mm_token_type_ids": torch.cat([types, types.new_zeros(len(said))]),
         "labels": torch.cat([torch.full_like(ids, NO_LABEL), said]),
@@ -157,11 +161,13 @@ def write_sample(path: Path, sample: Mapping[str, Tensor]) -> None:
         path: of the .safetensors file; samples are read in the order of their names.
         sample: int64 [tokens]: `input_ids`, `mm_token_type_ids` (2 at the tokens of a video), `labels` (-100 but for
             the answer, where they are the ids); `pixel_values_videos` [patches, numbers] and `video_grid_thw`
-            [videos, 3] as the processor gives them.
+            [videos, 3] as the processor gives them; of Qwen2.5-VL also its `second_per_grid_ts` [videos], without
+            which the model takes 1 second.
     """
     from safetensors.torch import save_file
 
-    save_file({name: sample[name].contiguous() for name in (*_TOKENS, *_VIDEO)}, path)
+    names = (*_TOKENS, *_VIDEO, *([SECONDS] if SECONDS in sample else []))
+    save_file({name: sample[name].contiguous() for name in names}, path)
 
 
 def read_sample(path: Path) -> Sample:
@@ -195,6 +201,9 @@ def check_sample(sample: Sample, config: Any, where: str) -> None:
     grid = sample["video_grid_thw"]
     if grid.ndim != 2 or grid.shape[1] != 3:
         raise ValueError(f"`video_grid_thw` must be [videos, 3], got {list(grid.shape)} in {where}")
+    seconds = sample.get(SECONDS)
+    if seconds is not None and (seconds.shape != grid.shape[:1] or not bool((seconds > 0).all())):
+        raise ValueError(f"`{SECONDS}` must be more than 0, [videos], got {list(seconds.shape)} in {where}")
     patches, merge = int(grid.prod(1).sum()), config.vision_config.spatial_merge_size
     if len(sample["pixel_values_videos"]) != patches:
         raise ValueError(
@@ -216,7 +225,8 @@ def _rows(settings: QuestionSettings) -> Sequence[Mapping[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"`source` must be a .jsonl file that is there, got {settings.source}")
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:
             raise ValueError(f"`source` must hold an object of JSON in each line, got {path}: {error}") from error
     elif path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
@@ -16,20 +17,26 @@ Expert = Literal["high", "low"]
 
 
 class WanMaterial(PipelineMaterial):
-    """A transformer of a Wan pipeline.
+    """A transformer of a Wan pipeline, for text or image to video.
+
+    Image to video comes in two ways. Wan 2.1 and 2.2 (A14B) have channels for the latents of the first frame and for a
+    mask, and 2.1 takes embeddings of it besides. TI2V-5B is given the first frame in place of its noise, and need not
+    predict it.
 
     Args:
         run, pipe, videos: see PipelineMaterial.
         expert: which transformer of Wan 2.2 is trained, the one for much noise ("high") or for little ("low"), each at
             the noise levels it is responsible for; None where there is only one.
+        image_to_video: whether the first frame is given; None goes by the class of the pipeline. A TI2V-5B loads as
+            one for text, and learns images, too, by True.
         samples: see PipelineMaterial.
 
     Raises:
-        ValueError: `expert` does not fit the pipeline; see also PipelineMaterial.
+        ValueError: `expert` or `image_to_video` does not fit the pipeline; see also PipelineMaterial.
     """
 
     transformers = ("WanTransformer3DModel",)
-    options = ("expert",)
+    options = ("expert", "image_to_video")
 
     def __init__(
         self,
@@ -38,6 +45,7 @@ class WanMaterial(PipelineMaterial):
         videos: VideoSettings | PromptSettings,
         *,
         expert: Expert | None = None,
+        image_to_video: bool | None = None,
         **samples: Any,
     ) -> None:
         boundary = pipe.config.get("boundary_ratio")
@@ -52,21 +60,43 @@ class WanMaterial(PipelineMaterial):
                 raise ValueError(f"`expert` must be one that the pipeline asks, got {expert!r} of boundary {boundary}")
         # TI2V-5B: a timestep for each token.
         self.by_token = bool(pipe.config.get("expand_timesteps"))
-        super().__init__(run, pipe, videos, name=name, **samples)
+        of_images = "ImageToVideo" in type(pipe).__name__
+        self.first_frame = of_images if image_to_video is None else image_to_video
+        if self.first_frame != of_images and not self.by_token:
+            raise ValueError(
+                f"`image_to_video` must be none, or {str(of_images).lower()} for a {type(pipe).__name__}, "
+                f"got {str(image_to_video).lower()}"
+            )
+        self.given_frames = 1 if self.first_frame and self.by_token else 0
+        # The mask has one for each frame of a latent one.
+        self.masks = int(pipe.vae_scale_factor_temporal)
+        super().__init__(run, pipe, videos, name=name, first_frame=self.first_frame, **samples)
+
+    def channels(self, latents: int, pipe: Any) -> int:
+        return 2 * latents + self.masks if self.first_frame and not self.by_token else latents
 
     def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        config: Any = self.model.config
-        time = level * TIMES
+        hidden, time = noisy, level * TIMES
         if self.by_token:
-            tokens = 1
-            for size, patch in zip(noisy.shape[2:], config.patch_size, strict=True):
-                tokens *= size // patch
-            time = time[:, None].expand(-1, tokens)
-        return {
-            "hidden_states": noisy.to(self.dtype),
+            config: Any = self.model.config
+            frames, height, width = (n // p for n, p in zip(noisy.shape[2:], config.patch_size, strict=True))
+            time = time[:, None, None].repeat(1, frames, height * width)
+            time[:, : self.given_frames] = 0
+            time = time.flatten(1)
+        if self.given_frames:
+            hidden = torch.cat([conditions["image_latents"], noisy[:, :, self.given_frames :]], dim=2)
+        elif self.first_frame:
+            mask = noisy.new_zeros(len(noisy), self.masks, *noisy.shape[2:])
+            mask[:, :, 0] = 1
+            hidden = torch.cat([noisy, mask, conditions["image_latents"]], dim=1)
+        given = {
+            "hidden_states": hidden.to(self.dtype),
             "timestep": time,
             "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
+        if "image_embeds" in conditions:
+            given["encoder_hidden_states_image"] = conditions["image_embeds"].to(self.dtype)
+        return given
 
 
 class HunyuanMaterial(PipelineMaterial):

@@ -22,24 +22,28 @@ from hf_sparse_attn.video_task import VideoRecipe, VideoTask
 
 @dataclass(frozen=True, kw_only=True)
 class WanLongVideo(VideoRecipe):
-    """A Wan text-to-video pipeline (2.1, 2.2, TI2V-5B), or "moving_wan"; see VideoRecipe for the rest.
+    """A Wan pipeline for text or image to video (2.1, 2.2, TI2V-5B), or "moving_wan"; see VideoRecipe for the rest.
 
     Args:
         scenes: what "moving_wan" learns from, in place of `videos`.
         expert: which transformer of Wan 2.2 is trained, the one for much noise ("high") or for little ("low"), each at
             the noise levels it is responsible for; None where there is only one.
+        image_to_video: whether the first frame is given; None goes by the class of the pipeline. Only TI2V-5B can do
+            both.
     """
 
     scenes: SceneSettings | None = None
     expert: Expert | None = None
+    image_to_video: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         wanted, other = ("scenes", "videos") if self.model == MOVING_WAN else ("videos", "scenes")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
             raise ValueError(f"`{wanted}` must say what model {self.model!r} learns from, and `{other}` must be none")
-        if self.expert is not None and self.model == MOVING_WAN:
-            raise ValueError(f"`expert` must be none for model 'moving_wan', got {self.expert!r}")
+        for name in ("expert", "image_to_video"):
+            if getattr(self, name) is not None and self.model == MOVING_WAN:
+                raise ValueError(f"`{name}` must be none for model 'moving_wan', got {getattr(self, name)!r}")
 
     def task(self, run: Run) -> VideoTask:
         return VideoTask(self, run, self._material(run))
@@ -52,7 +56,7 @@ class WanLongVideo(VideoRecipe):
             self.model,
             self.torch_dtype,
             self.long_videos(),
-            {"expert": self.expert},
+            {"expert": self.expert, "image_to_video": self.image_to_video},
             (WanMaterial,),
             held_out=self.held_out,
             seed=self.seed,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, checkpoint_gradients
+from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, check_backward, checkpoint_gradients
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import active_patch
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings
@@ -151,6 +151,16 @@ def test_a_method_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"`sparse.method` must have a backward pass, got 'sliding_window'"):
         train(Small(), tmp_path, progress=False)
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_backend_is_tried_on_a_model_whose_first_weights_are_quantised() -> None:
+    model = fresh()
+    packed = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    model._parameters["packed"] = packed
+    assert next(model.parameters()) is packed
+    check_backward(replace(SPARSE, backend="torch_gather"), model)
+    with pytest.raises(RuntimeError, match="cannot train here"):
+        check_backward(replace(SPARSE, backend="flex_attention"), model)
 
 
 def test_checkpointing_and_micro_batches_change_nothing(tmp_path: Path) -> None:

@@ -524,6 +524,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sparse_key": (_sparse(more=1), "`sparse` must have keys out of .* got unknown .'more'"),
     "sparse_type": (_sparse(backend=3), "`sparse.backend` must be of type str, got 3"),
     "nothing": (_json(sparse=None, files={}), "`files` must have an adapter where `sparse` is null"),
+    "own_file": (_json(files={"profile/notes.txt": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "climbs_out": (_json(files={"profile/../../x": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "other_file": (_json(files={"evil.py": SHA}), "`files` must be those of a bundle with their SHA-256"),
     "no_hash": (_json(files={"adapter_config.json": "abc"}), "`files` must be those of a bundle with their SHA-256"),
@@ -596,12 +597,27 @@ def test_saving_refuses_what_does_not_fit(tmp_path: Path) -> None:
 def test_a_second_save_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     adapter = trained("wan")
     save(tmp_path, adapter, profile=profile_of(adapter.model))
-    (tmp_path / "mine.txt").write_text("kept")
+    for name in ("mine.txt", "profile/mine.txt"):
+        (tmp_path / name).write_text("kept")
     assert (tmp_path / "profile" / "head_profile.json").is_file()
     save(tmp_path, trained("llama"))
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
-    assert names == {"mine.txt", "README.md", "bundle.json", "adapter_config.json", "adapter_model.safetensors"}
-    hsa.load_bundle(llama(), tmp_path)
+    assert names == {
+        "mine.txt", "profile", "profile/mine.txt", "README.md", "bundle.json", "adapter_config.json",
+        "adapter_model.safetensors",
+    }  # fmt: skip
+    loaded = hsa.load_bundle(llama(), tmp_path)
+    loaded.remove()
+    # Nor does what is one's own get into a bundle, from where it would be uploaded.
+    save(tmp_path, adapter, profile=profile_of(adapter.model))
+    assert {n for n in bundle_file.read(tmp_path).files if n.startswith("profile/")} == {
+        "profile/README.md", "profile/head_profile.json",
+    }  # fmt: skip
+
+
+def test_the_files_of_gates_are_known_to_bundles() -> None:
+    names = {f"gates/{name}" for name in (gates.SETTINGS_FILE, gates.WEIGHTS_FILE)}
+    assert {name for name in bundle_file.NAMES if name.startswith("gates/")} == names
 
 
 def test_half_a_save_is_no_bundle(saved: Path, monkeypatch: Any) -> None:
@@ -649,7 +665,7 @@ class Hub:
                 path.write_bytes(file.read())
         return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
-    def download(self, repo_id: str, name: str) -> str:
+    def download(self, repo_id: str, name: str, revision: str | None = None) -> str:
         from huggingface_hub.errors import EntryNotFoundError
 
         self.asked.append(name)
@@ -663,6 +679,8 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: Any) -> Hub:
     import huggingface_hub
 
+    # Imported with a hub that is none, diffusers would fail.
+    CASES["wan"].build()
     made = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", made)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)
@@ -694,6 +712,26 @@ def test_hub_round_trip(tmp_path: Path, hub: Hub) -> None:
         hsa.load_bundle(model, "me/adapter")
     with pytest.raises(OSError, match="`source` must be a bundle on the Hub that can be reached, got 'me/nothing'"):
         hsa.load_bundle(model, "me/nothing")
+
+
+def test_all_files_are_of_one_revision(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    import shutil
+
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+    folder = tmp_path / "snapshots" / ("0a" * 20)
+    shutil.copytree(saved, folder)
+
+    def download(repo_id: str, name: str, revision: str | None = None) -> str:
+        asked.append((name, revision))
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with hsa.load_bundle(llama(), "me/adapter"):
+        pass
+    # Another one may be pushed while the first one is downloaded.
+    assert asked[0] == ("bundle.json", None) and len(asked) > 2 and {r for _, r in asked[1:]} == {"0a" * 20}
 
 
 def test_only_a_whole_bundle_is_uploaded(saved: Path, hub: Hub) -> None:

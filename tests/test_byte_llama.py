@@ -108,8 +108,12 @@ def test_a_batch_is_made_of_its_documents() -> None:
         ("seed: 0", "seeds: 0", ValueError, "seeds"),
         ("seed: 0", "seed: zero", TypeError, "seed"),
         ("  hidden_size: 144\n", "", ValueError, "hidden_size"),
+        ("lengths: [256, 512]", "lengths: []", ValueError, "`lengths` must hold at least one"),
+        ("lengths: [256, 512]", "lengths: [32]", ValueError, "`lengths` must be at least 34, got 32"),
+        ("steps: 250", "steps: 0", ValueError, "`steps` must be at least 1, got 0"),
+        ("copies: 0.2", "copies: 2", ValueError, "`copies` must be from 0 to 1, got 2"),
     ],
-    ids=["unknown", "type", "missing"],
+    ids=["unknown", "type", "missing", "lengths", "short", "steps", "copies"],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, old: str, new: str, error: type[Exception], message: str) -> None:
     text = YAML.read_text()

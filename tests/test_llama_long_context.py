@@ -225,9 +225,37 @@ def test_a_profile_is_found_first_kept_for_a_resumed_run_and_put_into_the_bundle
         assert bundle.recipe["sparse"]["method"] == "profile"
 
 
+def test_a_profile_of_other_settings_and_half_a_profile_are_found_anew(model: str, tmp_path: Path) -> None:
+    # A start that failed, or was killed, leaves a profile in a folder that may be used again.
+    task(model, tmp_path, **PROFILED).close()
+    file = tmp_path / "profile" / "head_profile.json"
+    assert hsa.HeadProfile.from_pretrained(tmp_path / "profile").budget == {"density": 0.5}
+    task(model, tmp_path, **{**PROFILED, "profile": {**PROFILED["profile"], "budget": 0.4}}).close()
+    assert hsa.HeadProfile.from_pretrained(tmp_path / "profile").budget == {"density": 0.4}
+    file.unlink()
+    task(model, tmp_path, **{**PROFILED, "profile": {**PROFILED["profile"], "budget": 0.4}}).close()
+    assert file.is_file()
+
+
 def test_candidates_of_a_profile_where_none_are_given_can_train() -> None:
     methods = ProfileSettings().methods(4096)
     assert len(methods) > 5 and all(method.trainable for method in methods)
+
+
+@pytest.mark.parametrize(
+    "held", [{"source": "."}, {"source": "own", "split": "test"}, {"source": "own/a.txt"}], ids=str
+)
+def test_held_out_text_that_is_trained_on_is_refused(
+    model: str, tmp_path: Path, held: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "test").mkdir(parents=True)
+    for name in ("a.txt", "test/b.txt"):
+        (tmp_path / "own" / name).write_text("one two three four\n" * 99, encoding="utf-8")
+    # Without a folder "train" in it all of the folder is trained on, its folder "test" as well.
+    data = {"source": "own", "length": LENGTH}
+    with pytest.raises(ValueError, match=r"`held_out` must be other text than `data`, got .*\.txt in both"):
+        task(model, tmp_path, data=data, held_out={**data, **held})
 
 
 def test_text_of_ones_own(model: str, tmp_path: Path) -> None:

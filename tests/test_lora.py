@@ -440,6 +440,17 @@ def test_names_that_do_not_fit_are_refused(given: dict[str, Any], said: str) -> 
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("part", ["targets", "trained"])
+def test_weights_that_are_not_in_memory_get_no_adapter(part: str) -> None:
+    # As accelerate leaves those that it keeps on the disk: an adapter beside them would be nowhere, too.
+    model = llama()
+    (model.model.layers[1].self_attn.q_proj if part == "targets" else model.model.norm).to("meta")
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=f"`{part}` must be modules whose weights are in memory, got .* on meta"):
+        add_lora(model, CASES["llama"].full)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
 def test_a_model_with_an_adapter_gets_no_second_one() -> None:
     model = llama()
     adapter = add_lora(model, CASES["llama"].plain)
@@ -628,6 +639,13 @@ def _first_tensor(folder: Path, value: Tensor | None = None) -> None:
     save_file(state if value is None else {**state, first: value}, folder / "adapter_model.safetensors")
 
 
+def _text(folder: Path, old: str, new: str) -> None:
+    file = folder / "adapter_config.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 def _cut(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
@@ -647,6 +665,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank": (lambda f: _edit(f, r=4), r"must hold .*lora_A.weight as torch.float32 \[4, 32\], got .*\[3, 32\]"),
     "rank_text": (lambda f: _edit(f, r="3"), "must hold a number as rank"),
     "rank_none": (lambda f: _edit(f, r=0), "must hold valid settings: `rank` must be at least 1"),
+    "rank_huge": (
+        lambda f: _edit(f, r=10**12),
+        r"must hold .*lora_A.weight as .*\[1000000000000, 32\], got .*\[3, 32\]",
+    ),
+    "alpha": (
+        lambda f: _text(f, '"lora_alpha": ', '"lora_alpha": 1e999, "was": '),
+        "`alpha` must be more than 0 and fin",
+    ),
+    "later": (lambda f: _edit(f, use_later=True), "must hold a plain LoRA adapter, got use_later: True"),
     "targets": (lambda f: _edit(f, target_modules=["q_proj"]), "got .*k_proj.* besides"),
     "tensor": (_first_tensor, "got .* missing"),
     "nan": (lambda f: _first_tensor(f, torch.full((3, 32), torch.nan)), "must hold finite weights"),

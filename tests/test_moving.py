@@ -264,8 +264,10 @@ def test_a_batch_is_what_flow_matching_asks_for() -> None:
         ("seed: 0", "seed: zero", TypeError, "seed"),
         ("  ffn_dim: 256\n", "", ValueError, "ffn_dim"),
         ("frames: 6", "frames: 60", ValueError, "height"),
+        ("clips: 8", "clips: 0", ValueError, "`clips` must be at least 1, got 0"),
+        ("rate: 1.0", "rate: -1", ValueError, "`rate` must be more than 0, got -1"),
     ],
-    ids=["unknown", "type", "missing", "long"],
+    ids=["unknown", "type", "missing", "long", "clips", "rate"],
 )
 def test_a_bad_recipe_is_refused(tmp_path: Path, old: str, new: str, error: type[Exception], message: str) -> None:
     text = YAML.read_text()

@@ -122,6 +122,44 @@ def test_the_loss_is_that_of_the_answers_and_dense_figures_are_the_untouched_mod
     assert found["loss"] != found["loss_dense"]
 
 
+def test_positions_follow_the_seconds_between_frames(tmp_path: Path) -> None:
+    kind, model, data = "qwen2_5_vl", tmp_path / "model", tmp_path / "data"
+    data.mkdir()
+    tiny_qwen(kind).save_pretrained(model)
+    for number in range(2):
+        write_sample(
+            data / f"{number}.safetensors", {**sample_of(kind, number), "second_per_grid_ts": torch.tensor([3.0])}
+        )
+    task = made(
+        tmp_path, settings_of((kind, model, data), sparse=None, evaluation_samples=1, lora={"targets": ["q_proj"]})
+    )
+    (sample,) = task.batch(0, [0])
+    given = {name: sample[name][None] for name in ("input_ids", "mm_token_type_ids")}
+    given |= {name: sample[name] for name in ("pixel_values_videos", "video_grid_thw")}
+    losses = []
+    for more in ({"second_per_grid_ts": [3.0]}, {}):
+        with torch.no_grad():
+            logits = task.model(**given, **more, attention_mask=torch.ones_like(given["input_ids"])).logits[0]
+        losses.append(
+            float(F.cross_entropy(logits[:-1], sample["labels"][1:], ignore_index=NO_LABEL, reduction="sum"))
+        )
+    with torch.no_grad():
+        assert float(task.loss([sample])) == pytest.approx(losses[0], rel=1e-5) != pytest.approx(losses[1], rel=1e-5)
+    task.close()
+
+
+def test_what_a_processor_says_of_seconds_is_kept(tmp_path: Path) -> None:
+    class Timed(Stub):
+        def __call__(self, *args: Any, **given: Any) -> dict[str, Any]:
+            return {**super().__call__(*args, **given), "second_per_grid_ts": [0.5]}
+
+    frames = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    sample = process(Timed(), frames, "what?", "a cat", fps=4.0)
+    write_sample(tmp_path / "0.safetensors", sample)
+    assert read_sample(tmp_path / "0.safetensors")["second_per_grid_ts"].tolist() == [0.5]
+    assert "second_per_grid_ts" not in process(Stub(), frames, "what?", "a cat")
+
+
 def test_checkpointing_and_micro_batches_change_no_gradient(places: tuple[str, Path, Path], tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
@@ -244,8 +282,10 @@ def test_questions_of_a_list_are_processed(tmp_path: Path) -> None:
         folder.mkdir()
         for frame in range(5):
             image.fromarray(draw.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{frame}.png")
-        lines.append(json.dumps({"video": f"clip{number}", "question": "where is it", "answer": "left"}))
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+        # A separator of lines inside of a text ends no line of the file.
+        row = {"video": f"clip{number}", "question": "where\u2028is it", "answer": "left"}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
     tiny_qwen("qwen2_vl").save_pretrained(tmp_path / "model")
     data = {"source": str(tmp_path / "questions.jsonl"), "frames": 4, "height": 16, "width": 24}
     settings = {**settings_of(("qwen2_vl", tmp_path / "model", tmp_path)), "data": data, "evaluation_samples": 1}
@@ -275,6 +315,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "patches": (lambda s: s.update(pixel_values_videos=torch.zeros(3, PIXELS)), "must have 240 patches .* got 3"),
     "ids": (lambda s: s["input_ids"].__setitem__(0, VIDEO), "`input_ids` must tell of 60 tokens of video, got 61"),
     "types": (lambda s: s["mm_token_type_ids"].zero_(), "`mm_token_type_ids` must tell of 60 .* got 0"),
+    "seconds": (lambda s: s.update(second_per_grid_ts=torch.ones(2)), r"`second_per_grid_ts` must be .* got \[2\] in"),
     "lengths": (lambda s: s.update(labels=s["labels"][1:]), r"`labels` must be whole numbers \[tokens\]"),
 }
 

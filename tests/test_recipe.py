@@ -65,10 +65,14 @@ def test_small_numbers_are_floats_as_people_write_them() -> None:
         ({"kind": "three"}, ValueError, "`config.kind` must be one of one, two, got 'three'"),
         ({"limit": "x"}, TypeError, "`config.limit` must be of type int"),
         ({"layers": ["x"]}, TypeError, r"`config.layers\[0\]` must be of type int"),
-        ({"layers": "x"}, TypeError, "`config.layers` must be a list"),
+        ({"layers": "x"}, TypeError, "`config.layers` must be of type int, got 'x'; or .* must be a list, got 'x'"),
         ({"extra": [1]}, TypeError, "`config.extra` must be a mapping with names"),
         ({"extra": {1: 2}}, TypeError, "`config.extra` must be a mapping with names"),
-        ({"inners": [{"size": 1, "sise": 2}]}, ValueError, r"`config.inners\[0\]` must .*unknown \['sise'\]"),
+        (
+            {"inners": [{"size": 1, "sise": 2}]},
+            ValueError,
+            r"`config.inners\[0\]` must .*unknown \['sise'\] \(nearest: size\)$",
+        ),
         ({"ratio": 1}, ValueError, r"unknown \['ratio'\]"),
     ],
     ids=str,
@@ -94,9 +98,11 @@ def test_overrides_reach_inner_keys(tmp_path: Path) -> None:
         ("a: 1", ["a.b=3"], TypeError, "`a.b` must be a key inside a mapping, got 1 at a"),
         ("a: 1", ["a=[1"], ValueError, "must be YAML"),
         ("a: [1", [], ValueError, "must be YAML"),
+        ("a: 1\nb: {c: 2, d: 3, c: 4}", [], ValueError, "must be YAML.*keys must be given once, got 'c' twice"),
+        ("a: 1", ["a={c: 2, c: 4}"], ValueError, "must be YAML.*keys must be given once"),
         ("- 1", [], TypeError, "must hold a mapping of settings"),
     ],
-    ids=["no-value", "no-key", "inside-number", "override-not-yaml", "not-yaml", "list"],
+    ids=["no-value", "no-key", "inside-number", "override-not-yaml", "not-yaml", "twice", "override-twice", "list"],
 )
 def test_bad_files_are_named(
     tmp_path: Path, text: str, overrides: list[str], error: type[Exception], message: str
@@ -222,6 +228,22 @@ def test_the_command_stops_with_the_signals_status(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(training, "train", stopped)
     assert cli.main(["train", "moving_wan", "--output", str(tmp_path)]) == 143
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("the loss must stay finite"), ImportError("it needs torchvision")], ids=repr
+)
+def test_the_command_tells_what_went_wrong_while_training_in_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_sparse_attn import training
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(training, "train", fails)
+    assert cli.main(["train", "moving_wan", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"hf-sparse-attn: error: {error}\n"
 
 
 def test_without_a_recipe_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,15 @@ def test_stretched_twice_is_stretched_by_the_product_and_undone_last_first(kind)
     assert torch.equal(_logits(model), plain)
 
 
+def test_stretched_further_attention_is_as_sharp_as_the_whole_factor_asks():
+    model, once = FAMILIES["llama"]("sdpa"), FAMILIES["llama"]("sdpa")
+    scale_rope(model, {"type": "yarn", "factor": 2.0, "attention_factor": 1.5})
+    scale_rope(model, {"type": "yarn", "factor": 3.0})
+    scale_rope(once, {"type": "yarn", "factor": 6.0})
+    assert model.model.rotary_emb.attention_scaling == once.model.rotary_emb.attention_scaling
+    assert model.config.rope_parameters == once.config.rope_parameters
+
+
 def test_windowed_layers_keep_their_positions():
     model = FAMILIES["gemma3"]("eager")
     (rotary,) = rotary_modules(model)

@@ -145,6 +145,35 @@ def test_kill_between_shards_and_index(tmp_path: Path) -> None:
         _assert_same(data[number], expected)
 
 
+def test_a_full_disk_is_an_error_of_the_system_and_loses_nothing(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import resource, sys
+        import torch
+        from hf_sparse_attn.train_latents import LatentSample, LatentWriter
+
+        writer = LatentWriter(sys.argv[1])
+        writer.add(LatentSample(torch.zeros(1, 1, 9, 9), {}))
+        writer.flush()
+        # No file can be larger than this, as on a disk that has no more room.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        writer.add(LatentSample(torch.zeros(1, 1, 99, 99), {}))
+        try:
+            writer.flush()
+        except OSError as error:
+            print(error)
+        """
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert f"{tmp_path}/latents-00001.safetensors must have room on its disk" in done.stdout, done.stderr
+    assert len(LatentWriter(tmp_path)) == 1 and {path.name for path in tmp_path.iterdir()} == {
+        INDEX,
+        "latents-00000.safetensors",
+    }
+
+
 def test_left_over_files_are_removed_when_they_are_old(tmp_path: Path) -> None:
     new, old, other = (tmp_path / n for n in (".index.json.7", ".latents-00000.safetensors.8", ".keep"))
     for path in (new, old, other):

@@ -160,10 +160,52 @@ def test_bytes_where_there_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.M
 
 def test_pieces_of_a_document_are_not_closed(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _txt(tmp_path / "data")
-    monkeypatch.setattr(train_text_source, "_PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(train_text_source, "_PIECE_CHARACTERS", 60)
     data = _open(source, tokenizer, tmp_path / "cache")
     count = _tokens(data).count(tokenizer.eos_token_id)
     assert count == _expected(tokenizer)[: len(data) * LENGTH].count(tokenizer.eos_token_id)
+
+
+def test_a_line_without_end_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_text_source, "_PIECE_CHARACTERS", 20)
+    text = "".join(chr(97 + n % 26) for n in range(333)) + "\n\nend"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    pieces = list(train_text_source._read_txt(tmp_path / "a.txt", "text"))
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) <= 40 and sum(piece.advance for piece in pieces) == len(text)
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_hidden_files_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    # Such files come with folders from macOS and from notebooks.
+    folder = tmp_path / ".data" / "own"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / ".ipynb_checkpoints" / "a.txt").write_text("an old state")
+    (folder / "._a.txt").write_bytes(bytes(range(256)))
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfthe text")
+    assert bytes(_tokens(_open(folder, None, tmp_path / "cache", length=9))) == b"\0the text"
+
+
+def test_another_training_that_finishes_meanwhile_does_no_harm(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = _jsonl(tmp_path), tmp_path / "cache"
+    _open(source, tokenizer, cache)
+    (made,) = cache.iterdir()
+    left = cache / f".{made.name}-gone"
+    made.rename(left)
+    kept = Path.iterdir
+
+    def iterdir(self: Path) -> Any:
+        if self == left:
+            left.rename(made)
+        return kept(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", iterdir)
+        data = _open(source, tokenizer, cache)
+    assert _tokens(data) == _expected(tokenizer)[: len(data) * LENGTH]
 
 
 def test_the_standard_library_is_read_by_its_split(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import struct
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import tiny_hunyuan
 import tiny_prompts
+import tiny_wan
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,7 +33,15 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentData, LatentSample, write_latents
 from hf_sparse_attn.train_videos import VideoSettings, latent_shape, open_videos
 from hf_sparse_attn.video_source import Clip, ShortClipError, find_clips, read_clip
-from hf_sparse_attn.video_vae import denormalised, encode_caption, encode_video, fingerprint, normalised, placed
+from hf_sparse_attn.video_vae import (
+    denormalised,
+    encode_caption,
+    encode_first_frame,
+    encode_video,
+    fingerprint,
+    normalised,
+    placed,
+)
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 CAPTIONS = {"a": "a cat walks", "b": "", "deep/c": "the grass, seen from above"}
@@ -65,9 +76,9 @@ def _tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 @pytest.fixture
 def ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest diffusers needs it to read any prompt; without changes to make it is the identity."""
-    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_video2video
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v, pipeline_wan_video2video
 
-    for file in (pipeline_wan, pipeline_wan_video2video):
+    for file in (pipeline_wan, pipeline_wan_i2v, pipeline_wan_video2video):
         if not hasattr(file, "ftfy"):
             monkeypatch.setattr(file, "ftfy", types.SimpleNamespace(fix_text=lambda text: text), raising=False)
 
@@ -116,6 +127,48 @@ def test_hunyuan_latents_are_those_of_the_image_to_video_pipeline(hunyuan: Any) 
         _, expected = pipe.prepare_latents(video[None, :, 0], 1, 4, HEIGHT, WIDTH, 1, torch.float32)
     assert torch.equal(encode_video(pipe.vae, video), expected[0])
     assert pipe.vae.config.scaling_factor != 1
+
+
+@pytest.mark.parametrize("kind", ["i2v", "i2v_clip", "ti2v_image"])
+def test_first_frames_are_those_of_the_image_to_video_pipeline(kind: str) -> None:
+    pipe = tiny_wan.pipeline(kind)
+    pixels = _pixels(6)
+    found = encode_first_frame(pipe, _tensor(pixels), torch.device("cpu"))
+    image = pipe.video_processor.preprocess(Image.fromarray(pixels[0]), height=HEIGHT, width=WIDTH)
+    with torch.no_grad():
+        made = pipe.prepare_latents(image, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, torch.device("cpu"))[1]
+    # The pipeline puts a mask of four channels before them, but where they take the place of noise.
+    expected = made if kind == "ti2v_image" else made[:, 4:]
+    assert torch.equal(found.pop("image_latents"), expected[0])
+    assert expected.shape[2] == (1 if kind == "ti2v_image" else 2)
+    if kind == "i2v_clip":
+        embeds = pipe.encode_image(Image.fromarray(pixels[0]), torch.device("cpu"))
+        assert torch.equal(found.pop("image_embeds"), embeds[0])
+    assert not found
+
+
+def test_an_image_encoder_that_is_missing_is_told() -> None:
+    pipe = tiny_wan.pipeline("i2v_clip")
+    pipe.image_encoder = None
+    with pytest.raises(ValueError, match="`pipe` must have an image encoder"):
+        encode_first_frame(pipe, _tensor(_pixels(6)), torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("ftfy")
+def test_first_frames_are_kept_apart_from_videos_without(tmp_path: Path) -> None:
+    pipe = tiny_prompts.wan("i2v")
+    settings = _settings(_videos(tmp_path / "videos"), tokens=8)
+    without, with_ = (
+        open_videos(settings, pipe, cache=tmp_path / "cache", first_frame=first) for first in (False, True)
+    )
+    assert set(without[0].conditions) == {"prompt_embeds"}
+    assert set(with_[0].conditions) == {"prompt_embeds", "image_latents"}
+    assert with_[0].conditions["image_latents"].shape == with_[0].latents.shape
+    assert not torch.equal(with_[0].conditions["image_latents"], with_[1].conditions["image_latents"])
+    ready = replace(settings, source=str(with_.folder))
+    assert len(open_videos(ready, pipe, cache=tmp_path / "none", first_frame=True)) == 3
+    with pytest.raises(ValueError, match=r"`source` must hold `image_latents` of the first frames.*got prompt_embeds"):
+        open_videos(replace(settings, source=str(without.folder)), pipe, cache=tmp_path / "none", first_frame=True)
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan", "hunyuan 1.5"])
@@ -173,6 +226,13 @@ def test_hunyuan_15_has_two_texts_and_two_masks() -> None:
     accepted = inspect.signature(type(pipe).__call__).parameters
     assert set(found) <= set(accepted) and len(found) == 4
     assert all(torch.equal(value, m[0]) for value, m in zip(found.values(), made, strict=True))
+
+
+def test_a_longest_caption_that_the_pipeline_cannot_have_is_refused() -> None:
+    pipe = tiny_hunyuan.pipeline("1.5")
+    pipe.tokenizer = pipe.text_encoder = object()
+    with pytest.raises(ValueError, match=r"`tokens` must be none for .*15Pipeline, whose prompts .* length, got 7"):
+        encode_caption(pipe, "a", torch.device("cpu"), 7)
 
 
 # ---------------------------------------------------------------------- the cache
@@ -406,7 +466,7 @@ def _fake_av(pixels: NDArray[np.uint8]) -> dict[str, types.ModuleType]:
 
     class Frame:
         def __init__(self, array: NDArray[np.uint8]) -> None:
-            self.array = array
+            self.array, self.time = array, None
 
         def to_ndarray(self, format: str) -> NDArray[np.uint8]:
             assert format == "rgb24"
@@ -533,6 +593,34 @@ def test_captions_are_found_in_three_places(tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    # Frames without leading zeros, files that macOS puts beside others, and the marks and line ends of other editors.
+    folder = tmp_path / "a"
+    pixels = _numbered(11)
+    folder.mkdir()
+    for number, frame in enumerate(pixels):
+        Image.fromarray(frame).save(folder / f"frame{number}.png")
+    (folder / "._frame0.png").write_bytes(b"none")
+    (tmp_path / "._b.mp4").write_bytes(b"none")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (tmp_path / "a.txt").write_text("of a", encoding="utf-8-sig")
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "b.mp4", "text": "one\u2028two"}, ensure_ascii=False), encoding="utf-8-sig"
+    )
+    clips = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [("a", "of a"), ("b.mp4", "one\u2028two")]
+    found = read_clip(clips[0], 11, 8, 8, None)
+    assert ((found[0, :, 0, 0] + 1) * 127.5).round().tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "captions.json", "metadata.jsonl"])
+def test_captions_in_another_encoding_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    _write_frames(tmp_path / "a", _pixels(0, 1, 4, 4))
+    (tmp_path / name).write_bytes("Straße".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"captions must be UTF-8, got .*{name}"):
+        find_clips(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -622,7 +710,7 @@ def test_a_missing_ftfy_is_named() -> None:
 
     pipe: Any = FakePipe()
     pipe.encode_prompt = encode_prompt
-    with pytest.raises(ImportError, match=r"needs ftfy \(pip install ftfy\)"):
+    with pytest.raises(MissingExtra, match=r"needs ftfy \(pip install 'hf-sparse-attn\[video\]'\)"):
         encode_caption(pipe, "a", torch.device("cpu"))
 
 
@@ -715,10 +803,55 @@ def test_a_real_video_file_is_read(tmp_path: Path) -> None:
             made.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         made.mux(stream.encode())
     frames, fps = video_source._by_av(file)
-    read = list(frames)
+    read, times = zip(*frames, strict=True)
+    assert times == pytest.approx([number / 8 for number in range(20)])
     assert fps == 8.0 and len(read) == 20 and all(frame.shape == (16, 32, 3) for frame in read)
     # The format loses a little.
     assert [float(frame.mean()) for frame in read] == pytest.approx([10 * level for level in range(20)], abs=4)
+
+
+def _written(file: Path, pictures: list[NDArray[np.uint8]], times: list[int], rate: int) -> None:
+    """A video file with each picture at a time of its own, in units of 1 / rate seconds."""
+    import av
+
+    with av.open(str(file), "w") as made:
+        stream = made.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for picture, time in zip(pictures, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, rate)
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode())
+
+
+def test_a_video_of_variable_rate_is_read_by_its_times(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    # A second with 10 frames, and then one every half second.
+    times = [*range(10), 10, 15, 20, 25, 30, 35, 39]
+    _written(tmp_path / "a.mp4", [np.full((16, 16, 3), 6 * time, np.uint8) for time in times], times, 10)
+    found = read_clip(_clip(tmp_path / "a.mp4"), 8, 16, 16, 2.0)
+    read = ((found.mean((0, 2, 3)) + 1) * 127.5 / 6).tolist()
+    # The rate of the whole file is a little more than 4, to which times are rounded.
+    assert read == pytest.approx([0, 5, 10, 15, 20, 25, 30, 35], abs=1.3)
+    # Without a rate every frame is taken.
+    every = read_clip(_clip(tmp_path / "a.mp4"), len(times), 16, 16, None)
+    assert ((every.mean((0, 2, 3)) + 1) * 127.5 / 6).tolist() == pytest.approx(times, abs=1)
+
+
+def test_a_video_held_upright_is_read_upright(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:, :16] = 200
+    file = tmp_path / "phone.mp4"
+    _written(file, [picture] * 2, [0, 1], 8)
+    data = bytearray(file.read_bytes())
+    # The matrix of the track: a quarter turn clockwise, as of a phone that was held upright.
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 16 << 16, 0, 1 << 30)
+    file.write_bytes(data)
+    found = read_clip(_clip(file), 2, 32, 16, None)
+    assert found[:, :, :14].mean() > 0.5 and found[:, :, 18:].mean() < -0.9
 
 
 def test_the_readers_come_in_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from train_toy import Toy, ToyTask
 
 from hf_sparse_attn import training_files
@@ -91,6 +94,18 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_where_the_system_tells_no_peak_memory_the_result_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Elsewhere than on Windows psutil needs the module itself.
+    import psutil  # noqa: F401
+
+    # Windows has no module of that name.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert train(Toy(steps=1), tmp_path, progress=False)["peak_memory"] > 1 << 20
+    assert (tmp_path / "result" / "model.pt").is_file()
+
+
 def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Toy(save_every=2, term_at=5), tmp_path, progress=False)
@@ -150,6 +165,25 @@ def test_the_log_holds_every_step_once_after_a_kill(tmp_path: Path, monkeypatch:
     assert [line["step"] for line in lines if "evaluation" in line] == [0, 1, 2, 3, 4, 6, 7]
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path: Path) -> None:
+    toy = Toy(term_at=2, evaluate_every=3)
+    with pytest.raises(Interrupted, match="stopped after 3 steps"):
+        train(toy, tmp_path, progress=False)
+    train(toy, tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6, 7]
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
+    killed = program(tmp_path, kill_at=4, evaluate_every=3, save_every=3)
+    assert killed.returncode == -signal.SIGKILL
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "kill_at": None}))
+    train(Toy(evaluate_every=3), tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6, 7]
+
+
 def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after 3 steps") as stopped:
@@ -158,6 +192,17 @@ def test_sigterm_saves_and_stops(whole: Path, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     train(Toy(dropout=0.2, term_at=2), tmp_path, resume=True, progress=False)
     assert same(weights(tmp_path), weights(whole))
+
+
+def test_one_process_stops_after_the_step_in_which_the_signal_came(tmp_path: Path) -> None:
+    def signalled(self: ToyTask, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ToyTask, "end_step", signalled)
+        with pytest.raises(Interrupted, match="stopped after 3 steps"):
+            train(Toy(), tmp_path, progress=False)
 
 
 def test_a_finished_training_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +235,37 @@ def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
     assert first["processes"] == 2 and second == {}
 
 
+@pytest.mark.slow
+def test_two_processes_treat_seldom_trained_weights_as_one_does(tmp_path: Path) -> None:
+    # Weights that no sample of a step reaches have no gradient: Adam leaves them, and does not decay them.
+    train(Toy(lonely=True), tmp_path / "one", progress=False)
+    stopped = program(tmp_path / "two", processes=2, lonely=True, term_at=2, term_all=True)
+    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
+    # Both had the signal, as after Ctrl-C in a terminal: its number is no sum.
+    assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
+    resumed = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert bool((one["never.weight"] == 0.5).all() and (one["seldom.weight"] != 0.5).all())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    again = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0]["processes"] == 2 and told[1] == {}, again.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_do_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path / "rank0", progress=False)
+    # As two machines without a disk in common: the second has no checkpoint, and would train another model.
+    resumed = program(tmp_path / "rankRANK", resume=True, processes=2, term_at=2)
+    assert resumed.returncode != 0
+    assert (
+        "`output` must be a folder that all processes see, got one with 3 steps done and one with 0" in resumed.stderr
+    )
+
+
 def test_only_weights_that_ask_for_it_change(tmp_path: Path) -> None:
     start = ToyTask(Toy(), Run(tmp_path, torch.device("cpu"))).module.state_dict()
     train(Toy(), tmp_path / "run", progress=False)
@@ -215,6 +291,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the gradient must stay finite, got nan at step 3"):
+        train(Toy(overflow_at=3, save_every=1), tmp_path, progress=False)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-00000003"
+    assert all(bool(t.isfinite().all()) for t in load_file(kept / "weights.safetensors").values())
+
+
 def test_a_folder_with_a_training_is_not_overwritten(tmp_path: Path) -> None:
     train(Toy(steps=2), tmp_path, progress=False)
     with pytest.raises(ValueError, match="`output` must be a folder without a training"):
@@ -236,6 +320,109 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match=r"`output` must have room for .* MiB of checkpoints and result, got 0 MiB free"):
         train(Toy(), tmp_path, progress=False)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("file write failed"), SafetensorError("no space"), OSError(28, "full")]
+)
+def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_the_one_before(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    kept, toy = torch.save, Toy(dropout=0.2, save_every=2)
+
+    def fails(*args: Any) -> None:
+        if list((tmp_path / "checkpoints").glob("step-*")):
+            raise error
+        kept(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fails)
+        with pytest.raises(OSError, match=r"checkpoint after step 4 must be written to .*; the one before is kept"):
+            train(toy, tmp_path, progress=False)
+    # What was written of it takes no room.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    train(toy, tmp_path, resume=True, progress=False)
+    assert same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors", "optimizers.pt"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path, progress=False)
+    file = tmp_path / "checkpoints" / "step-00000003" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"the checkpoint .*step-00000003 must be whole, got a damaged one"):
+        train(Toy(term_at=2), tmp_path, resume=True, progress=False)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    held = subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(tmp_path), json.dumps({"pause": 60.0}), "0"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match="`output` must be a folder that no other process trains in"):
+            train(Toy(pause=60.0), tmp_path, resume=True, progress=False)
+    finally:
+        held.kill()
+        held.wait()
+    # A process that was killed holds nothing.
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "pause": 0.0}))
+    train(Toy(), tmp_path, resume=True, progress=False)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    kept = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), kept(number))[1])
+    with pytest.raises(Interrupted):
+        train(Toy(term_at=2), tmp_path, progress=False)
+    files = [*(tmp_path / "checkpoints" / "step-00000003").iterdir(), tmp_path / "log.jsonl"]
+    assert len(files) == 4 and all(file.stat().st_ino in synced for file in files)
+
+
+@pytest.mark.parametrize("started", [False, True], ids=("no step", "a step"))
+def test_a_start_that_failed_can_be_tried_again_with_other_settings(tmp_path: Path, started: bool) -> None:
+    def fails(self: ToyTask, step: int) -> None:
+        raise ValueError("no such data")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ToyTask, "end_step" if started else "optimizers", fails)
+        with pytest.raises((ValueError, TypeError)):
+            train(Toy(steps=2), tmp_path, progress=False)
+    if started:
+        with pytest.raises(ValueError, match="`output` must be a folder without a training"):
+            train(Toy(steps=3), tmp_path, progress=False)
+    else:
+        assert train(Toy(steps=3), tmp_path, progress=False)["steps"] == 3
+
+
+def test_a_resumed_run_needs_no_second_room_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy(term_at=2, steps=4)
+    free, task = shutil.disk_usage(tmp_path), ToyTask(toy, Run(tmp_path, torch.device("cpu")))
+    own = sum(4 * p.numel() for p in task.trained().values())
+    # Two checkpoints of weights, both moments and the average; and the result.
+    needed = 2 * (3 * own + 4 * task.average.numel()) + own
+
+    def disk_usage(path: Path) -> Any:
+        used = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.suffix in (".pt", ".safetensors"))
+        return free._replace(free=max(0, needed - used))
+
+    monkeypatch.setattr(training_files.shutil, "disk_usage", disk_usage)
+    with pytest.raises(Interrupted):
+        train(toy, tmp_path, progress=False)
+    # What a kill left of another one goes when the next is written.
+    left = tmp_path / "checkpoints" / ".partial"
+    left.mkdir()
+    (left / "weights.safetensors").write_bytes(bytes(100))
+    train(toy, tmp_path, resume=True, progress=False)
 
 
 @pytest.mark.parametrize(
