@@ -38,6 +38,7 @@ _COLUMNS = (
     ("model calls", "calls", ".0f"),
     ("processor s / clip", "seconds", ".2f"),
 )
+_LEARNT = (*_COLUMNS[:4], ("teacher error", "teacher_error", ".3f"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,15 +70,16 @@ def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
         clips: how many.
 
     Returns:
-        "rows", the figures by the model's name; "clips" likewise, [clips, frames, 3, height, width]; "settings" and
-        "training" of every run; "scenes".
+        "rows", the figures by the model's name; "clips" likewise, [clips, frames, 3, height, width]; "settings",
+        "training" and "evaluations" of every run; "scenes".
     """
     first = recipe_of(runs[0])
     if first.scenes is None:
         raise ValueError(f"`runs` must be of scenes, got prompts in {runs[0]}")
     scenes = dataclasses.replace(first.scenes, clips=clips)
     material = SceneMaker(Run(runs[0], torch.device("cpu")), scenes, first.model, first.torch_dtype)
-    found: dict[str, Any] = {"rows": {}, "clips": {}, "settings": {}, "training": {}, "scenes": scenes}
+    found: dict[str, Any] = {"rows": {}, "clips": {}, "settings": {}, "training": {}, "evaluations": {}}
+    found["scenes"] = scenes
 
     def add(name: str, recipe: StepDistill | None) -> None:
         shift = 1.0 if recipe is None else recipe.student.shift or material.shift
@@ -98,6 +100,8 @@ def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
             add(name, recipe)
         found["settings"][name] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         found["training"][name] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        found["evaluations"][name] = [entry for entry in log if "evaluation" in entry]
     return found
 
 
@@ -127,6 +131,15 @@ def write(found: dict[str, Any], output: Path) -> None:
                 f"{training['peak_memory'] / 2**20:.0f}",
             ]
         )
+    learnt = [
+        [
+            name.partition(",")[0],
+            str(entry["step"]),
+            *(format(entry["evaluation"][key], form) for _, key, form in _LEARNT),
+        ]
+        for name, entries in found["evaluations"].items()
+        for entry in entries
+    ]
     columns = ["student", "steps", "of these imitating", "samples", "rate", "rate of fake score"]
     columns += ["teacher error before", "after", "processor s / step", "peak MiB"]
     sparse = next(iter(found["settings"].values()))["sparse"]
@@ -138,18 +151,25 @@ def write(found: dict[str, Any], output: Path) -> None:
         f"and steps, {scenes.clips} clips of {scenes.frames} frames of {scenes.height} x {scenes.width}, the same "
         "scenes and noise in all rows. The teacher is the shipped model, dense. No clip is drawn in training, only "
         "the words that ask for one. A clip that loses its sprite counts as half the picture off.",
-        "```\n" + table(["model", *(name for name, _, _ in _COLUMNS)], rows, width=140) + "\n```",
+        "```\n" + table(["model", *(name for name, _, _ in _COLUMNS)], rows, width=160) + "\n```",
         "Training. `teacher error` is the squared distance of the student's velocity from the teacher's with "
         "guidance, along the student's own way:",
-        "```\n" + table(columns, trained, width=140) + "\n```",
+        "```\n" + table(columns, trained, width=160) + "\n```",
+        f"On {_clips(found)} clips, while they learnt:",
+        "```\n" + table(["student", "step", *(name for name, _, _ in _LEARNT)], learnt, width=160) + "\n```",
         "The machine was shared with other work, which lengthens the processor time of all rows alike.",
         "Commands: `hf-sparse-attn train moving_wan_distill --output RUNS/NAME` with the settings of the table, then "
         "`python -m hf_sparse_attn.recipes.step_distill_report --runs RUNS --output .github/train`.",
     ]
     (output / "step_distill.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    document = {"machine": where, **{key: found[key] for key in ("rows", "settings", "training")}}
+    document = {"machine": where, **{key: found[key] for key in ("rows", "settings", "training", "evaluations")}}
     (output / "step_distill.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     contact_sheet(found, output / "step_distill.png")
+
+
+def _clips(found: dict[str, Any]) -> int:
+    first = next(iter(found["settings"].values()))
+    return int(first["scenes"]["clips"])
 
 
 def contact_sheet(found: dict[str, Any], file: Path, places: Sequence[int] = (0, 1)) -> None:
