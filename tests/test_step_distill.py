@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -25,7 +26,7 @@ from hf_sparse_attn.flow_matching import sample_seed
 from hf_sparse_attn.lora import add_lora
 from hf_sparse_attn.lora_companion import add_companion
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
-from hf_sparse_attn.recipes import video_models
+from hf_sparse_attn.recipes import step_distill_report, video_models
 from hf_sparse_attn.recipes.step_distill import ClipSettings, FakeSettings, StepDistill, StudentSettings
 from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
 from hf_sparse_attn.training import train
@@ -568,6 +569,24 @@ def test_recipes_that_come_with_the_package_are_read() -> None:
     assert (large.optimizer.learning_rate, large.fake.learning_rate, large.optimizer.beta1) == (1e-4, 5e-4, 0.0)
     assert (small.student.steps, small.scenes.sampling_steps, small.scenes.guidance) == (4, 8, 3.0)
     assert read_recipe("step_distill", ["model=a", "prompts=b.txt"]).prompts == "b.txt"
+
+
+def test_the_report_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scenes = replace(SCENES, clips=1, sampling_steps=1)
+    recipe = scenes_recipe(steps=1, batch=1, held_out=1, student=StudentSettings(steps=1), scenes=scenes)
+    figures = train(recipe, tmp_path / "runs" / "small", progress=False)
+    step_distill_report.main(["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "page"), "--clips", "2"])
+    text = (tmp_path / "page" / "step_distill.md").read_text()
+    assert "teacher, 1 steps, guidance 2" in text and "small, 1 steps, no guidance" in text
+    found = json.loads((tmp_path / "page" / "step_distill.json").read_text())
+    assert [row["calls"] for row in found["rows"].values()] == [2.0, 1.0, 1.0, 1.0]
+    (evaluations,) = found["evaluations"].values()
+    assert [entry["step"] for entry in evaluations] == [0, 1]
+    assert evaluations[1]["evaluation"]["motion_error"] == figures["after"]["motion_error"]
+    assert (tmp_path / "page" / "step_distill.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="`runs` must hold a finished training, got none in"):
+        step_distill_report.main(["--runs", str(tmp_path), "--output", str(tmp_path / "page")])
 
 
 if __name__ == "__main__":
