@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -104,6 +105,39 @@ def test_where_the_system_tells_no_peak_memory_the_result_is_there_all_the_same(
     monkeypatch.setitem(sys.modules, "resource", None)
     assert train(Toy(steps=1), tmp_path, progress=False)["peak_memory"] > 1 << 20
     assert (tmp_path / "result" / "model.pt").is_file()
+
+
+def test_groups_are_cut_apart_and_frozen_weights_stand_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(self: ToyTask, weights: dict[str, Any]) -> list[list[Any]]:
+        return [[p for name, p in weights.items() if name.startswith(first)] for first in ("0", "2")]
+
+    def freezes(self: ToyTask, step: int) -> None:
+        self.module[0].weight.requires_grad_(step != 1)
+
+    monkeypatch.setattr(ToyTask, "gradient_groups", groups)
+    monkeypatch.setattr(ToyTask, "gradient_clip", lambda self: 0.1)
+    monkeypatch.setattr(ToyTask, "begin_step", freezes)
+    train(Toy(steps=3), tmp_path, progress=False)
+    task = ToyTask(Toy(steps=3), Run(tmp_path, torch.device("cpu")))
+    parts = groups(task, task.trained())
+    (optimizer,) = task.optimizers()
+    norms = []
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * task.rate(step)
+        optimizer.zero_grad()
+        batch = task.batch(step, range(task.samples(step)))
+        (task.loss(batch) / task.weight(batch)).backward()
+        if step == 1:
+            parts[0][0].grad = None
+        norms.append(math.hypot(*(float(torch.nn.utils.clip_grad_norm_(part, 0.1)) for part in parts)))
+        optimizer.step()
+        task.end_step(step)
+    for name, found in weights(tmp_path).items():
+        wanted = task.average if name == "average" else task.module.state_dict()[name]
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["gradient"] for line in lines if "loss" in line] == pytest.approx(norms, rel=1e-5)
 
 
 def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> None:
