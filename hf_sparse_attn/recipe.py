@@ -191,10 +191,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define loss()")
 
     def begin_step(self, step: int) -> None:
-        """Called before the batches of a step are drawn (a schedule of the sparsity).
-
-        A weight that requires no gradient from then on keeps its value in this step, in any number of processes.
-        """
+        """Called before the batches of a step are drawn (a schedule of the sparsity)."""
 
     def end_step(self, step: int) -> None:
         """Called after the weights have changed (a clamp, a moving average)."""

@@ -234,7 +234,7 @@ class _Loop:
 
     def _gradients(self) -> float:
         """Adds the gradients up over the processes and cuts them to length; returns the length they had."""
-        weights = [p for p in self.weights.values() if p.requires_grad]
+        weights = list(self.weights.values())
         if self.run.world > 1:
             # A process may have met no sample that reaches a weight, where others have; where none has, the weight has
             # no gradient, as in one process: an optimizer leaves it then.

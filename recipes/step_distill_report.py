@@ -35,6 +35,7 @@ _COLUMNS = (
     ("motion error (px)", "motion_error", ".2f"),
     ("sprite kept", "seen", ".2f"),
     ("flicker", "flicker", ".4f"),
+    ("detail", "detail", ".4f"),
     ("model calls", "calls", ".0f"),
     ("processor s / clip", "seconds", ".2f"),
 )
@@ -84,6 +85,8 @@ def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
     def add(name: str, recipe: StepDistill | None) -> None:
         shift = 1.0 if recipe is None else recipe.student.shift or material.shift
         made, figures = material.made(None if recipe is None else recipe.student, shift)
+        # What neighbouring pixels differ by: a student that lost the grain of the background shows it here.
+        figures["detail"] = float(made.diff(dim=-1).abs().mean())
         found["rows"][name], found["clips"][name] = figures, made
 
     add(f"teacher, {scenes.sampling_steps} steps, guidance {scenes.guidance:g}", None)
@@ -150,7 +153,8 @@ def write(found: dict[str, Any], output: Path) -> None:
         f"Recipe `moving_wan_distill` (sparsity-aware step distillation, BLADE) on `moving_wan`: {said} in all layers "
         f"and steps, {scenes.clips} clips of {scenes.frames} frames of {scenes.height} x {scenes.width}, the same "
         "scenes and noise in all rows. The teacher is the shipped model, dense. No clip is drawn in training, only "
-        "the words that ask for one. A clip that loses its sprite counts as half the picture off.",
+        "the words that ask for one. A clip that loses its sprite counts as half the picture off; `detail` is the "
+        "mean difference of neighbouring pixels.",
         "```\n" + table(["model", *(name for name, _, _ in _COLUMNS)], rows, width=160) + "\n```",
         "Training. `teacher error` is the squared distance of the student's velocity from the teacher's with "
         "guidance, along the student's own way:",
@@ -158,13 +162,19 @@ def write(found: dict[str, Any], output: Path) -> None:
         f"On {_clips(found)} clips, while they learnt:",
         "```\n" + table(["student", "step", *(name for name, _, _ in _LEARNT)], learnt, width=160) + "\n```",
         "The machine was shared with other work, which lengthens the processor time of all rows alike.",
-        "Commands: `hf-sparse-attn train moving_wan_distill --output RUNS/NAME` with the settings of the table, then "
-        "`python -m hf_sparse_attn.recipes.step_distill_report --runs RUNS --output .github/train`.",
+        f"Commands: {', '.join(_command(*run) for run in found['settings'].items())}; then `python -m "
+        "hf_sparse_attn.recipes.step_distill_report --runs RUNS --output .github/train`.",
     ]
     (output / "step_distill.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     document = {"machine": where, **{key: found[key] for key in ("rows", "settings", "training", "evaluations")}}
     (output / "step_distill.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     contact_sheet(found, output / "step_distill.png")
+
+
+def _command(name: str, settings: dict[str, Any]) -> str:
+    imitate = settings["student"]["imitate"]
+    more = f" student.imitate={imitate}" if imitate else ""
+    return f"`hf-sparse-attn train moving_wan_distill{more} evaluate_every=40 --output RUNS/{name.partition(',')[0]}`"
 
 
 def _clips(found: dict[str, Any]) -> int:

@@ -84,15 +84,9 @@ class StepDistillTask(AdapterTask):
     def begin_step(self, step: int) -> None:
         self._imitates = step < self.recipe.student.imitate
         self._learns = self._imitates or step % self.recipe.fake.updates == self.recipe.fake.updates - 1
-        self._free(self._learns)
 
     def end_step(self, step: int) -> None:
-        self._free(True)
         self.done = step + 1
-
-    def _free(self, learns: bool) -> None:
-        for parameter in self.adapter.parameters().values():
-            parameter.requires_grad_(learns)
 
     def batch(self, step: int, samples: Sequence[int]) -> PromptBatch:
         return self.draw(self.numbers(step, samples))
@@ -125,6 +119,7 @@ class StepDistillTask(AdapterTask):
             keep,
         )
         here = self.levels.to(state)[drawn.step]
+        # In a step in which it does not learn no gradient reaches the student, and its optimizer leaves it.
         with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             velocity = self.velocity(state, here, conditions)
         self._check_sparse()
