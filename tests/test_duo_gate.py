@@ -17,8 +17,7 @@ from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.published_profiles import from_duo_attention
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, read_recipe
-from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads
-from hf_sparse_attn.recipes.gate_text import PasskeyData
+from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads, PasskeyData
 from hf_sparse_attn.train_text import TextSettings
 from tests.tiny_lm import one_thread as one_thread
 
@@ -190,6 +189,10 @@ def test_answers_in_tokens_of_a_tokenizer() -> None:
         # Asked for where its statement is still there.
         assert (needle.value in answers) == (f"# key {needle.key}={needle.value}" in text)
     assert any(needle.value in answers for needle in data.document(5).needles)
+    # In evaluations every token but those of answers counts in the loss, and each of those is an answer of its own.
+    sample, places = data.scored(5)
+    assert torch.equal(sample.ids, ids) and places == [[i] for i in range(300) if asked[i]]
+    assert sample.weights[1:].tolist() == (~asked[:-1]).float().tolist()
     with pytest.raises(ValueError, match="must be a fast one"):
         PasskeyData(DATA, object(), 0)
 
