@@ -18,7 +18,7 @@ from hf_sparse_attn.gates import GateSet
 from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
-from hf_sparse_attn.observe import Call, Seen, observing
+from hf_sparse_attn.observe import Call, Observer, Seen, observing
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.train_text import TextSample, TextSettings, open_text
@@ -116,7 +116,7 @@ class SeerGateTask(AdapterTask):
             value = value + found
             slopes.extend(own)
 
-        self._read(batch.ids, observe)
+        self.read(batch.ids, observe)
         # Each layer was differentiated at once: the attention of all layers is never in memory together.
         return value + torch.stack([((p - p.detach()) * slope).sum() for p, slope in slopes]).sum()
 
@@ -142,7 +142,7 @@ class SeerGateTask(AdapterTask):
 
         given = self.parts, self.held_out, self.recipe.evaluation_samples, self.run.device
         for index in range(self.recipe.evaluation_samples):
-            self._read(self.held_out[index].ids[None].to(self.run.device), observe)
+            self.read(self.held_out[index].ids[None].to(self.run.device), observe)
         figures = {name: sum(numbers) / len(numbers) for name, numbers in sums.items()}
         for share in (None, *self.recipe.densities):
             kind = "dense" if share is None else f"{share:g}"
@@ -165,7 +165,7 @@ class SeerGateTask(AdapterTask):
             "sparse": SparseSettings(method=KIND, params={"density": self.recipe.density}),
         }
 
-    def _read(self, ids: Tensor, observe: Any) -> None:
+    def read(self, ids: Tensor, observe: Observer) -> None:
         """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed."""
         with observing(self.model, observe, reads=READS), torch.no_grad():
             self.parts.hidden(ids)

@@ -99,6 +99,33 @@ def test_the_loss_is_over_the_positions_that_choose_answers(task) -> None:
         assert float(task.loss(batch)) == pytest.approx(float(difference) + 0.05 * 6, rel=1e-4)
 
 
+def test_samples_of_a_batch_add_up_and_every_step_has_its_own(task) -> None:
+    both, one, two = task.batch(0, [0, 1]), task.batch(0, [0]), task.batch(1, [0])
+    # A batch of one: the second sample of the first step is the first of the second.
+    assert torch.equal(both.ids, torch.cat([one.ids, two.ids])) and not torch.equal(one.ids, two.ids)
+    assert task.weight(both) == 2 and task.weight(one) == 1
+    with torch.no_grad():
+        task.gates.copy_(torch.linspace(0.1, 0.9, 12).view(4, 3))
+        found = [float(task.loss(batch)) for batch in (both, one, two)]
+    assert found[0] == pytest.approx(found[1] + found[2], rel=1e-4)
+    with torch.no_grad():
+        assert float(task._difference(one)) == pytest.approx(found[1] - 0.05 * 6, rel=1e-4)
+
+
+def test_settings_reach_window_data_and_profile(tmp_path: Path) -> None:
+    made = recipe(sparsity=0.25, held_out_seed=7, seed=3).task(Run(output=tmp_path, device=torch.device("cpu")))
+    window = made.recipe.window().params()
+    assert (window["sink"], window["window"], window["block_size"]) == (4, 16, 16)
+    assert (made.data.seed, made.held_out.seed) == (3, 7)
+    assert (made.data.settings.split, made.held_out.settings.split) == ("train", "heldout")
+    with torch.no_grad():
+        made.gates.copy_(torch.linspace(0.1, 0.9, 12).view(4, 3))
+    profile = made.profile()
+    # Three of twelve key/value heads are on the window: those with the smallest gates.
+    assert np.flatnonzero(profile.plans[0].choice[:, ::2].reshape(-1) == 0).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    made.close()
+
+
 def test_what_is_saved_is_read_again(task, tmp_path: Path) -> None:
     steps(task, 0, 2)
     folder = tmp_path / "result"
@@ -149,6 +176,9 @@ def test_figures_are_finite_and_the_patch_stays(task) -> None:
     assert figures["difference"] == pytest.approx(0, abs=1e-9) and 0 < figures["density"] < 1
     assert figures["loss_profile"] > figures["loss_dense"]
     assert hsa.patching.active_patch(task.model.model).method.name == "duo_training"
+    with torch.no_grad():
+        task.gates.fill_(0.5)
+        assert task.evaluate()["loss_dense"] == figures["loss_dense"], "of the model without gates"
 
 
 BAD = [
@@ -193,6 +223,16 @@ def test_answers_in_tokens_of_a_tokenizer() -> None:
     sample, places = data.scored(5)
     assert torch.equal(sample.ids, ids) and places == [[i] for i in range(300) if asked[i]]
     assert sample.weights[1:].tolist() == (~asked[:-1]).float().tolist()
+    # Somewhere the tokens begin within a statement: what is left of it is no statement.
+    cut = 0
+    for length in range(230, 290):
+        data = PasskeyData(replace(DATA, length=length, needles=4), fast, 1)
+        ids, asked = data.asked(5)
+        text, answers = fast.decode(ids), fast.decode(ids[asked.nonzero()[:, 0] + 1])
+        for needle in data.document(5).needles:
+            assert (needle.value in answers) == (f"# key {needle.key}={needle.value}" in text), length
+            cut += f"={needle.value}" in text.split("# get")[0] and needle.value not in answers
+    assert cut
     with pytest.raises(ValueError, match="must be a fast one"):
         PasskeyData(DATA, object(), 0)
 

@@ -92,6 +92,10 @@ def test_the_shipped_settings_are_valid(name: str) -> None:
     assert found.density_at(found.steps) == pytest.approx(found.density)
 
 
+def test_without_a_schedule_every_step_has_the_final_density() -> None:
+    assert {recipe(schedule=None).density_at(step) for step in (0, 1, 999)} == {0.25}
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["gates", "lora"])
 def test_only_gates_and_adapter_are_trained_and_everything_is_put_back(
     lora: LoraSettings | None, tmp_path: Path
