@@ -105,6 +105,13 @@ def test_every_layer_has_its_own_gate_on_disk_and_live(folder: Path) -> None:
         assert not torch.equal(live.layers[layer].key, live.layers[layer - 1].key)
 
 
+def test_copies_of_live_gates_are_for_use_alone() -> None:
+    live = GateSet(KIND, MODEL, SETTINGS)
+    made = live.of_layer(1, torch.device("cpu"), torch.float64)
+    assert not made.training and not any(p.requires_grad for p in made.parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in live.parameters())
+
+
 def test_a_deep_copy_has_no_gates_of_the_original(folder: Path) -> None:
     first = find_gates(str(folder), KIND)
     placed = first.of_layer(0, torch.device("cpu"), torch.float32)
