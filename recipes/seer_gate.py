@@ -166,7 +166,12 @@ class SeerGateTask(AdapterTask):
         }
 
     def read(self, ids: Tensor, observe: Observer) -> None:
-        """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed."""
+        """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed.
+
+        Args:
+            ids: token ids [batch, tokens].
+            observe: is called with each.
+        """
         with observing(self.model, observe, reads=READS), torch.no_grad():
             self.parts.hidden(ids)
 
@@ -210,7 +215,9 @@ def gate_divergence(gate: Any, seen: Seen, learn: bool = False) -> tuple[Tensor,
     return total, list(zip(weights, slopes, strict=True))
 
 
-def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, last: int) -> Tensor:
+def pooled_attention(
+    q: Tensor, k: Tensor, ctx: Context, size: int, first: int, last: int, mass: bool = False
+) -> Tensor:
     """The largest attention weight in each tile of blocks, for the query blocks from `first` to `last`.
 
     Args:
@@ -218,6 +225,7 @@ def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, 
         ctx: the call.
         size: tokens in a block.
         first, last: query blocks.
+        mass: the sum of the weights in a tile, in place of the largest.
 
     Returns:
         float32 [batch, heads, last - first, last]: later key blocks have no weight.
@@ -234,7 +242,7 @@ def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, 
             logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
         weights = logits.masked_fill_(later, -torch.inf).softmax(-1)
         tiles = nn.functional.pad(weights, pad).unflatten(2, (-1, size)).unflatten(4, (-1, size))
-        parts.append(tiles.amax((3, 5)))
+        parts.append(tiles.sum((3, 5)) if mass else tiles.amax((3, 5)))
     return torch.cat(parts, 1)
 
 
