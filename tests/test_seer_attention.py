@@ -151,13 +151,17 @@ def test_starting_weights_are_uniform_within_the_bound_of_glorot() -> None:
         assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
 
 
+@pytest.mark.parametrize("start", [0, 40])
 @pytest.mark.parametrize("threshold", [0.0, 0.08, 0.3])
-def test_blocks_above_the_threshold_are_kept(threshold: float) -> None:
+def test_blocks_above_the_threshold_are_kept(threshold: float, start: int) -> None:
     method = SeerAttention(gates=gates(), threshold=threshold)
-    q, k, ctx = call(250)
-    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k)
-    want = (logits.softmax(-1) > threshold) | torch.eye(16, dtype=torch.bool)
-    want[:, :, -2:] |= torch.ones(16, 16, dtype=torch.bool).tril()[-2:]
+    q, k, ctx = call(250, start=start)
+    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k, start)
+    want = logits.softmax(-1) > threshold
+    for i in range(want.shape[2]):
+        want[:, :, i, (start + i * SIZE) // SIZE] = True
+        want[:, :, i, min((start + i * SIZE + SIZE - 1) // SIZE, want.shape[3] - 1)] = True
+    want[:, :, -2:] |= logits[:, :, -2:] > -torch.inf
     assert torch.equal(keep, want)
 
 
