@@ -89,7 +89,8 @@ class Oracle(Method):
         def keep(first: int, last: int) -> Tensor:
             mass = pooled_attention(q, k, ctx, size, first, last, mass=self.pool == "mass")
             row = block[first:last, None]
-            scores = torch.nn.functional.pad(mass, (0, rows - last)).masked_fill(block > row, -torch.inf)
+            # Later blocks have no weight, and ties go to the earlier ones.
+            scores = torch.nn.functional.pad(mass, (0, rows - last))
             order = rank_descending(scores.masked_fill(block == row, torch.inf))
             kept = (block < counts[:, :, first:last, None]).expand(scores.shape)
             return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept)

@@ -82,6 +82,10 @@ def test_only_gates_are_trained_and_stay_between_0_and_1(task) -> None:
     gates = task.gates.detach()
     assert bool((gates >= 0).all()) and bool((gates <= 1).all()) and len(gates.unique()) > 2
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
+    with torch.no_grad():
+        task.gates[0] = torch.tensor([-0.25, 0.5, 1.25])
+    task.end_step(3)
+    assert task.gates[0].tolist() == [0, 0.5, 1]
 
 
 def test_the_loss_is_over_the_positions_that_choose_answers(task) -> None:
