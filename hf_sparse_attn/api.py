@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.autocast import cast_inputs, no_autocast
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, check_tensors, run_pattern
 from hf_sparse_attn.family import check_reads, find_family, install, provided
@@ -133,24 +134,28 @@ def attention(
         sinks: one more logit per query head whose value is 0, [heads] (gpt-oss), or None.
 
     Returns:
-        output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for.
+        output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for. Under autocast
+        in its dtype, as from F.scaled_dot_product_attention.
 
     Raises:
         ValueError, TypeError: shapes, types or names that do not fit.
         MethodDoesNotApply: the method declines; there is no dense model attention to fall back to here.
         BackendUnavailable: the backend asked for cannot run the call.
     """
+    if all(isinstance(x, Tensor) for x in (q, k, v)):
+        q, k, v = cast_inputs(q, k, v)
     check_tensors(q, k, v)
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
-    if isinstance(method, BlockPattern):
-        factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
-        out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)
-    else:
-        out, lse = _by_method(q, k, v, method, ctx, scale, backend, cap)
+    with no_autocast(q.device):
+        if isinstance(method, BlockPattern):
+            factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
+            out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)
+        else:
+            out, lse = _by_method(q, k, v, method, ctx, scale, backend, cap)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

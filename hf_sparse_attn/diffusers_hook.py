@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn import opaque
+from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.diffusers_clock import NO_SCHEDULE, Clock, run_length
 from hf_sparse_attn.diffusers_compile import CompiledLayer, CompiledModel
@@ -327,7 +328,7 @@ class DiffusersHooks:
 
     def _sparse(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor | None:
         """Attention of the valid tokens, or None where the model must run its own on all, with the reason counted."""
-        q, k, v = asked.q, asked.k, asked.v
+        q, k, v = cast_inputs(asked.q, asked.k, asked.v)
         layout = self._layout(call, asked)
         cut = None if call is None or isinstance(layout, Decline) else self._trim(call, asked, layout)
         for found in (layout, cut):

@@ -94,6 +94,9 @@ def run_pattern(
 ) -> tuple[Tensor, Tensor, str]:
     """Output, log-sum-exp and the name of the backend that ran; see Backend.attention for shapes."""
     check_pattern(pattern, q, k)
+    if not q.dtype == k.dtype == v.dtype:
+        # A kernel would read numbers of one width as those of another.
+        raise ValueError(f"`k` and `v` must be {q.dtype} like `q`, got {k.dtype} and {v.dtype}")
     if torch.compiler.is_compiling():
         from hf_sparse_attn import compiled
 

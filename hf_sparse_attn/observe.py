@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.autocast import no_autocast
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import Policy, dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
@@ -89,11 +90,12 @@ class Observing(Session):
         if reason is not None:
             record.dense_reasons[reason] += 1
             return None
-        if self.gradients:
-            return self._watched(record, q, k, v, ctx, spans)
-        for span, own in _spans(q, k, ctx, spans):
-            if self.policy.why_dense(own, q.device) is None:
-                self._show(_seen(record.name, span.cut(q, k, v), own))
+        with no_autocast(q.device):
+            if self.gradients:
+                return self._watched(record, q, k, v, ctx, spans)
+            for span, own in _spans(q, k, ctx, spans):
+                if self.policy.why_dense(own, q.device) is None:
+                    self._show(_seen(record.name, span.cut(q, k, v), own))
         if isinstance(self.method, _Nothing):
             record.dense_reasons["observed"] += 1
             return None

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.patching import SESSIONS
 
 
@@ -93,6 +94,7 @@ def attend(
     options: list[float], reason: str = "",
 ) -> Tensor:  # fmt: skip
     """The operator in the graph that is being traced; see Layer.run. A None in `extra` is left out."""
+    q, k, v = cast_inputs(q, k, v)
     given = {name: x for name, x in extra.items() if x is not None}
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *given.values()))
     # For an empty list of numbers torch wants an empty list of gradients back, for any other None.

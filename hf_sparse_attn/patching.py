@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.autocast import no_autocast
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.dispatch import Policy, dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
@@ -143,7 +144,7 @@ class Session:
         Args:
             record: the layer's record.
             q: [batch, heads, q_len, dim].
-            k, v: [batch, kv_heads, kv_len, dim].
+            k, v: [batch, kv_heads, kv_len, dim]; all three in the dtype to compute in (autocast.cast_inputs).
             ctx: where the call is; its layout is that of a whole row.
             spans: the valid sequences in the batch; None means that every row is one. Places outside get output 0.
             dense: runs the host's own dense attention on the same inputs; without it no gain is measured.
@@ -159,6 +160,10 @@ class Session:
             return None
 
         def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
+            with no_autocast(q.device):
+                return attended(record)
+
+        def attended(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
             if spans and not (len(spans) == 1 and spans[0].is_whole(q, k)):
                 return self._attend_spans(record, q, k, v, ctx, spans)
             own = replace(ctx, layout=spans[0].layout) if spans and spans[0].layout is not None else ctx

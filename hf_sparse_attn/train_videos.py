@@ -14,7 +14,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import INDEX, LatentData, LatentSample, LatentWriter
 from hf_sparse_attn.train_text import tokenizer_identity
 from hf_sparse_attn.video_source import Clip, ShortClipError, find_clips, read_clip
-from hf_sparse_attn.video_vae import check_vae, encode_caption, encode_video, fingerprint, placed
+from hf_sparse_attn.video_vae import check_vae, encode_caption, encode_first_frame, encode_video, fingerprint, placed
 
 _LOG = logging.getLogger(__name__)
 # What a kill may cost: about five videos of 81 frames in 480p.
@@ -60,6 +60,7 @@ def open_videos(
     cache: Path,
     run: Run | None = None,
     family: str | None = None,
+    first_frame: bool = False,
     shard_bytes: int = _SHARD_BYTES,
 ) -> LatentData:
     """Opens videos as latents; those that have not been encoded before are encoded now, with a progress bar.
@@ -70,10 +71,13 @@ def open_videos(
 
     Args:
         settings: where from, and how much.
-        pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile.
+        pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile. Latents
+            need neither.
         cache: folder for latents, made if missing.
         run: where the training runs; the first process encodes and the others wait.
         family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
+        first_frame: whether a sample's conditions are also those of its first frame; see
+            `video_vae.encode_first_frame`.
         shard_bytes: about how large a file of the cache is.
 
     Raises:
@@ -83,17 +87,24 @@ def open_videos(
         TypeError: a VAE of an unknown class, or of another family.
         MissingExtra: nothing that reads the videos is installed.
     """
-    check_vae(getattr(pipe, "vae", None), family)
-    shape = latent_shape(settings, pipe)
     source = Path(settings.source).expanduser()
-    if (source / INDEX).is_file():
+    ready = (source / INDEX).is_file()
+    if not ready or getattr(pipe, "vae", None) is not None:
+        check_vae(getattr(pipe, "vae", None), family)
+    shape = latent_shape(settings, pipe)
+    if ready:
         data = LatentData(source)
         _check_latents(data, shape, settings)
+        if first_frame and "image_latents" not in data[0].conditions:
+            raise ValueError(
+                f"`source` must hold `image_latents` of the first frames for image to video, got "
+                f"{', '.join(data[0].conditions) or 'no conditions'} in {settings.source}"
+            )
         return data
     if run is None:
-        return _encoded(settings, pipe, source, Path(cache), None, shard_bytes)
+        return _encoded(settings, pipe, source, Path(cache), None, first_frame, shard_bytes)
     with run.main_first():
-        return _encoded(settings, pipe, source, Path(cache), run, shard_bytes)
+        return _encoded(settings, pipe, source, Path(cache), run, first_frame, shard_bytes)
 
 
 def latent_shape(settings: VideoSettings, pipe: Any) -> tuple[int, int, int]:
@@ -101,9 +112,7 @@ def latent_shape(settings: VideoSettings, pipe: Any) -> tuple[int, int, int]:
 
     Raises:
         ValueError: the VAE, or the transformer's patches, cannot take that size; the nearest that they can are named.
-        TypeError: a VAE of an unknown class.
     """
-    check_vae(getattr(pipe, "vae", None))
     temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
     if (settings.frames - 1) % temporal:
         low = (settings.frames - 1) // temporal * temporal + 1
@@ -138,10 +147,17 @@ def _check_latents(data: LatentData, shape: tuple[int, int, int], settings: Vide
 
 
 def _encoded(
-    settings: VideoSettings, pipe: Any, source: Path, cache: Path, run: Run | None, shard_bytes: int
+    settings: VideoSettings,
+    pipe: Any,
+    source: Path,
+    cache: Path,
+    run: Run | None,
+    first_frame: bool,
+    shard_bytes: int,
 ) -> LatentData:
     clips = find_clips(source)
-    encoders = [m for m in (getattr(pipe, n, None) for n in ("text_encoder", "text_encoder_2")) if m is not None]
+    names = ("text_encoder", "text_encoder_2", *(["image_encoder"] if first_frame else []))
+    encoders = [m for m in (getattr(pipe, n, None) for n in names) if m is not None]
     asked = {name: value for name, value in asdict(settings).items() if name != "source"}
     key = {
         "settings": asked,
@@ -150,18 +166,27 @@ def _encoded(
         "text": [fingerprint(encoder) for encoder in encoders],
         "tokenizers": [tokenizer_identity(getattr(pipe, n, None)) for n in ("tokenizer", "tokenizer_2")],
     }
+    if first_frame:
+        key["first_frame"] = "alone" if pipe.config.get("expand_timesteps") else "padded"
     name = "videos-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     # The list of all clips is long, and in the name already.
     writer = LatentWriter(cache / name, {**key, "clips": len(clips)}, shard_bytes)
     if not writer.complete:
         device = pipe.vae.device if run is None else run.device
         with placed([pipe.vae, *encoders], device):
-            _encode(settings, pipe, clips, writer, device, run is None or (run.progress and run.is_main))
+            shown = run is None or (run.progress and run.is_main)
+            _encode(settings, pipe, clips, writer, device, first_frame, shown)
     return LatentData(cache / name)
 
 
 def _encode(
-    settings: VideoSettings, pipe: Any, clips: list[Clip], writer: LatentWriter, device: Any, progress: bool
+    settings: VideoSettings,
+    pipe: Any,
+    clips: list[Clip],
+    writer: LatentWriter,
+    device: Any,
+    first_frame: bool,
+    progress: bool,
 ) -> None:
     from tqdm import tqdm
 
@@ -177,6 +202,8 @@ def _encode(
             _LOG.warning("%s has too few frames and is left out", clip.name)
             continue
         conditions = encode_caption(pipe, clip.caption, device, settings.tokens)
+        if first_frame:
+            conditions |= encode_first_frame(pipe, video, device)
         writer.add(LatentSample(encode_video(pipe.vae, video), conditions), clip.name)
     if not len(writer):
         raise ValueError(f"`frames` must be at most what some video has, got {settings.frames}, which none has")

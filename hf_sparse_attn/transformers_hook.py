@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from hf_sparse_attn import native
+from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.patching import LayerRecord, Session
 from hf_sparse_attn.selection import with_sinks
@@ -209,6 +210,7 @@ def attend_sparse(
         DenseFallback: sparse attention has to be given up and the patch is strict.
     """
     session, record = state.session, state.record
+    q, k, v = cast_inputs(q, k, v)
     # Let go here whatever becomes of the call: a layer's activations must not wait for its next one.
     kept = None if state.watch is None else state.watch.release()
     q_len, kv_len = q.shape[2], k.shape[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from hf_sparse_attn.moving import (
 from hf_sparse_attn.moving_scenes import SceneClass, least_size
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentSample
-from hf_sparse_attn.video_task import TIMES, Material, VideoRecipe, VideoTask
+from hf_sparse_attn.video_material import TIMES, Material
 
+# Name of the shipped model in a recipe.
+MOVING_WAN = "moving_wan"
 # The noise levels that the model was trained at last.
 _SHIFT = 10.0
-_CLIPS = "clips-{:05}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +73,31 @@ class SceneSettings:
 
 
 class SceneMaterial(Material):
-    """The shipped model and its scenes.
+    """The shipped model, or one that was trained like it, and scenes.
 
     Args:
-        recipe: the settings.
-        run: where it runs; sampled clips are kept in its folder.
+        run: where it runs.
         settings: the scenes.
+        model: "moving_wan", or a folder with a transformer.
+        dtype: of torch, or "auto".
+        extend: clips have so many times the frames of the settings.
 
     Raises:
-        ValueError: the picture is too small for the clips.
+        ValueError: the picture is too small for the clips, or they are too long for the model.
+        FileNotFoundError: the folder holds no model.
     """
 
-    def __init__(self, recipe: VideoRecipe, run: Run, settings: SceneSettings) -> None:
-        self.settings, self.run, self.frames = settings, run, settings.frames * recipe.extend
+    def __init__(
+        self, run: Run, settings: SceneSettings, model: str = MOVING_WAN, dtype: Any = "auto", extend: int = 1
+    ) -> None:
+        self.settings, self.frames = settings, settings.frames * extend
         settings.check(self.frames)
-        model = load_moving_wan()
-        longest = model.config.rope_max_seq_len
+        loaded = load_moving_wan() if model == MOVING_WAN else load_moving_wan(Path(model))
+        longest = loaded.config.rope_max_seq_len
         if self.frames > longest:
             raise ValueError(f"`extend` must give at most {longest} frames, got {self.frames}")
-        self.model = model.to(run.device, None if recipe.dtype == "auto" else recipe.torch_dtype)
-        self.dtype = model.dtype
+        self.model = loaded.to(run.device, None if dtype == "auto" else dtype)
+        self.dtype = loaded.dtype
         self.shift = _SHIFT
         self.nothing = self._conditions(None)
 
@@ -115,21 +122,13 @@ class SceneMaterial(Material):
             "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
         }
 
-    def evaluate(self, task: VideoTask) -> dict[str, float]:
-        """Of sampled clips: `right`, the share whose motion is right; `motion_error` in pixels, the mean, in which a
-        clip that loses its sprite counts as off by half the picture; `seen`, the share that keeps it in every frame;
-        `flicker` of the background. The clips are kept in the folder of the run.
-        """
+    def sampled(self) -> Tensor | None:
         size = self.settings
-        if not size.clips:
-            return {}
-        scenes = draw_classes(size.clips, size.seed)
-        clips = torch.cat([self.clip(place) for place in range(size.clips)])
-        if self.run.output.is_dir():
-            from safetensors.torch import save_file
+        return torch.cat([self.clip(place) for place in range(size.clips)]) if size.clips else None
 
-            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(task.done))
-        return motion_figures(clips, scenes, size)
+    def clip_figures(self, clips: Tensor) -> dict[str, float]:
+        """See motion_figures."""
+        return motion_figures(clips, draw_classes(self.settings.clips, self.settings.seed), self.settings)
 
     def clip(self, place: int) -> Tensor:
         """Samples one of the clips of an evaluation, [1, frames, 3, height, width]."""
@@ -148,7 +147,9 @@ class SceneMaterial(Material):
 
 
 def motion_figures(clips: Tensor, scenes: Sequence[SceneClass], settings: SceneSettings) -> dict[str, float]:
-    """How well clips move, as `SceneMaterial.evaluate` tells it.
+    """How well clips move: `right`, the share whose motion is right; `motion_error` in pixels, the mean, in which a
+    clip that loses its sprite counts as off by half the picture; `seen`, the share that keeps it in every frame;
+    `flicker` of the background.
 
     Args:
         clips: [clips, frames, 3, height, width] in [0, 1].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.matching import AttentionMatch, LayerOutputs, layers_error, mean_error, teaching
-from hf_sparse_attn.moving_scenes import least_size
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.recipes.video_models import Expert
 from hf_sparse_attn.train_text import TextSettings
 from hf_sparse_attn.train_videos import VideoSettings
+from hf_sparse_attn.video_material import FlowSettings
+from hf_sparse_attn.video_scenes import SceneSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,54 +47,6 @@ class MatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneSettings:
-    """Moving scenes for the shipped video model, drawn as they are asked for; see moving_scenes.
-
-    Args:
-        frames, height, width: of a clip, in pixels; even.
-        drop: share of the samples without their condition, for guidance.
-        clips: clips that are sampled for the figures.
-        sampling_steps: of each.
-    """
-
-    frames: int = 12
-    height: int = 24
-    width: int = 24
-    drop: float = 0.1
-    clips: int = 4
-    sampling_steps: int = 8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"`scenes.drop` must be from 0 to 1, got {self.drop}")
-        check_int("clips", self.clips, 1)
-        check_int("sampling_steps", self.sampling_steps, 1)
-        least = least_size(check_int("frames", self.frames, 2))
-        for name in ("height", "width"):
-            size = check_int(name, getattr(self, name), 1)
-            if size % 2 or size < least:
-                raise ValueError(f"`scenes.{name}` must be even and at least {least}, got {size}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
-    """Noise levels that a video model is asked at; see flow_matching.noise_levels.
-
-    Args:
-        shift: middle of the odds of noise to latents.
-        spread: standard deviation of the logarithm of the odds.
-    """
-
-    shift: float = 3.0
-    spread: float = 1.6
-
-    def __post_init__(self) -> None:
-        for name in ("shift", "spread"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`noise.{name}` must be more than 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DistillSparse(AdapterRecipe):
     """A sparse student learns from its dense self.
 
@@ -99,7 +54,7 @@ class DistillSparse(AdapterRecipe):
 
     Args:
         data: text, for a language model.
-        videos: videos or latents, for a Wan pipeline.
+        videos: videos or latents, for a pipeline of one of the families of video_models.py.
         scenes: for the shipped video model, or one that was trained like it. One of the three is given.
         match: "output", "layers", "attention", or several with weights. The first two hold against a forward of the
             teacher. "attention" needs none, and holds the student only to itself: dense attention on its own q, k and
@@ -109,7 +64,9 @@ class DistillSparse(AdapterRecipe):
         held_out: text to evaluate on; None takes the held-out part of the shipped text, and of other text its last
             samples, which are then not trained on.
         evaluation_samples: how many samples the figures are means over.
-        noise: for video models.
+        flow: noise levels and dropped conditions, for video models.
+        expert, guidance: for video models that take them; see video_models.py. A `guidance` should be the one that the
+            model is sampled with.
     """
 
     data: TextSettings | None = None
@@ -119,7 +76,9 @@ class DistillSparse(AdapterRecipe):
     temperature: float = 1.0
     held_out: TextSettings | None = None
     evaluation_samples: int = 4
-    noise: NoiseSettings = NoiseSettings()
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    expert: Expert | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +93,9 @@ class DistillSparse(AdapterRecipe):
             raise ValueError(f"`data`, `videos` or `scenes` must be given, got {' and '.join(given) or 'none'}")
         if self.held_out is not None and self.data is None:
             raise ValueError("`held_out` must be left out for video, got one")
+        for name in ("expert", "guidance"):
+            if getattr(self, name) is not None and self.videos is None:
+                raise ValueError(f"`{name}` must be left out without `videos`, got {getattr(self, name)!r}")
 
     @property
     def weights(self) -> MatchSettings:
@@ -148,16 +110,20 @@ class DistillSparse(AdapterRecipe):
 Mode = Callable[[], AbstractContextManager[None]]
 
 
-class Material(Protocol):
+class Student(Protocol):
     """A kind of model with its data: text or video.
 
     Attributes:
         model: on the device of the run, in evaluation mode.
-        base_model: folder or Hub id that it came from.
     """
 
     model: nn.Module
-    base_model: str
+
+    def attach(self, patch: Patch) -> None:
+        """Called once sparse attention is on the model; may refuse how it is."""
+
+    def bundle_parts(self) -> dict[str, Any]:
+        """What belongs into the bundle besides adapter and sparse settings."""
 
     def batch(self, numbers: Sequence[int]) -> Any:
         """Samples by their numbers over the whole training, on the device."""
@@ -165,7 +131,7 @@ class Material(Protocol):
     def weights(self, batch: Any) -> Tensor:
         """Weight of each sample in the loss, [batch]."""
 
-    def run(self, batch: Any) -> Any:
+    def forward(self, batch: Any) -> Any:
         """What the model gives for a batch, for `output_loss`."""
 
     def output_loss(self, batch: Any, mine: Any, taught: Any, teacher: Mode) -> Tensor:
@@ -181,9 +147,10 @@ class DistillTask(AdapterTask):
     recipe: DistillSparse
 
     def __init__(self, recipe: DistillSparse, run: Run) -> None:
-        self.material = material(recipe, run)
-        super().__init__(recipe, run, self.material.model, base_model=self.material.base_model)
+        self.student = open_student(recipe, run)
+        super().__init__(recipe, run, self.student.model, base_model=recipe.model)
         try:
+            self.student.attach(self._patch)
             self.match = AttentionMatch(self._patch, trains=recipe.weights.attention > 0)
             self.outputs = LayerOutputs(self._patch, wanted=recipe.weights.layers > 0)
         except BaseException:
@@ -195,28 +162,31 @@ class DistillTask(AdapterTask):
     def _patch(self) -> Any:
         return self.patch
 
+    def bundle_parts(self) -> dict[str, Any]:
+        return self.student.bundle_parts()
+
     def teacher(self) -> AbstractContextManager[None]:
         """Within it the model is its own teacher."""
         return teaching(self.model, self._patch, self.adapter)
 
     def batch(self, step: int, samples: Sequence[int]) -> Any:
-        return self.material.batch(self.numbers(step, samples))
+        return self.student.batch(self.numbers(step, samples))
 
     def weight(self, batch: Any) -> float:
-        return float(self.material.weights(batch).sum())
+        return float(self.student.weights(batch).sum())
 
     def loss(self, batch: Any) -> Tensor:
-        wanted, weights = self.recipe.weights, self.material.weights(batch)
+        wanted, weights = self.recipe.weights, self.student.weights(batch)
         taught, told = None, {}
         if wanted.output or wanted.layers:
             with self.teacher(), self.outputs.collecting() as told:
-                taught = self.material.run(batch)
+                taught = self.student.forward(batch)
         with self.match.collecting() as errors, self.outputs.collecting() as said:
-            mine = self.material.run(batch)
+            mine = self.student.forward(batch)
         self._check_sparse()
         loss = torch.zeros((), device=weights.device)
         if wanted.output:
-            loss = loss + wanted.output * self.material.output_loss(batch, mine, taught, self.teacher)
+            loss = loss + wanted.output * self.student.output_loss(batch, mine, taught, self.teacher)
         if wanted.layers:
             loss = loss + wanted.layers * (layers_error(said, told) * weights).sum()
         if wanted.attention:
@@ -234,21 +204,18 @@ class DistillTask(AdapterTask):
         self._sparse = True
 
     def evaluate(self) -> dict[str, float]:
-        return self.material.evaluate(self.teacher, self._patch.paused, self.match)
+        return self.student.evaluate(self.teacher, self._patch.paused, self.match)
 
 
-def material(recipe: DistillSparse, run: Run) -> Material:
+def open_student(recipe: DistillSparse, run: Run) -> Student:
     """Model and data of a recipe, by the kind of its data."""
     if recipe.data is not None:
-        from hf_sparse_attn.recipes.distill_sparse_language import LanguageMaterial
+        from hf_sparse_attn.recipes.distill_sparse_language import LanguageStudent
 
-        return LanguageMaterial(recipe, recipe.data, run)
-    from hf_sparse_attn.recipes.distill_sparse_video import LatentMaterial, SceneMaterial
+        return LanguageStudent(recipe, recipe.data, run)
+    from hf_sparse_attn.recipes.distill_sparse_video import VideoStudent
 
-    if recipe.scenes is not None:
-        return SceneMaterial(recipe, recipe.scenes, run)
-    assert recipe.videos is not None
-    return LatentMaterial(recipe, recipe.videos, run)
+    return VideoStudent(recipe, run)
 
 
 RECIPE = DistillSparse

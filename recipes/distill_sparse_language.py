@@ -12,6 +12,7 @@ from hf_sparse_attn.chunked_loss import CausalParts, in_chunks
 from hf_sparse_attn.held_out_text import SPLIT_SOURCES, HeldOutScores, held_out_settings, open_held_out
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_text import TextSample, TextSettings, open_text, sample_order
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode
 
 
-class LanguageMaterial:
-    """A causal language model and text; see distill_sparse.Material."""
+class LanguageStudent:
+    """A causal language model and text; see distill_sparse.Student."""
 
     def __init__(self, recipe: DistillSparse, settings: TextSettings, run: Run) -> None:
-        self.recipe, self.device, self.base_model = recipe, run.device, recipe.model
+        self.recipe, self.device = recipe, run.device
         loaded = load_language_model(recipe.model, recipe.torch_dtype, run.device)
         self.model: nn.Module = loaded[0]
         tokenizer = loaded[1]
@@ -41,6 +42,12 @@ class LanguageMaterial:
             self.held_out = self.data
         self.parts = CausalParts(self.model)
 
+    def attach(self, patch: Patch) -> None:
+        """Any patch will do."""
+
+    def bundle_parts(self) -> dict[str, str]:
+        return {}
+
     def batch(self, numbers: Sequence[int]) -> TextSample:
         size = len(self.data) - self.kept
         made = [self.data[sample_order(self.recipe.seed, size, number)] for number in numbers]
@@ -54,7 +61,7 @@ class LanguageMaterial:
         # The first token of a sample is predicted by nothing.
         return batch.weights[:, 1:].sum(1)
 
-    def run(self, batch: TextSample) -> Tensor:
+    def forward(self, batch: TextSample) -> Tensor:
         return self.parts.hidden(batch.ids)
 
     def output_loss(self, batch: TextSample, mine: Tensor, taught: Tensor, teacher: Mode) -> Tensor:
@@ -82,15 +89,15 @@ class LanguageMaterial:
             batch = self._stacked([self.held_out[index]])
             _, answers = self.held_out.scored(index)
             with teacher():
-                taught = self.run(batch)
+                taught = self.forward(batch)
                 scores["_dense"].add(batch, taught, answers)
             with match.collecting() as found:
-                mine = self.run(batch)
+                mine = self.forward(batch)
             errors += found
             scores[""].add(batch, mine, answers)
             apart += float(self.output_loss(batch, mine, taught, teacher))
             with dense():
-                scores["_run_dense"].add(batch, self.run(batch), [])
+                scores["_run_dense"].add(batch, self.forward(batch), [])
         figures = {name + how: value for how, own in scores.items() for name, value in own.figures().items()}
         figures["kl"] = apart / scores[""].weight
         return {**dict(sorted(figures.items())), **layer_figures(errors)}

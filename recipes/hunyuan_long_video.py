@@ -9,14 +9,11 @@ the blocks of one stream are the text's as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.video_task import TIMES, PipelineMaterial, VideoRecipe, VideoTask, load_pipeline
+from hf_sparse_attn.recipes.video_models import HunyuanMaterial, open_material
+from hf_sparse_attn.video_task import VideoRecipe, VideoTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,27 +34,18 @@ class HunyuanLongVideo(VideoRecipe):
         self.long_videos()
 
     def task(self, run: Run) -> VideoTask:
-        return VideoTask(self, run, HunyuanMaterial(self, run, load_pipeline(self)))
-
-
-class HunyuanMaterial(PipelineMaterial):
-    """The transformer of a HunyuanVideo pipeline; see PipelineMaterial."""
-
-    transformers = ("HunyuanVideoTransformer3DModel",)
-    recipe: HunyuanLongVideo
-
-    def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        config: Any = self.model.config
-        given = {
-            "hidden_states": noisy.to(self.dtype),
-            "timestep": level * TIMES,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
-            "encoder_attention_mask": conditions["prompt_attention_mask"].to(self.dtype),
-            "pooled_projections": conditions["pooled_prompt_embeds"].to(self.dtype),
-        }
-        if config.guidance_embeds:
-            given["guidance"] = level.new_full(level.shape, self.recipe.guidance * TIMES).to(self.dtype)
-        return given
+        material = open_material(
+            run,
+            self.model,
+            self.torch_dtype,
+            self.long_videos(),
+            {"guidance": self.guidance},
+            (HunyuanMaterial,),
+            held_out=self.held_out,
+            seed=self.seed,
+            drops=self.flow.drop > 0,
+        )
+        return VideoTask(self, run, material)
 
 
 RECIPE = HunyuanLongVideo

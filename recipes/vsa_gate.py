@@ -22,7 +22,8 @@ from hf_sparse_attn.gates import GateSet
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.video_task import HELD_OUT, Material, VideoTask
+from hf_sparse_attn.video_material import Material
+from hf_sparse_attn.video_task import VideoTask
 
 METHOD = "vsa"
 
@@ -134,15 +135,9 @@ class VsaGateTask(VideoTask):
         same tiles and no pooled branch.
         """
         self._attend(self.recipe.density, "", anew=True)
-        plain = self._held_out_loss()
+        plain = self.held_out_loss()
         self._attend(self.recipe.density, self.gates, anew=True)
         return {**super().evaluate(), "flow_loss_no_gates": plain}
-
-    def _held_out_loss(self) -> float:
-        """Of the same samples, levels and noise as `flow_loss`."""
-        numbers = range(HELD_OUT, HELD_OUT + self.recipe.held_out)
-        losses = [float(self.loss(self.draw([number], self._kept_out, 0.0)).detach()) for number in numbers]
-        return sum(losses) / len(losses)
 
     def bundle_parts(self) -> dict[str, Any]:
         return {**super().bundle_parts(), "gates": self.gates}

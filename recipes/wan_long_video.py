@@ -11,90 +11,57 @@ package, on a processor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.video_scenes import SceneMaterial, SceneSettings
-from hf_sparse_attn.video_task import TIMES, Material, PipelineMaterial, VideoRecipe, VideoTask, load_pipeline
+from hf_sparse_attn.recipes.video_models import Expert, WanMaterial, open_material
+from hf_sparse_attn.video_material import Material
+from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings
+from hf_sparse_attn.video_task import VideoRecipe, VideoTask
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanLongVideo(VideoRecipe):
-    """A Wan text-to-video pipeline (2.1, 2.2, TI2V-5B), or "moving_wan"; see VideoRecipe for the rest.
+    """A Wan pipeline for text or image to video (2.1, 2.2, TI2V-5B), or "moving_wan"; see VideoRecipe for the rest.
 
     Args:
         scenes: what "moving_wan" learns from, in place of `videos`.
         expert: which transformer of Wan 2.2 is trained, the one for much noise ("high") or for little ("low"), each at
             the noise levels it is responsible for; None where there is only one.
+        image_to_video: whether the first frame is given; None goes by the class of the pipeline. Only TI2V-5B can do
+            both.
     """
 
     scenes: SceneSettings | None = None
-    expert: Literal["high", "low"] | None = None
+    expert: Expert | None = None
+    image_to_video: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted, other = ("scenes", "videos") if self.model == "moving_wan" else ("videos", "scenes")
+        wanted, other = ("scenes", "videos") if self.model == MOVING_WAN else ("videos", "scenes")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
             raise ValueError(f"`{wanted}` must say what model {self.model!r} learns from, and `{other}` must be none")
-        if self.expert is not None and self.model == "moving_wan":
-            raise ValueError(f"`expert` must be none for model 'moving_wan', got {self.expert!r}")
+        for name in ("expert", "image_to_video"):
+            if getattr(self, name) is not None and self.model == MOVING_WAN:
+                raise ValueError(f"`{name}` must be none for model 'moving_wan', got {getattr(self, name)!r}")
 
     def task(self, run: Run) -> VideoTask:
         return VideoTask(self, run, self._material(run))
 
     def _material(self, run: Run) -> Material:
         if self.scenes is not None:
-            return SceneMaterial(self, run, self.scenes)
-        return WanMaterial(self, run, load_pipeline(self), self.expert)
-
-
-class WanMaterial(PipelineMaterial):
-    """A transformer of a Wan pipeline.
-
-    Args:
-        recipe: the settings.
-        run: where it runs.
-        pipe: the pipeline.
-        expert: see WanLongVideo.
-
-    Raises:
-        ValueError: `expert` does not fit the pipeline; see also PipelineMaterial.
-    """
-
-    transformers = ("WanTransformer3DModel",)
-
-    def __init__(self, recipe: VideoRecipe, run: Run, pipe: Any, expert: Literal["high", "low"] | None = None) -> None:
-        boundary = pipe.config.get("boundary_ratio")
-        if (expert is None) != (boundary is None):
-            rule = "none for a model with one transformer" if boundary is None else '"high" or "low" for Wan 2.2'
-            raise ValueError(f"`expert` must be {rule}, got {expert!r}")
-        name = "transformer_2" if expert == "low" else "transformer"
-        if boundary is not None:
-            self.part = name
-            self.bounds = (boundary, 1.0) if expert == "high" else (0.0, min(boundary, 1.0))
-            if not 0 <= self.bounds[0] < self.bounds[1]:
-                raise ValueError(f"`expert` must be one that the pipeline asks, got {expert!r} of boundary {boundary}")
-        # TI2V-5B: a timestep for each token.
-        self.by_token = bool(pipe.config.get("expand_timesteps"))
-        super().__init__(recipe, run, pipe, name)
-
-    def inputs(self, noisy: Tensor, level: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        config: Any = self.model.config
-        time = level * TIMES
-        if self.by_token:
-            tokens = 1
-            for size, patch in zip(noisy.shape[2:], config.patch_size, strict=True):
-                tokens *= size // patch
-            time = time[:, None].expand(-1, tokens)
-        return {
-            "hidden_states": noisy.to(self.dtype),
-            "timestep": time,
-            "encoder_hidden_states": conditions["prompt_embeds"].to(self.dtype),
-        }
+            return SceneMaterial(run, self.scenes, dtype=self.torch_dtype, extend=self.extend)
+        return open_material(
+            run,
+            self.model,
+            self.torch_dtype,
+            self.long_videos(),
+            {"expert": self.expert, "image_to_video": self.image_to_video},
+            (WanMaterial,),
+            held_out=self.held_out,
+            seed=self.seed,
+            drops=self.flow.drop > 0,
+        )
 
 
 RECIPE = WanLongVideo

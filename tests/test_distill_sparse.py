@@ -69,7 +69,8 @@ def of_language(model: Path, **changes: Any) -> dict[str, Any]:
 def of_video(model: Path, **changes: Any) -> dict[str, Any]:
     scenes = {"frames": 4, "height": 12, "width": 14, "clips": 1, "sampling_steps": 2}
     lora = {"rank": 2, "targets": ["attn1.to_q", "attn1.to_v", "attn1.to_out.0"]}
-    return of_language(model, **{"data": None, "scenes": scenes, "lora": lora, **changes})
+    flow = {"shift": 3.0, "drop": 0.0}
+    return of_language(model, **{"data": None, "scenes": scenes, "lora": lora, "flow": flow, **changes})
 
 
 def made(tmp_path: Path, settings: dict[str, Any]) -> Any:
@@ -346,7 +347,7 @@ def test_text_without_a_held_out_part_keeps_its_last_samples_back(language: Path
     (tmp_path / "text.txt").write_text("".join(chr(97 + i % 23) for i in range(7 * LENGTH)))
     data = {"source": str(tmp_path / "text.txt"), "length": LENGTH}
     with task_of(tmp_path, of_language(language, data=data)) as task:
-        material = task.material
+        material = task.student
         assert material.kept == 2
         drawn = torch.cat([task.batch(step, [0, 1, 2]).ids for step in range(4)])
         last = [material.data[len(material.data) - 1 - i].ids for i in range(2)]
@@ -393,10 +394,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative weight": ({"match": {"layers": -1}}, "`match.layers` must be 0 or more, got -1"),
     "cold": ({"temperature": 0}, "`temperature` must be more than 0, got 0"),
     "no samples": ({"evaluation_samples": 0}, "`evaluation_samples` must be at least 1, got 0"),
-    "noise": ({"noise": {"shift": 0}}, "`noise.shift` must be more than 0, got 0"),
-    "odd size": ({"data": None, "scenes": {"width": 25}}, "`scenes.width` must be even and at least 24, got 25"),
-    "small": ({"data": None, "scenes": {"frames": 20}}, "`scenes.height` must be even and at least 36, got 24"),
-    "dropped": ({"data": None, "scenes": {"drop": 2}}, "`scenes.drop` must be from 0 to 1, got 2"),
+    "noise": ({"flow": {"shift": 0}}, "`shift` must be more than 0, got 0"),
+    "expert of text": ({"expert": "low"}, "`expert` must be left out without `videos`, got 'low'"),
+    "odd size": (
+        {"model": "moving_wan", "data": None, "scenes": {"width": 25}},
+        "`width` must be even and at least 24 for 12 frames, got 25",
+    ),
+    "all steps dense": (
+        {
+            "model": "moving_wan",
+            "data": None,
+            "scenes": {},
+            "lora": {"targets": ["attn1.to_q"]},
+            "sparse": {**BLOCKS, "dense_steps": [0.5, 0.5]},
+        },
+        "`sparse.dense_steps` must leave some steps sparse",
+    ),
     "nothing to learn from": ({"data": None}, "`data`, `videos` or `scenes` must be given, got none"),
     "two kinds of data": ({"scenes": {}}, "`data`, `videos` or `scenes` must be given, got data and scenes"),
     "text for video": (
@@ -413,7 +426,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_settings_are_refused_before_the_first_step(language: Path, tmp_path: Path, name: str) -> None:
     changes, message = BAD[name]
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
-        made(tmp_path, of_language(language, **changes))
+        made(tmp_path, {**of_language(language), **changes})
 
 
 def test_a_patch_that_leaves_all_dense_is_refused(language: Path, tmp_path: Path) -> None:

@@ -17,18 +17,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_sparse_attn import moving, video_task
+from hf_sparse_attn import moving, video_material
 from hf_sparse_attn.flow_matching import noise_levels, sample_seed
 from hf_sparse_attn.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipe_config import plain
-from hf_sparse_attn.recipes import hunyuan_long_video, wan_long_video, wan_long_video_report
+from hf_sparse_attn.recipes import video_models, wan_long_video_report
 from hf_sparse_attn.recipes.hunyuan_long_video import HunyuanLongVideo
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
 from hf_sparse_attn.train_latents import LatentSample, write_latents
 from hf_sparse_attn.train_videos import VideoSettings
+from hf_sparse_attn.video_material import HELD_OUT, FlowSettings, draw_batch, load_pipeline
 from hf_sparse_attn.video_scenes import SceneSettings
-from hf_sparse_attn.video_task import FlowSettings, VideoTask, load_pipeline
+from hf_sparse_attn.video_task import VideoTask
+from hf_sparse_attn.video_vae import encode_first_frame, encode_video
 
 pytest.importorskip("peft")
 
@@ -73,12 +75,18 @@ def videos(folder: Path, family: str, size: tuple[int, int]) -> VideoSettings:
     return VideoSettings(source=str(source), frames=9, height=8 * size[0], width=8 * size[1])
 
 
+def serve(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[], Any]) -> None:
+    """Has the recipes find a pipeline under a name."""
+    load = video_models.load_pipeline
+    monkeypatch.setattr(video_models, "load_pipeline", lambda model, *a: build() if model == name else load(model, *a))
+
+
 @pytest.fixture
 def wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., WanLongVideo]:
     """A recipe for a tiny Wan pipeline; `kind` as in tiny_wan.pipeline."""
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> WanLongVideo:
-        monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: tiny_wan.pipeline(kind))
+        serve(monkeypatch, "tiny", lambda: tiny_wan.pipeline(kind))
         made = {
             "model": "tiny",
             "videos": videos(tmp_path, "wan", size),
@@ -96,9 +104,9 @@ def hunyuan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hu
     """A recipe for a tiny HunyuanVideo pipeline."""
 
     def recipe(kind: str = "t2v", size: tuple[int, int] = SIZE, **given: Any) -> HunyuanLongVideo:
-        monkeypatch.setattr(hunyuan_long_video, "load_pipeline", lambda recipe: tiny_hunyuan.pipeline(kind))
+        serve(monkeypatch, "tiny-hunyuan", lambda: tiny_hunyuan.pipeline(kind))
         made = {
-            "model": "tiny",
+            "model": "tiny-hunyuan",
             "videos": videos(tmp_path, "hunyuan", size),
             "lora": HUNYUAN_LORA,
             "sparse": WINDOW,
@@ -253,6 +261,71 @@ def test_wan_is_given_what_its_pipeline_gives(wan: Any, run: Run) -> None:
         assert (given["timestep"] == given["timestep"].flatten()[0]).all() and 0 < given["timestep"].max() < 1000
 
 
+IMAGES = {"i2v": {"expert": "high"}, "i2v_clip": {}, "ti2v_image": {}, "ti2v": {"image_to_video": True}}
+
+
+def with_images(folder: Path, kind: str) -> VideoSettings:
+    """Three latents with what the pipeline makes of an image; of that image in `tiny_wan.generate`."""
+    pipe = tiny_wan.pipeline("ti2v_image" if kind == "ti2v" else kind)
+    video = torch.rand(3, 9, 32, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    video[:, 0] = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3))[0] * 2 - 1
+    made = []
+    for number in range(3):
+        told = {"prompt_embeds": torch.full((9, 32), float(number))}
+        told |= encode_first_frame(pipe, video, torch.device("cpu"))
+        made.append(LatentSample(encode_video(pipe.vae, video), told))
+    write_latents(folder / "latents", made)
+    return VideoSettings(source=str(folder / "latents"), frames=9, height=32, width=48)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_wan_is_given_the_first_frame_as_its_pipeline_gives_it(kind: str, wan: Any, run: Run) -> None:
+    pipe = tiny_wan.pipeline("ti2v_image" if kind == "ti2v" else kind)
+    calls = calls_of(pipe.transformer)
+    tiny_wan.generate(pipe)
+    source = with_images(run.output, kind)
+    with closing(wan(kind, videos=source, batch=6, held_out=1, **IMAGES[kind]).task(run)) as task:
+        batch = task.batch(0, range(2))
+        given, theirs = batch.given, {name: value for name, value in calls[0].items() if value is not None}
+        assert set(given) == set(theirs) - {"attention_kwargs", "return_dict"}
+        for name, value in given.items():
+            assert value.shape[1:] == theirs[name].shape[1:] and value.dtype == theirs[name].dtype, name
+        mine, other = given["hidden_states"][:1], theirs["hidden_states"]
+        if kind.startswith("ti2v"):
+            # The first latent frame is there without noise, at time 0, and not learned.
+            assert torch.allclose(mine[:, :, 0], other[:, :, 0], atol=1e-5)
+            assert torch.equal(given["timestep"][:1] == 0, theirs["timestep"] == 0)
+            assert batch.velocity.shape[2] == mine.shape[2] - 1
+        else:
+            assert torch.equal(mine[:, 16:20], other[:, 16:20]) and mine[:, 16:20].unique().tolist() == [0, 1]
+            assert torch.allclose(mine[:, 20:], other[:, 20:], atol=1e-5)
+            assert batch.velocity.shape == mine[:, :16].repeat(2, 1, 1, 1, 1).shape
+        if kind == "i2v_clip":
+            wanted = theirs["encoder_hidden_states_image"]
+            # The image went through 8 bits.
+            assert torch.allclose(given["encoder_hidden_states_image"][:1], wanted, atol=0.05)
+        torch.autograd.backward(task.loss(batch))
+
+
+def test_the_given_frame_has_no_part_in_the_loss(wan: Any, run: Run) -> None:
+    source = with_images(run.output, "ti2v_image")
+    with closing(wan("ti2v_image", videos=source, held_out=1).task(run)) as task, torch.no_grad():
+        batch = task.batch(0, [0])
+        output = task.model(**batch.given, return_dict=False)[0]
+        assert float(task.loss(batch)) == pytest.approx(float((output[:, :, 1:] - batch.velocity).square().mean()))
+
+
+def test_the_image_stays_where_the_prompt_is_dropped(wan: Any, run: Run) -> None:
+    source = with_images(run.output, "i2v_clip")
+    with closing(wan("i2v_clip", videos=source, held_out=1, batch=20).task(run)) as task:
+        task.material.nothing = {"prompt_embeds": torch.full((9, 32), 7.0)}
+        given = draw_batch(task.material, range(20), FlowSettings(drop=0.5), 0, run.device).given
+        dropped = (given["encoder_hidden_states"] == 7).flatten(1).all(1)
+        assert 2 <= int(dropped.sum()) <= 18
+        assert given["encoder_hidden_states_image"].flatten(1).any(1).all()
+        assert torch.equal(given["hidden_states"][:, 20:], given["hidden_states"][:1, 20:].expand(20, -1, -1, -1, -1))
+
+
 def test_hunyuan_is_given_what_its_pipeline_gives(hunyuan: Any, run: Run) -> None:
     pipe = tiny_hunyuan.pipeline()
     calls = calls_of(pipe.transformer)
@@ -383,10 +456,23 @@ def test_parts_of_settings_are_checked(build: Callable[[], Any], words: str) -> 
         ("t2v", {"flow": FlowSettings(drop=0.1)}, "`flow.drop` must be 0 where"),
         ("t2v", {"held_out": 5}, "`held_out` must leave some of the 5 videos"),
         ("t2v", {"extend": 2}, r"`source` must hold latents of \(5, 12, 10\)"),
-        ("i2v", {"expert": "low"}, "`model` must take latents and text alone"),
+        ("i2v", {"expert": "low"}, "`source` must hold `image_latents` of the first frames"),
+        ("i2v", {"expert": "low", "image_to_video": False}, "`image_to_video` must be none, or true for a WanImageTo"),
+        ("t2v", {"image_to_video": True}, "`image_to_video` must be none, or false for a WanPipeline, got true"),
         ("t2v", {"sparse": replace(WINDOW, method="block_topk", params={"blocks": 1})}, "blocks"),
     ],
-    ids=["no expert", "one transformer", "unused expert", "no text encoder", "all held out", "short", "i2v", "method"],
+    ids=[
+        "no expert",
+        "one transformer",
+        "unused expert",
+        "no text encoder",
+        "all held out",
+        "short",
+        "no image",
+        "no text alone",
+        "no images",
+        "method",
+    ],
 )
 def test_pipelines_that_do_not_fit_are_refused(kind: str, given: Any, words: str, wan: Any, run: Run) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
@@ -407,13 +493,13 @@ def test_an_expert_of_a_saved_pipeline_is_loaded(expert: str, tmp_path: Path, ru
     recipe = WanLongVideo(**COMMON, model=str(tmp_path / "pipe"), videos=source, lora=WAN_LORA, flow=NO_DROP)
     loaded: list[Any] = []
 
-    def load(recipe: Any) -> Any:
+    def load(model: str, dtype: Any) -> Any:
         # A folder without text encoders says so only by leaving them out.
-        loaded.append(load_pipeline(recipe, text_encoder=None, tokenizer=None))
+        loaded.append(load_pipeline(model, dtype, text_encoder=None, tokenizer=None))
         return loaded[0]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(wan_long_video, "load_pipeline", load)
+        patched.setattr(video_models, "load_pipeline", load)
         with closing(replace(recipe, expert=expert, dtype="bfloat16").task(run)) as task:
             pipe = loaded[0]
             assert task.model is (pipe.transformer if expert == "high" else pipe.transformer_2)
@@ -441,14 +527,14 @@ def test_an_empty_prompt_stands_for_none(wan: Any, run: Run, monkeypatch: pytest
         return {"prompt_embeds": torch.full((9, 32), 7.0)}
 
     recipe = wan(flow=FlowSettings(drop=0.5), batch=20)
-    monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe: pipe)
-    monkeypatch.setattr(video_task, "encode_caption", encode)
+    serve(monkeypatch, "tiny", lambda: pipe)
+    monkeypatch.setattr(video_material, "encode_caption", encode)
     with closing(recipe.task(run)) as task:
         told = task.batch(0, range(20)).given["encoder_hidden_states"]
         empty = (told == 7.0).flatten(1).all(1)
         # 20 draws of a half: 10 with a standard deviation of 2.2.
         assert asked == [""] and 2 <= int(empty.sum()) <= 18
-        assert not any((task.draw([1 << 40], task._kept_out, 0.0).given["encoder_hidden_states"] == 7.0).flatten())
+        assert not any((task.draw([HELD_OUT]).given["encoder_hidden_states"] == 7.0).flatten())
 
 
 # ---------------------------------------------------------------------- report

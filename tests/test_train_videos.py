@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_hunyuan
 import tiny_prompts
+import tiny_wan
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,7 +31,15 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentData, LatentSample, write_latents
 from hf_sparse_attn.train_videos import VideoSettings, latent_shape, open_videos
 from hf_sparse_attn.video_source import Clip, ShortClipError, find_clips, read_clip
-from hf_sparse_attn.video_vae import denormalised, encode_caption, encode_video, fingerprint, normalised, placed
+from hf_sparse_attn.video_vae import (
+    denormalised,
+    encode_caption,
+    encode_first_frame,
+    encode_video,
+    fingerprint,
+    normalised,
+    placed,
+)
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 CAPTIONS = {"a": "a cat walks", "b": "", "deep/c": "the grass, seen from above"}
@@ -65,9 +74,9 @@ def _tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
 @pytest.fixture
 def ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest diffusers needs it to read any prompt; without changes to make it is the identity."""
-    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_video2video
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v, pipeline_wan_video2video
 
-    for file in (pipeline_wan, pipeline_wan_video2video):
+    for file in (pipeline_wan, pipeline_wan_i2v, pipeline_wan_video2video):
         if not hasattr(file, "ftfy"):
             monkeypatch.setattr(file, "ftfy", types.SimpleNamespace(fix_text=lambda text: text), raising=False)
 
@@ -116,6 +125,48 @@ def test_hunyuan_latents_are_those_of_the_image_to_video_pipeline(hunyuan: Any) 
         _, expected = pipe.prepare_latents(video[None, :, 0], 1, 4, HEIGHT, WIDTH, 1, torch.float32)
     assert torch.equal(encode_video(pipe.vae, video), expected[0])
     assert pipe.vae.config.scaling_factor != 1
+
+
+@pytest.mark.parametrize("kind", ["i2v", "i2v_clip", "ti2v_image"])
+def test_first_frames_are_those_of_the_image_to_video_pipeline(kind: str) -> None:
+    pipe = tiny_wan.pipeline(kind)
+    pixels = _pixels(6)
+    found = encode_first_frame(pipe, _tensor(pixels), torch.device("cpu"))
+    image = pipe.video_processor.preprocess(Image.fromarray(pixels[0]), height=HEIGHT, width=WIDTH)
+    with torch.no_grad():
+        made = pipe.prepare_latents(image, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, torch.device("cpu"))[1]
+    # The pipeline puts a mask of four channels before them, but where they take the place of noise.
+    expected = made if kind == "ti2v_image" else made[:, 4:]
+    assert torch.equal(found.pop("image_latents"), expected[0])
+    assert expected.shape[2] == (1 if kind == "ti2v_image" else 2)
+    if kind == "i2v_clip":
+        embeds = pipe.encode_image(Image.fromarray(pixels[0]), torch.device("cpu"))
+        assert torch.equal(found.pop("image_embeds"), embeds[0])
+    assert not found
+
+
+def test_an_image_encoder_that_is_missing_is_told() -> None:
+    pipe = tiny_wan.pipeline("i2v_clip")
+    pipe.image_encoder = None
+    with pytest.raises(ValueError, match="`pipe` must have an image encoder"):
+        encode_first_frame(pipe, _tensor(_pixels(6)), torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("ftfy")
+def test_first_frames_are_kept_apart_from_videos_without(tmp_path: Path) -> None:
+    pipe = tiny_prompts.wan("i2v")
+    settings = _settings(_videos(tmp_path / "videos"), tokens=8)
+    without, with_ = (
+        open_videos(settings, pipe, cache=tmp_path / "cache", first_frame=first) for first in (False, True)
+    )
+    assert set(without[0].conditions) == {"prompt_embeds"}
+    assert set(with_[0].conditions) == {"prompt_embeds", "image_latents"}
+    assert with_[0].conditions["image_latents"].shape == with_[0].latents.shape
+    assert not torch.equal(with_[0].conditions["image_latents"], with_[1].conditions["image_latents"])
+    ready = replace(settings, source=str(with_.folder))
+    assert len(open_videos(ready, pipe, cache=tmp_path / "none", first_frame=True)) == 3
+    with pytest.raises(ValueError, match=r"`source` must hold `image_latents` of the first frames.*got prompt_embeds"):
+        open_videos(replace(settings, source=str(without.folder)), pipe, cache=tmp_path / "none", first_frame=True)
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan", "hunyuan 1.5"])
@@ -622,7 +673,7 @@ def test_a_missing_ftfy_is_named() -> None:
 
     pipe: Any = FakePipe()
     pipe.encode_prompt = encode_prompt
-    with pytest.raises(ImportError, match=r"needs ftfy \(pip install ftfy\)"):
+    with pytest.raises(MissingExtra, match=r"needs ftfy \(pip install 'hf-sparse-attn\[video\]'\)"):
         encode_caption(pipe, "a", torch.device("cpu"))
 
 

@@ -223,15 +223,15 @@ def test_checkpointed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
 
 def test_a_recipe_for_latents_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a real Wan: a pipeline of diffusers and a folder of latents."""
-    from hf_sparse_attn.recipes import wan_long_video
+    from hf_sparse_attn.recipes import video_models
     from hf_sparse_attn.train_latents import LatentSample, write_latents
     from hf_sparse_attn.train_videos import VideoSettings
-    from hf_sparse_attn.video_task import FlowSettings
+    from hf_sparse_attn.video_material import FlowSettings
     from tests import tiny_wan
 
     samples = [LatentSample(torch.randn(16, 3, 12, 10), {"prompt_embeds": torch.randn(9, 32)}) for _ in range(3)]
     write_latents(tmp_path / "latents", samples)
-    monkeypatch.setattr(wan_long_video, "load_pipeline", lambda recipe, **parts: tiny_wan.pipeline("t2v"))
+    monkeypatch.setattr(video_models, "load_pipeline", lambda *_: tiny_wan.pipeline("t2v"))
     settings = replace(
         recipe(),
         model="tiny",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ def pipeline(kind: str = "t2v") -> Any:
 
     Args:
         kind: "t2v" (2.1), "experts" (2.2, two transformers), "low_only" (2.2 with the second alone), "ti2v" (timesteps
-            per token), "i2v" (2.2, image to video, two transformers), "v2v".
+            per token), "i2v" (2.2, image to video, two transformers), "i2v_clip" (2.1, image to video, with embeddings
+            of the image), "ti2v_image" (timesteps per token, image to video), "v2v".
     """
     import diffusers
 
@@ -64,16 +66,35 @@ def pipeline(kind: str = "t2v") -> Any:
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         "transformer": None if kind == "low_only" else transformer(0, in_channels=36 if kind == "i2v" else 16),
     }
+    if kind == "i2v_clip":
+        parts["transformer"] = transformer(0, in_channels=36, image_dim=8, added_kv_proj_dim=24)
+        parts |= _clip()
     if kind in ("experts", "i2v", "low_only"):
         parts["transformer_2"] = transformer(1, in_channels=36 if kind == "i2v" else 16)
         # Above 1: even the first step belongs to the low-noise expert.
         parts["boundary_ratio"] = 1.1 if kind == "low_only" else 0.7
-    if kind == "ti2v":
+    if kind.startswith("ti2v"):
         parts["expand_timesteps"] = True
-    names = {"i2v": "WanImageToVideoPipeline", "v2v": "WanVideoToVideoPipeline"}
-    pipe = getattr(diffusers, names.get(kind, "WanPipeline"))(**parts)
+    names = dict.fromkeys(("i2v", "i2v_clip", "ti2v_image"), "WanImageToVideoPipeline")
+    pipe = getattr(diffusers, {**names, "v2v": "WanVideoToVideoPipeline"}.get(kind, "WanPipeline"))(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _clip() -> dict[str, Any]:
+    """An image encoder of width 8, and what prepares an image for it; that of transformers needs torchvision."""
+    from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(2)
+    encoder = CLIPVisionModel(CLIPVisionConfig(hidden_size=8, intermediate_size=16, **sizes)).eval()
+
+    def process(images: Any, return_tensors: str) -> Any:
+        if not isinstance(images, torch.Tensor):
+            images = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+        return BatchFeature({"pixel_values": F.interpolate(images.float(), (16, 16), mode="area")})
+
+    return {"image_encoder": encoder, "image_processor": process}
 
 
 def generate(pipe: Any, steps: int = 2, guidance: float = 5.0) -> torch.Tensor:
