@@ -32,12 +32,7 @@ from hf_sparse_attn.evaluate_plot import machine
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipe_config import build_config
-from hf_sparse_attn.recipes.llama_long_context import (
-    How,
-    LlamaLongContext,
-    held_out_figures,
-    profile_folder,
-)
+from hf_sparse_attn.recipes.llama_long_context import How, LlamaLongContext, figures_of, profile_folder
 from hf_sparse_attn.report import table
 from hf_sparse_attn.train_text import open_text
 
@@ -82,14 +77,11 @@ def _read(
     hows: Sequence[How] = _HOW,
 ) -> dict[str, float]:
     """Held-out figures of a model as it is, read with sparse attention or its own, or both."""
-    held_out = recipe.held_out or replace(recipe.data, split="heldout")
-    parts, figures = CausalParts(model), {}
+    held_out = recipe.open_held_out(tokenizer, cache)
+    parts, figures = CausalParts(model), dict[str, float]()
     for how in hows:
         patch = make_patch(model, sparse) if how == "sparse" else None
-        for length in recipe.lengths:
-            texts = open_text(replace(held_out, length=length), tokenizer, seed=recipe.held_out_seed, cache=cache)
-            found = held_out_figures(parts, texts, recipe, torch.device("cpu"))
-            figures.update({f"{name}_{how}_{length}": value for name, value in found.items()})
+        figures |= figures_of(recipe, how, parts, held_out, torch.device("cpu"))
         if patch is not None:
             patch.remove()
     return figures
