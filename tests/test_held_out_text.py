@@ -48,7 +48,7 @@ def test_documents_with_needles_as_from_all_logits(shipped, tmp_path: Path, chun
 
 def test_plain_text_as_from_all_logits(shipped, tmp_path: Path) -> None:
     settings = held_out_settings(TextSettings(source="standard_library", length=300), None)
-    data = open_held_out(settings, 2, None, seed=0, cache=tmp_path)
+    data = open_held_out(settings, settings, 2, None, seed=0, cache=tmp_path)
     assert settings.split == "heldout" and data.scored(1)[1] == []
     ids = torch.stack([data[0].ids, data[1].ids])
     with torch.no_grad():
@@ -100,6 +100,8 @@ def test_text_of_ones_own_needs_held_out_text(tmp_path: Path) -> None:
     assert held_out_settings(NEEDLES, None) == replace(NEEDLES, split="heldout")
     (tmp_path / "text.txt").write_text("seven x" * 30, encoding="utf-8")
     settings = TextSettings(source=str(tmp_path / "text.txt"), length=50)
-    assert len(open_held_out(settings, 4, None, seed=0, cache=tmp_path / "cache")) == 4
+    assert len(open_held_out(settings, NEEDLES, 4, None, seed=0, cache=tmp_path / "cache")) == 4
     with pytest.raises(ValueError, match="must be at most 4, the held-out samples of 50 tokens, got 5"):
-        open_held_out(settings, 5, None, seed=0, cache=tmp_path / "cache")
+        open_held_out(settings, NEEDLES, 5, None, seed=0, cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"`held_out` must be other text than `data`, got .*text\.txt in both"):
+        open_held_out(settings, settings, 1, None, seed=0, cache=tmp_path / "cache")
