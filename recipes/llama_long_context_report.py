@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from hf_sparse_attn.recipe_config import build_config
 from hf_sparse_attn.recipes.llama_long_context import How, LlamaLongContext, figures_of, profile_folder
 from hf_sparse_attn.report import table
 from hf_sparse_attn.train_text import open_text
+from hf_sparse_attn.training import peak_memory
 
 _NAME = "llama_long_context"
 _HOW: tuple[How, How] = ("sparse", "dense")
@@ -110,10 +110,11 @@ def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
         recipe: of the run.
         folder: for its profile.
     """
-    task = recipe.task(Run(folder, torch.device("cpu"), progress=False))
+    run = Run(folder, torch.device("cpu"), progress=False)
+    task = recipe.task(run)
     optimizer = task.optimizers()[0]
     task.module.train()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(run.device)
     seconds = []
     for step in range(_TIMED + 1):
         begun = time.process_time()
@@ -123,9 +124,9 @@ def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.process_time() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory(run.device)
     task.close()
-    return {"cpu_seconds": statistics.median(seconds[1:]), "peak": peak * 1024.0, "before": before * 1024.0}
+    return {"cpu_seconds": statistics.median(seconds[1:]), "peak": float(peak), "before": float(before)}
 
 
 def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[str, Any]:
