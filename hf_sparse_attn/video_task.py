@@ -120,6 +120,7 @@ class VideoTask(AdapterTask):
         return {"part": self.material.part}
 
     def end_step(self, step: int) -> None:
+        super().end_step(step)
         self.done = step + 1
 
     def state(self) -> dict[str, Tensor]:
