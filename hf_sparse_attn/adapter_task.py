@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Recipe, Run, SparseSettings, Task
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.registry import BACKENDS
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,15 @@ class AdapterTask(Task):
 
     def samples(self, step: int) -> int:
         return self.recipe.batch
+
+    def end_step(self, step: int) -> None:
+        """Warns after the first step where sparse attention was asked for and none ran."""
+        if step or self.patch is None:
+            return
+        layers = self.patch.report().layers
+        if not any(layer.sparse_calls for layer in layers):
+            reasons = sorted({reason for layer in layers for reason in layer.reasons})
+            _LOG.warning("`sparse` left every layer dense in the first step: %s", "; ".join(reasons) or "no call")
 
     def bundle_parts(self) -> dict[str, Any]:
         """What else belongs into the bundle: `profile`, `gates`, or a `sparse` other than the one trained with."""

@@ -108,6 +108,17 @@ class CausalParts:
             found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return found
 
+    def loss(self, ids: Tensor, weights: Tensor, hidden: Tensor, chunk: int | None = None) -> Tensor:
+        """Weighted sum of the next-token losses of samples, in nats; nothing predicts their first token.
+
+        Args:
+            ids, weights: of the samples, [batch, tokens].
+            hidden: what the model makes of them, [batch, tokens, width].
+            chunk: positions whose logits are in memory at once; None takes `positions`.
+        """
+        shifted = hidden[:, :-1], ids[:, 1:], weights[:, 1:]
+        return chunked_cross_entropy(*shifted, self.logits, self.positions if chunk is None else chunk)
+
     @property
     def positions(self) -> int:
         """At how many positions logits are worked on at a time."""

@@ -278,7 +278,8 @@ def _read(cls: type[GateSet], folder: Path) -> GateSet:
             mark = opened.metadata() or {}
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
             _same_tensors(shapes, {name: tuple(t.shape) for name, t in wanted.items()})
-            weights = {name: opened.get_tensor(name) for name in shapes}
+            # Copied out of the file, which is mapped: who writes over it must not change gates that are in use.
+            weights = {name: opened.get_tensor(name).clone() for name in shapes}
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS_FILE} must be a whole safetensors file: {error}") from None
     if mark.get("format") != FORMAT or mark.get("settings") != _digest(value):

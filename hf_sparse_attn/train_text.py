@@ -37,10 +37,6 @@ _BATCH_CHARACTERS = 1 << 20
 _ABANDONED_SECONDS = 3600.0
 
 
-# Sources that come apart into text to train on and text to evaluate on.
-SPLIT_SOURCES = frozenset({"needles", "standard_library"})
-
-
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """Where text comes from, and how long its samples are.
@@ -110,6 +106,10 @@ class TextData:
     def __getitem__(self, index: int) -> TextSample:
         raise NotImplementedError
 
+    def scored(self, index: int) -> tuple[TextSample, list[list[int]]]:
+        """A sample as evaluations weigh it, and for each answer in it the positions whose logits choose its tokens."""
+        return self[index], []
+
     def draw(self, numbers: Sequence[int]) -> TextSample:
         """Some samples of the shuffled endless run over all of them, stacked.
 
@@ -146,6 +146,11 @@ class NeedleData(TextData):
         document = self.document(index)
         weights = document_weights(document, self.settings.answer_weight, self.settings.other_weight)
         return TextSample(document.token_ids[0], torch.from_numpy(weights))
+
+    def scored(self, index: int) -> tuple[TextSample, list[list[int]]]:
+        document = self.document(index)
+        sample = TextSample(document.token_ids[0], document.code_mask.float())
+        return sample, [asked for asked, _ in document.questions]
 
 
 class PackedData(TextData):

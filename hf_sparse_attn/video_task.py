@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.flow_matching import flow_error
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.strict_json import replace_file
 from hf_sparse_attn.train_videos import VideoSettings
 from hf_sparse_attn.video_material import (
     HELD_OUT,
@@ -118,6 +120,7 @@ class VideoTask(AdapterTask):
         return {"part": self.material.part}
 
     def end_step(self, step: int) -> None:
+        super().end_step(step)
         self.done = step + 1
 
     def state(self) -> dict[str, Tensor]:
@@ -140,7 +143,8 @@ class VideoTask(AdapterTask):
         if self.run.output.is_dir():
             from safetensors.torch import save_file
 
-            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(self.done))
+            pixels = {"clips": (clips * 255).round().byte().contiguous()}
+            replace_file(self.run.output / _CLIPS.format(self.done), partial(save_file, pixels))
         return {**figures, **self.material.clip_figures(clips)}
 
     def held_out_loss(self) -> float:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy, in_chunks
-from hf_sparse_attn.corpus import score_needles
+from hf_sparse_attn.chunked_loss import CausalParts, in_chunks
+from hf_sparse_attn.held_out_text import SPLIT_SOURCES, HeldOutScores, held_out_settings, open_held_out
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_text import (
-    SPLIT_SOURCES,
-    NeedleData,
-    TextData,
-    TextSample,
-    TextSettings,
-    open_text,
-    sample_order,
-)
+from hf_sparse_attn.train_text import TextSample, TextSettings, open_text, sample_order
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode
@@ -38,22 +28,19 @@ class LanguageStudent:
         loaded = load_language_model(recipe.model, recipe.torch_dtype, run.device)
         self.model: nn.Module = loaded[0]
         tokenizer = loaded[1]
-
-        def opened(settings: TextSettings) -> TextData:
-            return open_text(settings, tokenizer, seed=recipe.seed, cache=run.output / "cache", run=run)
-
-        self.data = opened(settings)
+        given: dict[str, Any] = {"seed": recipe.seed, "cache": run.output / "cache", "run": run}
+        self.data, samples = open_text(settings, tokenizer, **given), recipe.evaluation_samples
         # The last samples of text that has no held-out part are not trained on.
-        self.kept = 0
-        if recipe.held_out is None and settings.source not in SPLIT_SOURCES:
-            self.held_out, self.kept = self.data, recipe.evaluation_samples
-        else:
-            self.held_out = opened(recipe.held_out or replace(settings, split="heldout"))
-        if len(self.held_out) < recipe.evaluation_samples + (self.kept > 0):
+        self.kept = samples if recipe.held_out is None and settings.source not in SPLIT_SOURCES else 0
+        if not self.kept:
+            kept = held_out_settings(settings, recipe.held_out)
+            self.held_out = open_held_out(kept, settings, samples, tokenizer, **given)
+        elif len(self.data) <= samples:
             raise ValueError(
-                f"`evaluation_samples` must be less than the {len(self.held_out)} samples of the text, "
-                f"got {recipe.evaluation_samples}"
+                f"`evaluation_samples` must be less than the {len(self.data)} samples of the text, got {samples}"
             )
+        else:
+            self.held_out = self.data
         self.parts = CausalParts(self.model)
 
     def attach(self, patch: Patch) -> None:
@@ -96,34 +83,22 @@ class LanguageStudent:
         divergence of the student from the teacher. `attention_error`: root of the relative squared error, by layer and
         mean. With needles the share of answers that are right, likewise.
         """
-        sums: dict[str, float] = defaultdict(float)
-        errors: list[tuple[int, Tensor]] = []
+        scores = {how: HeldOutScores(self.parts) for how in ("", "_dense", "_run_dense")}
+        apart, errors = 0.0, list[tuple[int, Tensor]]()
         first = len(self.data) - self.kept if self.kept else 0
-        for number in range(self.recipe.evaluation_samples):
-            index = first + number
+        for index in range(first, first + self.recipe.evaluation_samples):
             batch = self._stacked([self.held_out[index]])
+            _, answers = self.held_out.scored(index)
             with teacher():
                 taught = self.forward(batch)
-                sums["loss_dense"] += self._loss(batch, taught)
-                self._needles(sums, "needles_dense", index, taught)
+                scores["_dense"].add(batch, taught, answers)
             with match.collecting() as found:
                 mine = self.forward(batch)
             errors += found
-            sums["loss"] += self._loss(batch, mine)
-            sums["kl"] += float(self.output_loss(batch, mine, taught, teacher))
-            self._needles(sums, "needles", index, mine)
+            scores[""].add(batch, mine, answers)
+            apart += float(self.output_loss(batch, mine, taught, teacher))
             with dense():
-                sums["loss_run_dense"] += self._loss(batch, self.forward(batch))
-            sums["weights"] += float(self.weights(batch).sum())
-        samples, weights = self.recipe.evaluation_samples, sums.pop("weights")
-        shares = {name: total / (samples if name.startswith("needles") else weights) for name, total in sums.items()}
-        return {**dict(sorted(shares.items())), **layer_figures(errors)}
-
-    def _loss(self, batch: TextSample, hidden: Tensor) -> float:
-        given = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
-        return float(chunked_cross_entropy(*given, self.parts.logits, self.parts.positions))
-
-    def _needles(self, sums: dict[str, float], name: str, index: int, hidden: Tensor) -> None:
-        if isinstance(self.held_out, NeedleData):
-            answered = score_needles(self.parts.logits(hidden), self.held_out.document(index))
-            sums[name] += sum(answered) / len(answered)
+                scores["_run_dense"].add(batch, self.forward(batch), [])
+        figures = {name + how: value for how, own in scores.items() for name, value in own.figures().items()}
+        figures["kl"] = apart / scores[""].weight
+        return {**dict(sorted(figures.items())), **layer_figures(errors)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NamedTuple
@@ -16,18 +16,22 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.chunked_loss import CausalParts
 from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.corpus import NeedleDocument, needle_document
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.head_profile import HeadProfile
+from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Decline, Method, make_method
 from hf_sparse_attn.published_profiles import from_duo_attention
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.gate_text import PasskeyData, text_figures
 from hf_sparse_attn.selection import check_share
-from hf_sparse_attn.train_text import TextSettings
+from hf_sparse_attn.train_text import NeedleData, TextSample, TextSettings
 
+# Bytes of a statement before its value.
+_STATEMENT = len("# key abc=")
 # Folder in the result with the files as DuoAttention publishes them.
 PUBLISHED = "duo_attention"
 
@@ -88,6 +92,70 @@ class DuoGate(AdapterRecipe):
         return DuoGateTask(self, run)
 
 
+class PasskeyData(NeedleData):
+    """Documents with needles, their answers marked; for a model with a tokenizer, in its tokens.
+
+    With a tokenizer a document is made about so many times longer in bytes as a token has, and the start of its tokens
+    is dropped: the questions stand at the end. Needles whose statement is dropped are not asked for.
+
+    Args:
+        settings: of the documents; `length` counts tokens.
+        tokenizer: a fast one, or None for a model that reads bytes.
+        seed: of the documents.
+
+    Raises:
+        ValueError: documents are shorter than `length`, or the tokenizer tells no places.
+    """
+
+    def __init__(self, settings: TextSettings, tokenizer: Any, seed: int) -> None:
+        if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"the tokenizer must be a fast one, which tells places, got {type(tokenizer).__name__}")
+        super().__init__(settings, seed)
+        self.tokenizer = tokenizer
+        self._bytes = settings.length
+        # Grows until a document is long enough, which refuses what cannot be made, too.
+        while tokenizer is not None and len(self._encoded(0)[0]) < settings.length:
+            self._bytes = self._bytes * 3 // 2
+        self.asked(0)
+
+    def document(self, index: int) -> NeedleDocument:
+        """The document that a sample is made of, in bytes."""
+        drawn = int(np.random.default_rng((self.seed, self._check(index))).integers(2**62))
+        chosen: Any = self.settings
+        return needle_document(self._bytes, chosen.needles, drawn, chosen.split)
+
+    def asked(self, index: int) -> tuple[Tensor, Tensor]:
+        """Token ids, and the positions whose logits choose the tokens of answers, int64 and bool [length]."""
+        document = self.document(index)
+        if self.tokenizer is None:
+            ids, places = document.token_ids[0], [(i, i + 1) for i in range(len(document))]
+        else:
+            numbers, places = self._encoded(index)
+            ids = torch.tensor(numbers[-self.settings.length :])
+            places = places[-self.settings.length :]
+        marked = torch.zeros(len(ids), dtype=torch.bool)
+        begins = places[0][0]
+        for needle in document.needles:
+            first, last = needle.asked_at, needle.asked_at + len(needle.value)
+            if needle.stated_at - _STATEMENT >= begins:
+                own = [i for i, (start, end) in enumerate(places) if start < last and end > first]
+                marked[[i - 1 for i in own if i]] = True
+        return ids, marked
+
+    def scored(self, index: int) -> tuple[TextSample, list[list[int]]]:
+        if self.tokenizer is None:
+            return super().scored(index)
+        # An answer counts token by token here: where one ends depends on the tokenizer.
+        ids, asked = self.asked(index)
+        return TextSample(ids, (~asked).float().roll(1)), asked.nonzero().tolist()
+
+    def _encoded(self, index: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a document, and where they stand in its bytes: source with needles is ASCII, or nearly so."""
+        text = self.document(index).text[1:].decode("latin-1")
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], [(a + 1, b + 1) for a, b in found["offset_mapping"]]
+
+
 class DuoBatch(NamedTuple):
     """Token ids and the positions that choose the answers, both [batch, tokens]."""
 
@@ -134,8 +202,9 @@ class DuoGateTask(AdapterTask):
 
     def __init__(self, recipe: DuoGate, run: Run) -> None:
         model, tokenizer = load_language_model(recipe.model, recipe.torch_dtype, run.device)
+        self.parts = CausalParts(model)
         self.data = PasskeyData(recipe.data, tokenizer, recipe.seed)
-        self.held_out = PasskeyData(replace(recipe.data, split="heldout"), tokenizer, recipe.held_out_seed)
+        self.held_out = PasskeyData(held_out_settings(recipe.data, None), tokenizer, recipe.held_out_seed)
         sizes = Fingerprint.of(model)
         super().__init__(recipe, run, model, base_model=recipe.model)
         self.recipe: DuoGate = recipe
@@ -164,17 +233,15 @@ class DuoGateTask(AdapterTask):
         `difference`: of the last hidden states, as in the loss; `gates`: mean of the gates; `loss_*`, `needles_*`: of
         the model as it is (dense) and with the profile (profile); `density`: kept share of the visible pairs then.
         """
-        samples = range(self.recipe.evaluation_samples)
-        batches = [self._stacked(self.held_out, [index]) for index in samples]
+        given = self.parts, self.held_out, self.recipe.evaluation_samples, self.run.device
+        batches = [self._stacked(self.held_out, [index]) for index in range(self.recipe.evaluation_samples)]
         figures = {"difference": sum(float(self._difference(b).detach()) for b in batches) / len(batches)}
         figures["gates"] = float(self.gates.mean())
         profile = self.profile()
         with self._taken_off():
-            found = text_figures(self.model, self.held_out, samples, self.run.device)
-            figures |= {f"{name}_dense": value for name, value in found.items()}
+            figures |= {f"{name}_dense": value for name, value in held_out_figures(*given).items()}
             with patch(self.model, profile, min_tokens=0) as active:
-                found = text_figures(self.model, self.held_out, samples, self.run.device)
-                figures |= {f"{name}_profile": value for name, value in found.items()}
+                figures |= {f"{name}_profile": value for name, value in held_out_figures(*given).items()}
                 figures["density"] = active.report().density
         return figures
 
@@ -222,17 +289,12 @@ class DuoGateTask(AdapterTask):
         self._mixed.switch[0] = True
         try:
             with torch.no_grad():
-                own = self._hidden(batch.ids)
+                own = self.parts.hidden(batch.ids)
         finally:
             self._mixed.switch[0] = False
-        found = (self._hidden(batch.ids).float() - own.float()).square().mean(-1)
+        found = (self.parts.hidden(batch.ids).float() - own.float()).square().mean(-1)
         share = batch.asked / batch.asked.sum(-1, keepdim=True).clamp(min=1)
         return (found * share).sum()
-
-    def _hidden(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
-        states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return states
 
 
 RECIPE = DuoGate

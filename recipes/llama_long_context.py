@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, make_patch
 from hf_sparse_attn.candidates import default_candidates
-from hf_sparse_attn.chunked_loss import CausalParts, chunked_cross_entropy
+from hf_sparse_attn.chunked_loss import CausalParts
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.head_profile import HeadProfile
 from hf_sparse_attn.head_profile_file import FILE as PROFILE_FILE
+from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.profile_command import default_metric
@@ -25,16 +26,7 @@ from hf_sparse_attn.profiling import profile
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.rope_scaling import RopeSettings, scale_rope
-from hf_sparse_attn.train_text import (
-    SPLIT_SOURCES,
-    NeedleData,
-    TextData,
-    TextSample,
-    TextSettings,
-    open_text,
-    sample_order,
-)
-from hf_sparse_attn.train_text_source import shared_text
+from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
 
 _NEEDLE_METRIC = default_metric("byte_llama")
 
@@ -134,13 +126,20 @@ class LlamaLongContext(AdapterRecipe):
         named = self.sparse is not None and self.sparse.method == _PROFILE
         if named != (self.profile is not None):
             raise ValueError(f"`profile` and `sparse.method: {_PROFILE}` must be given together, got one of them")
-        if self.held_out is None and self.data.source not in SPLIT_SOURCES:
-            raise ValueError(f"`held_out` must be given for text of one's own, got none for {self.data.source!r}")
+        held_out_settings(self.data, self.held_out)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of held-out samples."""
         return self.evaluation_lengths or (self.data.length,)
+
+    def open_held_out(self, tokenizer: Any, cache: Path, run: Run | None = None) -> dict[int, TextData]:
+        """Text to evaluate on, by the tokens of a sample; see open_text."""
+        settings, samples = held_out_settings(self.data, self.held_out), self.evaluation_samples
+        given: dict[str, Any] = {"seed": self.held_out_seed, "cache": cache, "run": run}
+        return {
+            n: open_held_out(replace(settings, length=n), self.data, samples, tokenizer, **given) for n in self.lengths
+        }
 
     def task(self, run: Run) -> LongContextTask:
         return LongContextTask(self, run)
@@ -153,24 +152,9 @@ class LongContextTask(AdapterTask):
         model, tokenizer = load_language_model(recipe.model, recipe.torch_dtype)
         undo_rope = scale_rope(model, recipe.rope) if recipe.rope is not None else None
         _check_lengths(recipe, model)
-        held_out = recipe.held_out or replace(recipe.data, split="heldout")
-        shared = shared_text(recipe.data, held_out)
-        if shared is not None:
-            raise ValueError(f"`held_out` must be other text than `data`, got {shared} in both")
         cache = run.output / "cache"
         self.data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=cache, run=run)
-        self.held_out = {
-            length: open_text(
-                replace(held_out, length=length), tokenizer, seed=recipe.held_out_seed, cache=cache, run=run
-            )
-            for length in recipe.lengths
-        }
-        for length, data in self.held_out.items():
-            if len(data) < recipe.evaluation_samples:
-                raise ValueError(
-                    f"`evaluation_samples` must be at most {len(data)}, the held-out samples of {length} tokens, "
-                    f"got {recipe.evaluation_samples}"
-                )
+        self.held_out = recipe.open_held_out(tokenizer, cache, run)
         model.to(run.device)
         parts = CausalParts(model)
         sparse = recipe.sparse
@@ -198,7 +182,7 @@ class LongContextTask(AdapterTask):
         return float(batch.weights[:, 1:].sum())
 
     def loss(self, batch: TextSample) -> Tensor:
-        return text_loss(self.parts, self.parts.hidden(batch.ids), batch, self.recipe.loss_positions)
+        return self.parts.loss(*batch, self.parts.hidden(batch.ids), self.recipe.loss_positions)
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out text, named what_how_length.
@@ -209,9 +193,7 @@ class LongContextTask(AdapterTask):
         figures: dict[str, float] = {}
         for how in self.recipe.evaluate_with:
             with self.attention(how):
-                for length, data in self.held_out.items():
-                    found = held_out_figures(self.parts, data, self.recipe, self.run.device)
-                    figures.update({f"{name}_{how}_{length}": value for name, value in found.items()})
+                figures |= figures_of(self.recipe, how, self.parts, self.held_out, self.run.device)
                 if how == "sparse" and self.patch is not None:
                     figures["density"] = self.patch.report().density
         return figures
@@ -247,39 +229,13 @@ class LongContextTask(AdapterTask):
             self.patch = make_patch(self.model, self.sparse)
 
 
-def text_loss(parts: CausalParts, hidden: Tensor, batch: TextSample, positions: int | None = None) -> Tensor:
-    """Weighted sum of the next-token losses of samples, in nats.
-
-    Args:
-        parts: the model.
-        hidden: what it makes of the samples.
-        batch: the samples, [batch, length].
-        positions: as `loss_positions` of the recipe.
-    """
-    shifted = hidden[:, :-1], batch.ids[:, 1:], batch.weights[:, 1:]
-    return chunked_cross_entropy(*shifted, parts.logits, positions or parts.positions)
-
-
-@torch.no_grad()
-def held_out_figures(
-    parts: CausalParts, data: TextData, recipe: LlamaLongContext, device: torch.device
+def figures_of(
+    recipe: LlamaLongContext, how: How, parts: CausalParts, held_out: dict[int, TextData], device: torch.device
 ) -> dict[str, float]:
-    """`loss` and, of documents with needles, `needles`, over the first samples; see LongContextTask.evaluate."""
-    total, count = 0.0, 0.0
-    answers: list[bool] = []
-    for index in range(recipe.evaluation_samples):
-        document = data.document(index) if isinstance(data, NeedleData) else None
-        sample = data[index]
-        weights = sample.weights if document is None else document.code_mask.float()
-        batch = TextSample(sample.ids[None].to(device), weights[None].to(device))
-        hidden = parts.hidden(batch.ids)
-        total += float(text_loss(parts, hidden, batch, recipe.loss_positions))
-        count += float(batch.weights[:, 1:].sum())
-        if document is not None:
-            asked = torch.tensor([list(needle.answer_positions) for needle in document.needles], device=device)
-            told = parts.logits(hidden[:, (asked - 1).flatten()])[0].argmax(-1).view(asked.shape)
-            answers += (told == batch.ids[0, asked]).all(-1).tolist()
-    return {"loss": total / count} | ({"needles": sum(answers) / len(answers)} if answers else {})
+    """Figures on held-out text, named what_how_length; see LongContextTask.evaluate."""
+    samples, chunk = recipe.evaluation_samples, recipe.loss_positions
+    found = {n: held_out_figures(parts, data, samples, device, chunk) for n, data in held_out.items()}
+    return {f"{name}_{how}_{n}": value for n, figures in found.items() for name, value in figures.items()}
 
 
 def profile_folder(recipe: LlamaLongContext, model: Any, data: TextData, run: Run) -> Path:

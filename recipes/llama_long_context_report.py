@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,14 +31,10 @@ from hf_sparse_attn.evaluate_plot import machine
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipe_config import build_config
-from hf_sparse_attn.recipes.llama_long_context import (
-    How,
-    LlamaLongContext,
-    held_out_figures,
-    profile_folder,
-)
+from hf_sparse_attn.recipes.llama_long_context import How, LlamaLongContext, figures_of, profile_folder
 from hf_sparse_attn.report import table
 from hf_sparse_attn.train_text import open_text
+from hf_sparse_attn.training import peak_memory
 
 _NAME = "llama_long_context"
 _HOW: tuple[How, How] = ("sparse", "dense")
@@ -82,14 +77,11 @@ def _read(
     hows: Sequence[How] = _HOW,
 ) -> dict[str, float]:
     """Held-out figures of a model as it is, read with sparse attention or its own, or both."""
-    held_out = recipe.held_out or replace(recipe.data, split="heldout")
-    parts, figures = CausalParts(model), {}
+    held_out = recipe.open_held_out(tokenizer, cache)
+    parts, figures = CausalParts(model), dict[str, float]()
     for how in hows:
         patch = make_patch(model, sparse) if how == "sparse" else None
-        for length in recipe.lengths:
-            texts = open_text(replace(held_out, length=length), tokenizer, seed=recipe.held_out_seed, cache=cache)
-            found = held_out_figures(parts, texts, recipe, torch.device("cpu"))
-            figures.update({f"{name}_{how}_{length}": value for name, value in found.items()})
+        figures |= figures_of(recipe, how, parts, held_out, torch.device("cpu"))
         if patch is not None:
             patch.remove()
     return figures
@@ -118,10 +110,11 @@ def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
         recipe: of the run.
         folder: for its profile.
     """
-    task = recipe.task(Run(folder, torch.device("cpu"), progress=False))
+    run = Run(folder, torch.device("cpu"), progress=False)
+    task = recipe.task(run)
     optimizer = task.optimizers()[0]
     task.module.train()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(run.device)
     seconds = []
     for step in range(_TIMED + 1):
         begun = time.process_time()
@@ -131,9 +124,9 @@ def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.process_time() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory(run.device)
     task.close()
-    return {"cpu_seconds": statistics.median(seconds[1:]), "peak": peak * 1024.0, "before": before * 1024.0}
+    return {"cpu_seconds": statistics.median(seconds[1:]), "peak": float(peak), "before": float(before)}
 
 
 def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.chunked_loss import CausalParts
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.fidelity import Reference
 from hf_sparse_attn.gates import GateSet
+from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
-from hf_sparse_attn.observe import Call, Seen, observing
+from hf_sparse_attn.observe import Call, Observer, Seen, observing
 from hf_sparse_attn.recipe import Run, SparseSettings
-from hf_sparse_attn.recipes.gate_text import check_held_out, open_both, text_figures
 from hf_sparse_attn.selection import check_share
-from hf_sparse_attn.train_text import TextSample, TextSettings
+from hf_sparse_attn.train_text import TextSample, TextSettings, open_text
 
 KIND = "seer_attention"
 READS = frozenset({"q", "k"})
@@ -72,7 +73,7 @@ class SeerGate(AdapterRecipe):
         for name, wanted in (("lora", None), ("sparse", None), ("gradient_checkpointing", False)):
             if getattr(self, name) != wanted:
                 raise ValueError(f"`{name}` must be left out: the model itself is not trained")
-        check_held_out(self.data, self.held_out)
+        held_out_settings(self.data, self.held_out)
 
     def task(self, run: Run) -> SeerGateTask:
         return SeerGateTask(self, run)
@@ -83,13 +84,15 @@ class SeerGateTask(AdapterTask):
 
     def __init__(self, recipe: SeerGate, run: Run) -> None:
         model, tokenizer = load_language_model(recipe.model, recipe.torch_dtype, run.device)
-        seeds = recipe.seed, recipe.held_out_seed
-        self.data, self.held_out = open_both(
-            recipe.data, recipe.held_out, recipe.evaluation_samples, tokenizer, seeds, run
+        self.parts, cache = CausalParts(model), run.output / "cache"
+        self.data = open_text(recipe.data, tokenizer, seed=recipe.seed, cache=cache, run=run)
+        settings, samples = held_out_settings(recipe.data, recipe.held_out), recipe.evaluation_samples
+        self.held_out = open_held_out(
+            settings, recipe.data, samples, tokenizer, seed=recipe.held_out_seed, cache=cache, run=run
         )
         theta = _theta(model) if recipe.rope_theta is None else recipe.rope_theta
-        settings = {"block_size": recipe.block_size, "hidden": recipe.hidden, "rope_theta": theta}
-        self.gates = GateSet(KIND, model, settings, seed=recipe.seed).to(run.device)
+        sizes = {"block_size": recipe.block_size, "hidden": recipe.hidden, "rope_theta": theta}
+        self.gates = GateSet(KIND, model, sizes, seed=recipe.seed).to(run.device)
         # Layers that do not hand over what a gate reads are refused before the first step.
         with observing(model, lambda seen: None, reads=READS):
             pass
@@ -115,7 +118,7 @@ class SeerGateTask(AdapterTask):
             value = value + found
             slopes.extend(own)
 
-        self._read(batch.ids, observe)
+        self.read(batch.ids, observe)
         # Each layer was differentiated at once: the attention of all layers is never in memory together.
         return value + torch.stack([((p - p.detach()) * slope).sum() for p, slope in slopes]).sum()
 
@@ -139,17 +142,17 @@ class SeerGateTask(AdapterTask):
         def note(name: str, number: float) -> None:
             sums.setdefault(name, []).append(number)
 
-        samples = range(self.recipe.evaluation_samples)
-        for index in samples:
-            self._read(self.held_out[index].ids[None].to(self.run.device), observe)
+        given = self.parts, self.held_out, self.recipe.evaluation_samples, self.run.device
+        for index in range(self.recipe.evaluation_samples):
+            self.read(self.held_out[index].ids[None].to(self.run.device), observe)
         figures = {name: sum(numbers) / len(numbers) for name, numbers in sums.items()}
         for share in (None, *self.recipe.densities):
             kind = "dense" if share is None else f"{share:g}"
             if share is None:
-                found = text_figures(self.model, self.held_out, samples, self.run.device)
+                found = held_out_figures(*given)
             else:
                 with patch(self.model, self.method(share), min_tokens=0) as active:
-                    found = text_figures(self.model, self.held_out, samples, self.run.device)
+                    found = held_out_figures(*given)
                     figures[f"density_{kind}"] = active.report().density
             figures |= {f"{name}_{kind}": number for name, number in found.items()}
         return figures
@@ -164,11 +167,15 @@ class SeerGateTask(AdapterTask):
             "sparse": SparseSettings(method=KIND, params={"density": self.recipe.density}),
         }
 
-    def _read(self, ids: Tensor, observe: Any) -> None:
-        """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed."""
-        model: Any = self.model
-        with observing(model, observe, reads=READS), torch.no_grad():
-            model.base_model(input_ids=ids, use_cache=False)
+    def read(self, ids: Tensor, observe: Observer) -> None:
+        """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed.
+
+        Args:
+            ids: token ids [batch, tokens].
+            observe: is called with each.
+        """
+        with observing(self.model, observe, reads=READS), torch.no_grad():
+            self.parts.hidden(ids)
 
 
 def gate_divergence(gate: Any, seen: Seen, learn: bool = False) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
@@ -210,7 +217,9 @@ def gate_divergence(gate: Any, seen: Seen, learn: bool = False) -> tuple[Tensor,
     return total, list(zip(weights, slopes, strict=True))
 
 
-def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, last: int) -> Tensor:
+def pooled_attention(
+    q: Tensor, k: Tensor, ctx: Context, size: int, first: int, last: int, mass: bool = False
+) -> Tensor:
     """The largest attention weight in each tile of blocks, for the query blocks from `first` to `last`.
 
     Args:
@@ -218,6 +227,7 @@ def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, 
         ctx: the call.
         size: tokens in a block.
         first, last: query blocks.
+        mass: the sum of the weights in a tile, in place of the largest.
 
     Returns:
         float32 [batch, heads, last - first, last]: later key blocks have no weight.
@@ -234,7 +244,7 @@ def pooled_attention(q: Tensor, k: Tensor, ctx: Context, size: int, first: int, 
             logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
         weights = logits.masked_fill_(later, -torch.inf).softmax(-1)
         tiles = nn.functional.pad(weights, pad).unflatten(2, (-1, size)).unflatten(4, (-1, size))
-        parts.append(tiles.amax((3, 5)))
+        parts.append(tiles.sum((3, 5)) if mass else tiles.amax((3, 5)))
     return torch.cat(parts, 1)
 
 

@@ -192,3 +192,14 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 def test_a_model_without_checkpointing_is_named() -> None:
     with pytest.raises(ValueError, match="`gradient_checkpointing` must be false for Linear"):
         checkpoint_gradients(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("fewest", [0, 64], ids=["sparse", "dense"])
+def test_a_training_that_is_dense_all_along_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fewest: int
+) -> None:
+    train(Small(steps=2, sparse=replace(SPARSE, min_tokens=fewest)), tmp_path / "out", progress=False)
+    told = [record.message for record in caplog.records if "left every layer dense" in record.message]
+    # Once, although there are two steps.
+    assert len(told) == (fewest > 0)
+    assert all("in the first step: fewer than 64 keys (min_tokens=64)" in line for line in told)

@@ -17,8 +17,7 @@ from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import make_method
 from hf_sparse_attn.published_profiles import from_duo_attention
 from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, read_recipe
-from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads
-from hf_sparse_attn.recipes.gate_text import PasskeyData
+from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads, PasskeyData
 from hf_sparse_attn.train_text import TextSettings
 from tests.tiny_lm import one_thread as one_thread
 
@@ -83,6 +82,10 @@ def test_only_gates_are_trained_and_stay_between_0_and_1(task) -> None:
     gates = task.gates.detach()
     assert bool((gates >= 0).all()) and bool((gates <= 1).all()) and len(gates.unique()) > 2
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
+    with torch.no_grad():
+        task.gates[0] = torch.tensor([-0.25, 0.5, 1.25])
+    task.end_step(3)
+    assert task.gates[0].tolist() == [0, 0.5, 1]
 
 
 def test_the_loss_is_over_the_positions_that_choose_answers(task) -> None:
@@ -98,6 +101,33 @@ def test_the_loss_is_over_the_positions_that_choose_answers(task) -> None:
             dense = own(batch.ids, use_cache=False).last_hidden_state
         difference = (mixed - dense)[0, want].square().mean()
         assert float(task.loss(batch)) == pytest.approx(float(difference) + 0.05 * 6, rel=1e-4)
+
+
+def test_samples_of_a_batch_add_up_and_every_step_has_its_own(task) -> None:
+    both, one, two = task.batch(0, [0, 1]), task.batch(0, [0]), task.batch(1, [0])
+    # A batch of one: the second sample of the first step is the first of the second.
+    assert torch.equal(both.ids, torch.cat([one.ids, two.ids])) and not torch.equal(one.ids, two.ids)
+    assert task.weight(both) == 2 and task.weight(one) == 1
+    with torch.no_grad():
+        task.gates.copy_(torch.linspace(0.1, 0.9, 12).view(4, 3))
+        found = [float(task.loss(batch)) for batch in (both, one, two)]
+    assert found[0] == pytest.approx(found[1] + found[2], rel=1e-4)
+    with torch.no_grad():
+        assert float(task._difference(one)) == pytest.approx(found[1] - 0.05 * 6, rel=1e-4)
+
+
+def test_settings_reach_window_data_and_profile(tmp_path: Path) -> None:
+    made = recipe(sparsity=0.25, held_out_seed=7, seed=3).task(Run(output=tmp_path, device=torch.device("cpu")))
+    window = made.recipe.window().params()
+    assert (window["sink"], window["window"], window["block_size"]) == (4, 16, 16)
+    assert (made.data.seed, made.held_out.seed) == (3, 7)
+    assert (made.data.settings.split, made.held_out.settings.split) == ("train", "heldout")
+    with torch.no_grad():
+        made.gates.copy_(torch.linspace(0.1, 0.9, 12).view(4, 3))
+    profile = made.profile()
+    # Three of twelve key/value heads are on the window: those with the smallest gates.
+    assert np.flatnonzero(profile.plans[0].choice[:, ::2].reshape(-1) == 0).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    made.close()
 
 
 def test_what_is_saved_is_read_again(task, tmp_path: Path) -> None:
@@ -150,6 +180,9 @@ def test_figures_are_finite_and_the_patch_stays(task) -> None:
     assert figures["difference"] == pytest.approx(0, abs=1e-9) and 0 < figures["density"] < 1
     assert figures["loss_profile"] > figures["loss_dense"]
     assert hsa.patching.active_patch(task.model.model).method.name == "duo_training"
+    with torch.no_grad():
+        task.gates.fill_(0.5)
+        assert task.evaluate()["loss_dense"] == figures["loss_dense"], "of the model without gates"
 
 
 BAD = [
@@ -190,6 +223,20 @@ def test_answers_in_tokens_of_a_tokenizer() -> None:
         # Asked for where its statement is still there.
         assert (needle.value in answers) == (f"# key {needle.key}={needle.value}" in text)
     assert any(needle.value in answers for needle in data.document(5).needles)
+    # In evaluations every token but those of answers counts in the loss, and each of those is an answer of its own.
+    sample, places = data.scored(5)
+    assert torch.equal(sample.ids, ids) and places == [[i] for i in range(300) if asked[i]]
+    assert sample.weights[1:].tolist() == (~asked[:-1]).float().tolist()
+    # Somewhere the tokens begin within a statement: what is left of it is no statement.
+    cut = 0
+    for length in range(230, 290):
+        data = PasskeyData(replace(DATA, length=length, needles=4), fast, 1)
+        ids, asked = data.asked(5)
+        text, answers = fast.decode(ids), fast.decode(ids[asked.nonzero()[:, 0] + 1])
+        for needle in data.document(5).needles:
+            assert (needle.value in answers) == (f"# key {needle.key}={needle.value}" in text), length
+            cut += f"={needle.value}" in text.split("# get")[0] and needle.value not in answers
+    assert cut
     with pytest.raises(ValueError, match="must be a fast one"):
         PasskeyData(DATA, object(), 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -53,6 +55,15 @@ def test_starting_weights_depend_on_the_seed_alone() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_as_many_gates_as_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = hsa.get_method(KIND)
+    made = cls.make_gates(MODEL, SETTINGS)
+    for wrong in (made[:2], [*made, made[0]]):
+        monkeypatch.setattr(cls, "make_gates", lambda model, settings, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=f"of 'seer_attention' must give 3 gates, got {len(wrong)}"):
+            GateSet(KIND, MODEL, SETTINGS)
+
+
 def test_live_sets_are_equal_by_identity_and_shown_in_short() -> None:
     one, two = (GateSet(KIND, MODEL, SETTINGS) for _ in range(2))
     method = hsa.get_method(KIND)(gates=one)
@@ -67,9 +78,67 @@ def test_files_are_read_once_and_anew_when_they_change(folder: Path) -> None:
     assert find_gates(str(folder), KIND) is first
     gate = gate_of(str(folder), KIND, 1, like)
     assert gate_of(str(folder), KIND, 1, like) is gate and not any(p.requires_grad for p in gate.parameters())
+    assert not any(p.requires_grad for p in first.parameters())
     assert gate_of(str(folder), KIND, 1, like, torch.float64).key.dtype == torch.float64
+    assert gate_of(str(folder), KIND, 1, like.half()).key.dtype == torch.float32
+    with pytest.raises(ValueError, match="`gates` must be of vsa, got those of seer_attention in"):
+        find_gates(str(folder), "vsa")
     GateSet(KIND, MODEL, SETTINGS, seed=4).save(folder)
     assert not torch.equal(gate_of(str(folder), KIND, 1, like).key, gate.key)
+
+
+def test_weights_that_are_copied_in_alone_are_read_anew(folder: Path, tmp_path: Path) -> None:
+    before = find_gates(str(folder), KIND).layers[0].key
+    other = GateSet(KIND, MODEL, SETTINGS, seed=4)
+    other.save(tmp_path / "other")
+    # Over the file itself, which gates in use must not follow.
+    shutil.copy(tmp_path / "other" / "gates.safetensors", folder)
+    assert torch.equal(before, GateSet(KIND, MODEL, SETTINGS, seed=3).layers[0].key)
+    assert torch.equal(find_gates(str(folder), KIND).layers[0].key, other.layers[0].key)
+
+
+def test_every_layer_has_its_own_gate_on_disk_and_live(folder: Path) -> None:
+    live, like = GateSet(KIND, MODEL, SETTINGS, seed=3), torch.zeros(1)
+    for layer in range(3):
+        assert gate_of(live, KIND, layer, like) is live.layers[layer]
+        assert torch.equal(gate_of(str(folder), KIND, layer, like).key, live.layers[layer].key)
+        assert not torch.equal(live.layers[layer].key, live.layers[layer - 1].key)
+
+
+def test_copies_of_live_gates_are_for_use_alone() -> None:
+    live = GateSet(KIND, MODEL, SETTINGS)
+    made = live.of_layer(1, torch.device("cpu"), torch.float64)
+    assert not made.training and not any(p.requires_grad for p in made.parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in live.parameters())
+
+
+def test_a_deep_copy_has_no_gates_of_the_original(folder: Path) -> None:
+    first = find_gates(str(folder), KIND)
+    placed = first.of_layer(0, torch.device("cpu"), torch.float32)
+    other = copy.deepcopy(first)
+    with torch.no_grad():
+        other.layers[0].key.zero_()
+    assert not other.of_layer(0, torch.device("cpu"), torch.float32).key.any() and bool(placed.key.any())
+
+
+def test_gates_of_a_bundle_on_the_hub_are_asked_for_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked: list[str] = []
+
+    def download(repo_id: str, name: str) -> str:
+        asked.append(name)
+        if "/" not in name:
+            raise EntryNotFoundError(f"no {name}")
+        return str(folder.parent / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("hf_sparse_attn.gates._DOWNLOADED", {})
+    found = find_gates("somebody/bundle", KIND)
+    assert torch.equal(found.layers[0].key, GateSet(KIND, MODEL, SETTINGS, seed=3).layers[0].key)
+    assert find_gates("somebody/bundle", KIND) is found
+    assert asked == ["gates.json", "gates/gates.json", "gates/gates.safetensors"]
 
 
 def edit(folder: Path, **change: Any) -> None:
@@ -91,8 +160,9 @@ def cut_weights(folder: Path) -> None:
 def change_weights(change) -> Any:
     def damage(folder: Path) -> None:
         file = folder / "gates.safetensors"
-        weights = load_file(file)
-        save_file(change(weights), file, {"format": "hf_sparse_attn.gates"})
+        with safe_open(file, "pt") as opened:
+            mark = opened.metadata()
+        save_file(change(load_file(file)), file, mark)
 
     return damage
 
@@ -112,7 +182,9 @@ DAMAGES = {
     "gone": (lambda f: (f / "gates.safetensors").unlink(), "gates.safetensors"),
     "missing": (change_weights(lambda w: {k: v for k, v in w.items() if k != "1.key"}), "1.key is missing"),
     "more": (change_weights(lambda w: {**w, "9.key": torch.zeros(1)}), "9.key is .1., not wanted"),
-    "nan": (change_weights(lambda w: {k: v * torch.nan for k, v in w.items()}), "written together|finite"),
+    "nan": (change_weights(lambda w: {k: v * torch.nan for k, v in w.items()}), "must be finite numbers"),
+    "integers": (change_weights(lambda w: {k: v.int() for k, v in w.items()}), "finite numbers, got torch.int32"),
+    "endless": (lambda f: (f / "gates.json").write_text(" " * (1 << 20) + "{}"), "must have at most 1048576 bytes"),
 }
 
 

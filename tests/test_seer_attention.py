@@ -34,28 +34,29 @@ def call(n: int, batch: int = 2, start: int = 0, seed: int = 0) -> tuple[torch.T
     return q, k, Context(TokenLayout.causal(n).continued(start), inputs=LayerInputs(q=q, k=k), **sizes)
 
 
+def rotated(gate: AttnGate, x: torch.Tensor, position: int) -> torch.Tensor:
+    half, turn = gate.hidden // 2, complex(0, 1)
+    angle = torch.tensor([position * gate.theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    turned = (x[:half] + turn * x[half:]) * torch.exp(turn * angle)
+    return torch.cat([turned.real, turned.imag])
+
+
 def plain_logits(gate: AttnGate, q: torch.Tensor, k: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Logits of the blocks, head by head and block by block, as the paper puts it; not causal."""
     n, group = k.shape[2], q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape[0], q.shape[1], -(-q.shape[2] // SIZE), -(-n // SIZE), dtype=torch.float64)
-    turn = complex(0, 1)
-
-    def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
-        half = gate.hidden // 2
-        angle = torch.tensor([position * gate.theta ** (-i / half) for i in range(half)], dtype=torch.float64)
-        turned = (x[:half] + turn * x[half:]) * torch.exp(turn * angle)
-        return torch.cat([turned.real, turned.imag])
-
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(out.shape[2]):
                 one = q[b, h, i * SIZE : (i + 1) * SIZE].double().mean(0)
                 one = one @ gate.query[h].double() if gate.query is not None else one
-                one = rotated(one, start + i * SIZE)
+                one = rotated(gate, one, start + i * SIZE)
                 for j in range(out.shape[3]):
                     block = k[b, h // group, j * SIZE : (j + 1) * SIZE].double()
                     pooled = torch.cat([block.max(0).values, block.min(0).values, block.mean(0)])
-                    out[b, h, i, j] = one @ rotated(pooled @ gate.key[h].double(), j * SIZE) / math.sqrt(gate.hidden)
+                    out[b, h, i, j] = (
+                        one @ rotated(gate, pooled @ gate.key[h].double(), j * SIZE) / math.sqrt(gate.hidden)
+                    )
     return out
 
 
@@ -71,36 +72,96 @@ def test_the_gate_is_the_plain_one(hidden: int, n: int, start: int) -> None:
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
 
 
-def causal_logits(found: SeerAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def test_positions_of_a_long_prompt_are_exact() -> None:
+    gate, start = gates().layers[0], 10**7 + 3
+    q, _, _ = call(SIZE, batch=1)
     with torch.no_grad():
-        logits = plain_logits(found.gates.layers[0], q, k)
-    return logits.masked_fill(~torch.ones(logits.shape[2:], dtype=torch.bool).tril(), -torch.inf)
+        found = gate.queries(q, start)
+        for h in range(HEADS):
+            want = rotated(gate, q[0, h].double().mean(0) @ gate.query[h].double(), start) / math.sqrt(gate.hidden)
+            torch.testing.assert_close(found[0, h, 0].double(), want, rtol=1e-4, atol=1e-5)
 
 
+def causal_logits(found: SeerAttention, q: torch.Tensor, k: torch.Tensor, start: int = 0) -> torch.Tensor:
+    with torch.no_grad():
+        logits = plain_logits(found.gates.layers[0], q, k, start)
+    for i in range(logits.shape[2]):
+        logits[:, :, i, (start + i * SIZE + SIZE - 1) // SIZE + 1 :] = -torch.inf
+    return logits
+
+
+# From 40 on a block of queries begins within a block of keys, and lies in two.
+@pytest.mark.parametrize("start", [0, 40])
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.75, 1.0])
-def test_the_best_blocks_are_kept_and_the_last_rows_whole(density: float) -> None:
+def test_the_best_blocks_are_kept_and_the_last_rows_whole(density: float, start: int) -> None:
     method = SeerAttention(gates=gates(), density=density)
-    q, k, ctx = call(250)
-    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k)
-    blocks = logits.shape[2]
+    q, k, ctx = call(250, start=start)
+    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k, start)
+    rows, blocks = logits.shape[2:]
     most = max(1, math.floor((1 - math.sqrt(1 - density)) * blocks + 1e-6))
-    for i in range(blocks):
-        if i >= blocks - 2:
-            assert bool(keep[:, :, i, : i + 1].all())
+    for i in range(rows):
+        begin, end = (start + i * SIZE) // SIZE, min((start + i * SIZE + SIZE - 1) // SIZE, blocks - 1)
+        if i >= rows - 2:
+            assert bool(keep[:, :, i, : end + 1].all()) and not bool(keep[:, :, i, end + 1 :].any())
             continue
         row = logits[:, :, i].clone()
-        row[..., i] = torch.inf
-        best = row.topk(min(most, i + 1), -1).indices
+        row[..., [begin, end]] = torch.inf
+        best = row.topk(min(max(most, end - begin + 1), end + 1), -1).indices
         assert torch.equal(torch.zeros_like(row, dtype=torch.bool).scatter(-1, best, True), keep[:, :, i])
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.08, 0.3])
-def test_blocks_above_the_threshold_are_kept(threshold: float) -> None:
-    method = SeerAttention(gates=gates(), threshold=threshold)
+def test_a_share_that_is_whole_loses_no_block_to_rounding() -> None:
+    # 1 - sqrt(1 - 0.36) is a fifth, and in floating point a little less.
+    q, k, ctx = call(10 * SIZE)
+    keep = SeerAttention(gates=gates(), density=0.36).pattern(q, k, ctx).block_map()
+    assert keep.sum(-1)[0, 0].tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 9, 10]
+
+
+def test_the_gate_is_that_of_the_layer_and_reads_what_was_before_positions() -> None:
     q, k, ctx = call(250)
-    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k)
-    want = (logits.softmax(-1) > threshold) | torch.eye(16, dtype=torch.bool)
-    want[:, :, -2:] |= torch.ones(16, 16, dtype=torch.bool).tril()[-2:]
+    own, swapped = gates(), gates()
+    swapped.layers = torch.nn.ModuleList(reversed(swapped.layers))
+    first, second = (
+        SeerAttention(gates=own, density=0.3).pattern(q, k, replace(ctx, layer=i, num_layers=2)).block_map()
+        for i in (0, 1)
+    )
+    assert not torch.equal(first, second)
+    # After positions queries and keys are others, which the gate does not look at.
+    late_q, late_k, _ = call(250, seed=1)
+    found = SeerAttention(gates=swapped, density=0.3).pattern(late_q, late_k, replace(ctx, num_layers=2))
+    assert torch.equal(found.block_map(), second)
+
+
+def test_the_knob_and_its_least_density() -> None:
+    own = gates()
+    assert SeerAttention(gates=own).density == 0.25
+    assert SeerAttention(gates=own, threshold=0.1).turned(0.5) == SeerAttention(gates=own, density=0.5)
+    for density in (0.05, 0.3, 1.0):
+        method = SeerAttention(gates=own, density=density)
+        for n in (40, 250, 800):
+            q, k, ctx = call(n, batch=1)
+            assert 0 < method.least_density(ctx) <= method.pattern(q, k, ctx).density("causal")
+    assert SeerAttention(gates=own, threshold=0.1).least_density(ctx) == 0
+
+
+def test_starting_weights_are_uniform_within_the_bound_of_glorot() -> None:
+    gate = gates().layers[0]
+    for weight in (gate.key, gate.query):
+        bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+        assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
+
+
+@pytest.mark.parametrize("start", [0, 40])
+@pytest.mark.parametrize("threshold", [0.0, 0.08, 0.3])
+def test_blocks_above_the_threshold_are_kept(threshold: float, start: int) -> None:
+    method = SeerAttention(gates=gates(), threshold=threshold)
+    q, k, ctx = call(250, start=start)
+    keep, logits = method.pattern(q, k, ctx).block_map(), causal_logits(method, q, k, start)
+    want = logits.softmax(-1) > threshold
+    for i in range(want.shape[2]):
+        want[:, :, i, (start + i * SIZE) // SIZE] = True
+        want[:, :, i, min((start + i * SIZE + SIZE - 1) // SIZE, want.shape[3] - 1)] = True
+    want[:, :, -2:] |= logits[:, :, -2:] > -torch.inf
     assert torch.equal(keep, want)
 
 

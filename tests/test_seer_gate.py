@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSe
 from hf_sparse_attn.recipes import seer_gate
 from hf_sparse_attn.recipes.seer_gate import SeerGate, gate_divergence, pooled_attention
 from hf_sparse_attn.train_text import TextSettings
+from tests.tiny_lm import FAMILIES
 from tests.tiny_lm import one_thread as one_thread
 
 SIZE = 16
@@ -38,12 +40,12 @@ def task(tmp_path: Path):
     made.close()
 
 
-def call(n: int, softcap: float = 0.0) -> Seen:
+def call(n: int, softcap: float = 0.0, scale: float | None = None) -> Seen:
     made = torch.Generator().manual_seed(n)
     q, early_q = (torch.randn(2, 4, n, 8, generator=made) for _ in range(2))
     k, early_k = (torch.randn(2, 2, n, 8, generator=made) for _ in range(2))
     inputs = LayerInputs(q=early_q, k=early_k)
-    sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, softcap=softcap, inputs=inputs)
+    sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, softcap=softcap, scale=scale, inputs=inputs)
     return Seen("layer", q, k, k, Context(TokenLayout.causal(n), **sizes))
 
 
@@ -63,9 +65,9 @@ def dense_map(seen: Seen) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("n, softcap", [(111, 0.0), (128, 2.0), (5, 0.0)])
-def test_the_target_is_the_pooled_dense_map(n: int, softcap: float) -> None:
-    seen = call(n, softcap)
+@pytest.mark.parametrize("n, softcap, scale", [(111, 0.0, None), (128, 2.0, None), (5, 0.0, None), (65, 0.0, 0.9)])
+def test_the_target_is_the_pooled_dense_map(n: int, softcap: float, scale: float | None) -> None:
+    seen = call(n, softcap, scale)
     want = dense_map(seen)
     blocks = want.shape[2]
     for first, last in ((0, blocks), (blocks // 2, blocks), (blocks // 3, blocks // 3 + 1)):
@@ -135,8 +137,73 @@ def test_the_loss_is_the_sum_over_layers(task) -> None:
     def note(seen: Seen) -> None:
         found.append(float(gate_divergence(task.gates.layers[seen.ctx.layer], seen)[0]))
 
-    task._read(batch.ids, note)
+    task.read(batch.ids, note)
     assert len(found) == 4 and float(task.loss(batch)) == pytest.approx(sum(found), rel=1e-5)
+
+
+def test_samples_of_a_batch_add_up_and_every_step_has_its_own(task) -> None:
+    both, one, two = task.batch(0, [0, 1]), task.batch(0, [0]), task.batch(1, [0])
+    # A batch of one: the second sample of the first step is the first of the second.
+    assert torch.equal(both.ids, torch.cat([one.ids, two.ids])) and not torch.equal(one.ids, two.ids)
+    assert task.weight(both) == 2 and task.weight(one) == 1
+    found = float(task.loss(both).detach())
+    assert found == pytest.approx(float(task.loss(one).detach()) + float(task.loss(two).detach()), rel=1e-4)
+
+
+def test_seeds_and_sizes_are_those_of_the_recipe(tmp_path: Path) -> None:
+    run = Run(output=tmp_path, device=torch.device("cpu"))
+    made = recipe(seed=3, held_out_seed=7, rope_theta=123.0).task(run)
+    assert made.gates.settings == {"block_size": SIZE, "hidden": 12, "rope_theta": 123.0}
+    own = GateSet("seer_attention", made.model, made.gates.settings, seed=3)
+    assert torch.equal(own.layers[2].query, made.gates.layers[2].query)
+    assert (made.data.seed, made.held_out.seed) == (3, 7)
+    assert (made.data.settings.split, made.held_out.settings.split) == ("train", "heldout")
+    made.close()
+
+
+THETAS = {
+    "plain": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+    "by_layer_type": (
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        1e6,
+    ),
+    "older": ({"rope_theta": 2e4}, 2e4),
+    "none": ({"rope_parameters": None}, 1e4),
+}
+
+
+@pytest.mark.parametrize("name", THETAS)
+def test_the_gates_turn_as_the_model_does(name: str) -> None:
+    fields, want = THETAS[name]
+    config = SimpleNamespace(**fields)
+    assert seer_gate._theta(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) == want
+
+
+def test_layers_that_hand_over_no_keys_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    FAMILIES["phi3"](vocab_size=256).save_pretrained(tmp_path / "fused")
+    with pytest.raises(hsa.MethodDoesNotApply, match=r"k_norm or k_proj, which layers.0.self_attn \(Phi3Att"):
+        recipe(model=str(tmp_path / "fused")).task(Run(output=tmp_path, device=torch.device("cpu")))
+
+
+def test_every_density_is_evaluated(tmp_path: Path) -> None:
+    made = recipe(densities=(0.2, 0.7), density=0.4).task(Run(output=tmp_path, device=torch.device("cpu")))
+    figures = made.evaluate()
+    assert figures["density_0.2"] < figures["density_0.7"] and figures["recall_0.2"] < figures["recall_0.7"]
+    found: dict[int, list[float]] = {}
+
+    def note(seen: Seen) -> None:
+        divergence = float(gate_divergence(made.gates.layers[seen.ctx.layer], seen)[0])
+        found.setdefault(seen.ctx.layer, []).append(divergence)
+
+    made.read(made.held_out[0].ids[None], note)
+    assert figures["divergence"] == pytest.approx(sum(sum(x) for x in found.values()) / 4, rel=1e-5)
+    assert made.bundle_parts()["sparse"].params == {"density": 0.4}
+    made.close()
 
 
 def test_a_resumed_training_ends_the_same(tmp_path: Path) -> None:

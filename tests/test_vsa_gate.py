@@ -92,6 +92,10 @@ def test_the_shipped_settings_are_valid(name: str) -> None:
     assert found.density_at(found.steps) == pytest.approx(found.density)
 
 
+def test_without_a_schedule_every_step_has_the_final_density() -> None:
+    assert {recipe(schedule=None).density_at(step) for step in (0, 1, 999)} == {0.25}
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["gates", "lora"])
 def test_only_gates_and_adapter_are_trained_and_everything_is_put_back(
     lora: LoraSettings | None, tmp_path: Path
@@ -142,9 +146,13 @@ def test_whatever_was_evaluated_a_step_is_the_same(tmp_path: Path) -> None:
     with closing(task(tmp_path)) as made:
         torch.nn.init.normal_(made.gates.layers[0].weight, std=0.1)
 
+        # The first at the density of the evaluation, the second at another.
         def loss() -> torch.Tensor:
-            made.begin_step(2)
-            return made.loss(made.batch(2, range(2))).detach()
+            found = []
+            for step in (3, 2):
+                made.begin_step(step)
+                found.append(made.loss(made.batch(step, range(2))).detach())
+            return torch.stack(found)
 
         first = loss()
         with torch.no_grad():
