@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from hf_sparse_attn.matching import teaching
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
+from hf_sparse_attn.strict_json import replace_file
 from hf_sparse_attn.video_material import HELD_OUT, Material, announced
 
 _CLIPS = "clips-{:05}.safetensors"
@@ -86,6 +88,7 @@ class StepDistillTask(AdapterTask):
         self._learns = self._imitates or step % self.recipe.fake.updates == self.recipe.fake.updates - 1
 
     def end_step(self, step: int) -> None:
+        super().end_step(step)
         self.done = step + 1
 
     def batch(self, step: int, samples: Sequence[int]) -> PromptBatch:
@@ -187,7 +190,8 @@ class StepDistillTask(AdapterTask):
         if self.run.output.is_dir():
             from safetensors.torch import save_file
 
-            save_file({"clips": (clips * 255).round().byte().contiguous()}, self.run.output / _CLIPS.format(self.done))
+            pixels = {"clips": (clips * 255).round().byte().contiguous()}
+            replace_file(self.run.output / _CLIPS.format(self.done), partial(save_file, pixels))
         return {**figures, **found, **self._taught}
 
     def _teacher_error(self) -> float:
