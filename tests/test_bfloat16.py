@@ -44,6 +44,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "seer_gate": ("data.length=512", "data.needles=4", "evaluation_samples=1"),
     "duo_gate": ("data.length=384", "data.needles=4", "evaluation_samples=1"),
     "moving_wan_long": (SCENES, "held_out=1", CHECKPOINTS),
+    "moving_wan_distill": (SCENES, "held_out=1", "student.steps=2", CHECKPOINTS),
     "moving_wan_vsa": (SCENES, "held_out=1", "schedule=null", "sparse.params={density: 0.5}", CHECKPOINTS),
 }
 
