@@ -130,12 +130,16 @@ class AdapterTask(Task):
 
     def end_step(self, step: int) -> None:
         """Warns after the first step where sparse attention was asked for and none ran."""
-        if step or self.patch is None:
-            return
-        layers = self.patch.report().layers
-        if not any(layer.sparse_calls for layer in layers):
-            reasons = sorted({reason for layer in layers for reason in layer.reasons})
-            _LOG.warning("`sparse` left every layer dense in the first step: %s", "; ".join(reasons) or "no call")
+        reason = self.all_dense() if step == 0 else None
+        if reason is not None:
+            _LOG.warning("`sparse` left every layer dense in the first step: %s", reason)
+
+    def all_dense(self) -> str | None:
+        """Why no layer has been sparse so far; None where one was, or none was to be."""
+        layers = [] if self.patch is None else self.patch.report().layers
+        if not layers or any(layer.sparse_calls for layer in layers):
+            return None
+        return "; ".join(sorted({reason for layer in layers for reason in layer.reasons})) or "no call"
 
     def bundle_parts(self) -> dict[str, Any]:
         """What else belongs into the bundle: `profile`, `gates`, or a `sparse` other than the one trained with."""

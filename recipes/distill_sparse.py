@@ -195,12 +195,9 @@ class DistillTask(AdapterTask):
 
     def _check_sparse(self) -> None:
         """Raises where the first batch ran dense: there would be nothing to learn."""
-        if self._sparse:
-            return
-        layers = self._patch.report().layers
-        if not any(layer.sparse_calls for layer in layers):
-            reasons = sorted({reason for layer in layers for reason in layer.reasons})
-            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {'; '.join(reasons)}")
+        reason = None if self._sparse else self.all_dense()
+        if reason is not None:
+            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {reason}")
         self._sparse = True
 
     def evaluate(self) -> dict[str, float]:

@@ -163,12 +163,9 @@ class StepDistillTask(AdapterTask):
 
     def _check_sparse(self) -> None:
         """Raises where the first batch ran dense: what comes out would not be what was asked for."""
-        if self._sparse or self.patch is None:
-            return
-        layers = self.patch.report().layers
-        if not any(layer.sparse_calls for layer in layers):
-            reasons = sorted({reason for layer in layers for reason in layer.reasons})
-            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {'; '.join(reasons)}")
+        reason = None if self._sparse else self.all_dense()
+        if reason is not None:
+            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {reason}")
         self._sparse = True
 
     def evaluate(self) -> dict[str, float]:

@@ -256,36 +256,33 @@ def test_micro_batches_add_up_to_the_whole(tmp_path: Path, micro_batch: int) -> 
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
-    train(Toy(term_at=None), tmp_path / "one", progress=False)
-    # The signal comes to one of the two; both must stop after the same step.
-    stopped = program(tmp_path / "two", processes=2, term_at=2)
-    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
-    assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
-    resumed = program(tmp_path / "two", resume=True, processes=2, term_at=2)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
-    assert first["processes"] == 2 and second == {}
-
-
-@pytest.mark.slow
-def test_two_processes_treat_seldom_trained_weights_as_one_does(tmp_path: Path) -> None:
     # Weights that no sample of a step reaches have no gradient: Adam leaves them, and does not decay them.
     train(Toy(lonely=True), tmp_path / "one", progress=False)
-    stopped = program(tmp_path / "two", processes=2, lonely=True, term_at=2, term_all=True)
+    # The signal comes to one of the two; both must stop after the same step.
+    stopped = program(tmp_path / "two", processes=2, lonely=True, term_at=2)
     told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
-    # Both had the signal, as after Ctrl-C in a terminal: its number is no sum.
     assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
-    resumed = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    again = {"resume": True, "processes": 2, "lonely": True, "term_at": 2}
+    resumed = program(tmp_path / "two", **again)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert bool((one["never.weight"] == 0.5).all() and (one["seldom.weight"] != 0.5).all())
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    again = program(tmp_path / "two", resume=True, processes=2, lonely=True, term_at=2, term_all=True)
+    first, second = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
+    assert first["processes"] == 2 and second == {}
+    # The first process alone tells the figures, also of a training that was over before.
+    finished = program(tmp_path / "two", **again)
     told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
-    assert told[0]["processes"] == 2 and told[1] == {}, again.stderr[-2000:]
+    assert told == [first, {}], finished.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_is_told_as_one(tmp_path: Path) -> None:
+    # As after Ctrl-C in a terminal: the numbers of the signals make no sum.
+    stopped = program(tmp_path / "two", processes=2, term_at=2, term_all=True)
+    told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
+    assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
 
 
 @pytest.mark.slow
