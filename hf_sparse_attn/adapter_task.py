@@ -90,6 +90,7 @@ class AdapterTask(Task):
         self.base_model, self.rope = base_model, rope
         self.adapter: Any = None
         self.patch: Patch | None = None
+        self._was_sparse = False
         self._undo = ExitStack()
         with ExitStack() as undo:
             if recipe.sparse is not None:
@@ -140,6 +141,19 @@ class AdapterTask(Task):
         if not layers or any(layer.sparse_calls for layer in layers):
             return None
         return "; ".join(sorted({reason for layer in layers for reason in layer.reasons})) or "no call"
+
+    def check_sparse(self) -> None:
+        """Raises where all has been dense so far, for recipes that would then train another model than is asked for.
+
+        Looks until a layer was sparse, and no more after that.
+
+        Raises:
+            ValueError: no layer was sparse, although sparse attention is asked for.
+        """
+        reason = None if self._was_sparse else self.all_dense()
+        if reason is not None:
+            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {reason}")
+        self._was_sparse = True
 
     def bundle_parts(self) -> dict[str, Any]:
         """What else belongs into the bundle: `profile`, `gates`, or a `sparse` other than the one trained with."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hf_sparse_attn
 from hf_sparse_attn.fingerprint import Fingerprint
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.strict_json import replace_file, shortened
+from hf_sparse_attn.strict_json import check_format, replace_file, shortened
 
 FORMAT = "hf_sparse_attn.gates"
 VERSION = 1
@@ -312,9 +312,7 @@ def _settings(file: Path) -> dict[str, Any]:
         raise ValueError(f"{SETTINGS_FILE} must be a JSON file: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{SETTINGS_FILE} must be a JSON object, got {shortened(value)}")
-    found = value.get("format"), value.get("version")
-    if found[0] != FORMAT or type(found[1]) is not int or found[1] != VERSION:
-        raise ValueError(f"the format must be {FORMAT} version {VERSION}, got {shortened(found)}")
+    check_format(value, FORMAT, VERSION)
     if set(value) != set(_KEYS):
         raise ValueError(f"{SETTINGS_FILE} must have the keys {', '.join(_KEYS)}; got {shortened(sorted(value))}")
     model, fields = value["model"], Fingerprint.__dataclass_fields__

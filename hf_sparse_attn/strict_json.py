@@ -92,11 +92,16 @@ def read_document(text: str, what: str, form: str, version: int, keys: tuple[str
         raise ValueError(f"the text must be a {what}, got lists within lists without end") from None
     if not isinstance(value, dict):
         raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
+    check_format(value, form, version)
+    check_keys(what, value, keys)
+    return value
+
+
+def check_format(value: dict[str, Any], form: str, version: int) -> None:
+    """Raises where a document is not of this format and version."""
     found = value.get("format"), value.get("version")
     if found[0] != form or type(found[1]) is not int or found[1] != version:
         raise ValueError(f"the format must be {form} version {version}, got {shortened(found)}")
-    check_keys(what, value, keys)
-    return value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

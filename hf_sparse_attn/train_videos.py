@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import INDEX, LatentData, LatentSample, LatentWriter
 from hf_sparse_attn.train_text import tokenizer_identity
 from hf_sparse_attn.video_source import Clip, ShortClipError, find_clips, read_clip
-from hf_sparse_attn.video_vae import check_vae, encode_caption, encode_first_frame, encode_video, fingerprint, placed
+from hf_sparse_attn.video_vae import (
+    TEXT_ENCODERS,
+    check_vae,
+    encode_caption,
+    encode_first_frame,
+    encode_video,
+    fingerprint,
+    parts_of,
+    placed,
+)
 
 _LOG = logging.getLogger(__name__)
 # What a kill may cost: about five videos of 81 frames in 480p.
@@ -146,6 +156,14 @@ def _check_latents(data: LatentData, shape: tuple[int, int, int], settings: Vide
             )
 
 
+def text_key(pipe: Any, encoders: Sequence[Any]) -> dict[str, Any]:
+    """What tells one pipeline's encoding of texts from another's: its encoders and tokenizers."""
+    return {
+        "text": [fingerprint(encoder) for encoder in encoders],
+        "tokenizers": [tokenizer_identity(getattr(pipe, n, None)) for n in ("tokenizer", "tokenizer_2")],
+    }
+
+
 def _encoded(
     settings: VideoSettings,
     pipe: Any,
@@ -156,15 +174,13 @@ def _encoded(
     shard_bytes: int,
 ) -> LatentData:
     clips = find_clips(source)
-    names = ("text_encoder", "text_encoder_2", *(["image_encoder"] if first_frame else []))
-    encoders = [m for m in (getattr(pipe, n, None) for n in names) if m is not None]
+    encoders = parts_of(pipe, (*TEXT_ENCODERS, *(["image_encoder"] if first_frame else [])))
     asked = {name: value for name, value in asdict(settings).items() if name != "source"}
     key = {
         "settings": asked,
         "clips": [clip.identity() for clip in clips],
         "vae": fingerprint(pipe.vae),
-        "text": [fingerprint(encoder) for encoder in encoders],
-        "tokenizers": [tokenizer_identity(getattr(pipe, n, None)) for n in ("tokenizer", "tokenizer_2")],
+        **text_key(pipe, encoders),
     }
     if first_frame:
         key["first_frame"] = "alone" if pipe.config.get("expand_timesteps") else "padded"

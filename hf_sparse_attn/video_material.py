@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from hf_sparse_attn.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.strict_json import replace_file
 from hf_sparse_attn.train_latents import LatentData, LatentSample
 from hf_sparse_attn.train_text import sample_order
 from hf_sparse_attn.train_videos import VideoSettings, open_videos
 from hf_sparse_attn.video_prompts import PromptData, PromptSettings, open_prompts
-from hf_sparse_attn.video_vae import encode_caption, placed
+from hf_sparse_attn.video_vae import TEXT_ENCODERS, encode_caption, parts_of, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
 TIMES = 1000.0
+_CLIPS = "clips-{:05}.safetensors"
 # Numbers of samples from here on are for evaluation; no training gets so far.
 HELD_OUT = 1 << 40
 
@@ -146,10 +149,7 @@ def draw_batch(
     if not low < high:
         raise ValueError(f"`bounds` must have levels from {material.bounds[0]} to {material.bounds[1]}, got {bounds}")
     seeds = [sample_seed(seed, number) for number in numbers]
-    drawn = [
-        material.sample(number, own) if number < HELD_OUT else material.held_out(number - HELD_OUT, own)
-        for number, own in zip(numbers, seeds, strict=True)
-    ]
+    drawn = take(material, numbers, seeds)
     shift = material.shift if flow.shift is None else flow.shift
     noise = flow_batch(torch.stack([s.latents for s in drawn]).float(), seeds, shift, flow.spread, (low, high))
     told = [sample.conditions for sample in drawn]
@@ -161,9 +161,36 @@ def draw_batch(
         ]
         # An image stays when the text is dropped, as in the pipelines.
         told = [{**held, **nothing} if drop else held for held, drop in zip(told, dropped, strict=True)]
-    conditions = {name: torch.stack([held[name] for held in told]).to(device) for name in told[0]}
-    given = material.inputs(noise.noisy.to(device), noise.level.to(device), conditions)
+    given = material.inputs(noise.noisy.to(device), noise.level.to(device), stacked(told, device))
     return VideoBatch(given, noise.velocity[:, :, material.given_frames :].to(device))
+
+
+def take(material: Material, numbers: Sequence[int], seeds: Sequence[int]) -> list[LatentSample]:
+    """Samples by their numbers, each with a seed of its own; those from HELD_OUT on are held out."""
+    return [
+        material.sample(number, seed) if number < HELD_OUT else material.held_out(number - HELD_OUT, seed)
+        for number, seed in zip(numbers, seeds, strict=True)
+    ]
+
+
+def stacked(conditions: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Conditions of samples by name, with a batch axis."""
+    return {name: torch.stack([one[name] for one in conditions]).to(device) for name in conditions[0]}
+
+
+def keep_clips(clips: Tensor, run: Run, step: int) -> None:
+    """Keeps sampled clips in the folder of a run, in 8 bits; nothing where the folder is not there.
+
+    Args:
+        clips: [clips, frames, 3, height, width] in [0, 1].
+        run: whose.
+        step: after which they were sampled.
+    """
+    if run.output.is_dir():
+        from safetensors.torch import save_file
+
+        pixels = {"clips": (clips * 255).round().byte().contiguous()}
+        replace_file(run.output / _CLIPS.format(step), partial(save_file, pixels))
 
 
 def check_drop(flow: FlowSettings, material: Material) -> None:
@@ -275,8 +302,7 @@ def _open(videos: VideoSettings | PromptSettings, pipe: Any, run: Run, first_fra
 
 
 def _nothing(pipe: Any, told: str, tokens: int | None, device: torch.device) -> dict[str, Tensor]:
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-    with placed([encoder for encoder in encoders if encoder is not None], device):
+    with placed(parts_of(pipe, TEXT_ENCODERS), device):
         found = encode_caption(pipe, told, device, tokens)
     return {name: value.cpu() for name, value in found.items()}
 

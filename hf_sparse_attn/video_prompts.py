@@ -13,9 +13,8 @@ import torch
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.train_latents import LatentData, LatentSample, LatentWriter
-from hf_sparse_attn.train_text import tokenizer_identity
-from hf_sparse_attn.train_videos import VideoSettings, latent_shape
-from hf_sparse_attn.video_vae import check_vae, encode_caption, fingerprint, placed
+from hf_sparse_attn.train_videos import VideoSettings, latent_shape, text_key
+from hf_sparse_attn.video_vae import TEXT_ENCODERS, check_vae, encode_caption, parts_of, placed
 
 _SHARD_BYTES = 64 << 20
 
@@ -111,12 +110,11 @@ def read_prompts(file: Path) -> list[str]:
 def _encoded(settings: PromptSettings, pipe: Any, prompts: list[str], cache: Path, run: Run) -> LatentData:
     from tqdm import tqdm
 
-    encoders = [m for m in (getattr(pipe, n, None) for n in ("text_encoder", "text_encoder_2")) if m is not None]
+    encoders = parts_of(pipe, TEXT_ENCODERS)
     key = {
         "tokens": settings.tokens,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "text": [fingerprint(encoder) for encoder in encoders],
-        "tokenizers": [tokenizer_identity(getattr(pipe, n, None)) for n in ("tokenizer", "tokenizer_2")],
+        **text_key(pipe, encoders),
     }
     folder = cache / ("prompts-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20])
     writer = LatentWriter(folder, key, _SHARD_BYTES)

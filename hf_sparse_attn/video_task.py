@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,6 @@ from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.flow_matching import flow_error
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.strict_json import replace_file
 from hf_sparse_attn.train_videos import VideoSettings
 from hf_sparse_attn.video_material import (
     HELD_OUT,
@@ -28,10 +26,9 @@ from hf_sparse_attn.video_material import (
     announced,
     check_drop,
     draw_batch,
+    keep_clips,
     sparse_span,
 )
-
-_CLIPS = "clips-{:05}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +137,7 @@ class VideoTask(AdapterTask):
         clips = self.material.sampled()
         if clips is None:
             return figures
-        if self.run.output.is_dir():
-            from safetensors.torch import save_file
-
-            pixels = {"clips": (clips * 255).round().byte().contiguous()}
-            replace_file(self.run.output / _CLIPS.format(self.done), partial(save_file, pixels))
+        keep_clips(clips, self.run, self.done)
         return {**figures, **self.material.clip_figures(clips)}
 
     def held_out_loss(self) -> float:

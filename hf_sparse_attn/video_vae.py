@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.extras import MissingExtra
 
+# Names of the text encoders of the pipelines.
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # Values of each weight that a fingerprint looks at.
 _LOOKED_AT = 64
 
@@ -187,6 +189,11 @@ def fingerprint(module: Any) -> str:
             values = weight.detach().flatten()
             found.update(values[:: max(1, len(values) // _LOOKED_AT)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:20]
+
+
+def parts_of(pipe: Any, names: Sequence[str]) -> list[Any]:
+    """The parts of a pipeline of these names that it has."""
+    return [part for part in (getattr(pipe, name, None) for name in names) if part is not None]
 
 
 @contextmanager

@@ -156,7 +156,6 @@ class DistillTask(AdapterTask):
         except BaseException:
             self.close()
             raise
-        self._sparse = False
 
     @property
     def _patch(self) -> Any:
@@ -183,7 +182,7 @@ class DistillTask(AdapterTask):
                 taught = self.student.forward(batch)
         with self.match.collecting() as errors, self.outputs.collecting() as said:
             mine = self.student.forward(batch)
-        self._check_sparse()
+        self.check_sparse()
         loss = torch.zeros((), device=weights.device)
         if wanted.output:
             loss = loss + wanted.output * self.student.output_loss(batch, mine, taught, self.teacher)
@@ -192,13 +191,6 @@ class DistillTask(AdapterTask):
         if wanted.attention:
             loss = loss + wanted.attention * (mean_error(errors, len(weights)) * weights).sum()
         return loss
-
-    def _check_sparse(self) -> None:
-        """Raises where the first batch ran dense: there would be nothing to learn."""
-        reason = None if self._sparse else self.all_dense()
-        if reason is not None:
-            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {reason}")
-        self._sparse = True
 
     def evaluate(self) -> dict[str, float]:
         return self.student.evaluate(self.teacher, self._patch.paused, self.match)

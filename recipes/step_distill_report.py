@@ -22,8 +22,9 @@ from torch import Tensor
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.adapter_task import make_patch
+from hf_sparse_attn.contact_sheet import draw_clips
 from hf_sparse_attn.evaluate_plot import machine
-from hf_sparse_attn.moving import draw_classes, frames_to_image
+from hf_sparse_attn.moving import draw_classes
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import build_config
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
@@ -190,9 +191,6 @@ def contact_sheet(found: dict[str, Any], file: Path, places: Sequence[int] = (0,
         file: PNG to write.
         places: of the clips among those that were sampled.
     """
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     scenes = found["scenes"]
     shown = torch.linspace(0, scenes.frames - 1, _SHOWN).round().long()
     rows: list[tuple[str, str, Tensor]] = []
@@ -203,20 +201,7 @@ def contact_sheet(found: dict[str, Any], file: Path, places: Sequence[int] = (0,
         for name, clips in found["clips"].items():
             rows.append((title, name, clips[place : place + 1, shown]))
             title = ""
-    figure = Figure(figsize=(8.2, 0.95 * len(rows) + 0.5), layout="constrained")
-    for ax, (title, name, clips) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        ax.imshow(frames_to_image(clips, scale=4), interpolation="nearest")
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set_visible(False)
-        ax.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
-        if title:
-            ax.set_title(title, fontsize=9, loc="left")
-    figure.savefig(file, dpi=88)
-    # A palette is a third of the size.
-    with Image.open(file) as picture:
-        small = picture.convert("RGB").quantize(255)
-    small.save(file, optimize=True)
+    draw_clips(rows, file, height=0.95 * len(rows) + 0.5, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,7 @@ from hf_sparse_attn.matching import teaching
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
-from hf_sparse_attn.strict_json import replace_file
-from hf_sparse_attn.video_material import HELD_OUT, Material, announced
-
-_CLIPS = "clips-{:05}.safetensors"
+from hf_sparse_attn.video_material import HELD_OUT, Material, announced, keep_clips, stacked, take
 
 
 class PromptBatch(NamedTuple):
@@ -56,7 +52,7 @@ class StepDistillTask(AdapterTask):
         self.levels = tm.student_levels(recipe.student.steps, self.shift, recipe.student.even).to(run.device)
         super().__init__(recipe, run, material.model, base_model=recipe.model)
         self.material = material
-        self._learns, self._imitates, self._sparse, self.done = True, False, recipe.sparse is None, 0
+        self._learns, self._imitates, self.done = True, False, 0
         self._taught: dict[str, float] | None = None
         try:
             self.companion: Companion = add_companion(self.adapter)
@@ -98,15 +94,11 @@ class StepDistillTask(AdapterTask):
         """Samples by their numbers over the whole training; those from HELD_OUT on are held out."""
         material, device = self.material, self.run.device
         seeds = [sample_seed(self.recipe.seed, number) for number in numbers]
-        held = [
-            material.sample(number, seed) if number < HELD_OUT else material.held_out(number - HELD_OUT, seed)
-            for number, seed in zip(numbers, seeds, strict=True)
-        ]
+        held = take(material, numbers, seeds)
         drawn = tm.draw(seeds, held[0].latents.shape, self.levels.cpu(), self.shift, self.recipe.student.whole)
         dtype = torch.promote_types(material.dtype, torch.float32)
         on = {n: getattr(drawn, n).to(device, dtype) for n in ("start", "level", "again", "diffused")}
-        told = [s.conditions for s in held]
-        conditions = {name: torch.stack([one[name] for one in told]).to(device) for name in told[0]}
+        conditions = stacked([sample.conditions for sample in held], device)
         return PromptBatch(drawn._replace(step=drawn.step.to(device), **on), conditions)
 
     def weight(self, batch: PromptBatch) -> float:
@@ -125,7 +117,7 @@ class StepDistillTask(AdapterTask):
         # In a step in which it does not learn no gradient reaches the student, and its optimizer leaves it.
         with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
             velocity = self.velocity(state, here, conditions)
-        self._check_sparse()
+        self.check_sparse()
         reached = tm.reach(state, velocity, drawn, self.levels, keep)
         with self.companion.active():
             guess = self.velocity(reached.state, reached.level, conditions)
@@ -161,13 +153,6 @@ class StepDistillTask(AdapterTask):
         """Within it the model is its own teacher: dense, and without both adapters."""
         return teaching(self.model, self.patch, self.adapter)
 
-    def _check_sparse(self) -> None:
-        """Raises where the first batch ran dense: what comes out would not be what was asked for."""
-        reason = None if self._sparse else self.all_dense()
-        if reason is not None:
-            raise ValueError(f"`sparse` must make a layer sparse, all were dense: {reason}")
-        self._sparse = True
-
     def evaluate(self) -> dict[str, float]:
         """`teacher_error`: mean squared distance of the student's velocity from the teacher's with guidance, along the
         student's way, over the held-out prompts; `density` where attention is sparse. Of scenes besides what
@@ -184,11 +169,7 @@ class StepDistillTask(AdapterTask):
             with self.teacher():
                 self._taught = {f"teacher_{name}": value for name, value in material.made()[1].items()}
         clips, found = material.made(self.recipe.student, self.shift)
-        if self.run.output.is_dir():
-            from safetensors.torch import save_file
-
-            pixels = {"clips": (clips * 255).round().byte().contiguous()}
-            replace_file(self.run.output / _CLIPS.format(self.done), partial(save_file, pixels))
+        keep_clips(clips, self.run, self.done)
         return {**figures, **found, **self._taught}
 
     def _teacher_error(self) -> float:

@@ -29,10 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_sparse_attn.contact_sheet import draw_clips
 from hf_sparse_attn.evaluate_plot import machine
 from hf_sparse_attn.fidelity import psnr
 from hf_sparse_attn.lora import ADAPTER
-from hf_sparse_attn.moving import draw_classes, frames_to_image, moving_clips
+from hf_sparse_attn.moving import draw_classes, moving_clips
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import build_config
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
@@ -266,9 +267,6 @@ def contact_sheet(lengths: Sequence[dict[str, Any]], file: Path, place: int = 0)
         file: PNG to write.
         place: of the clip among those that were sampled.
     """
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     rows: list[tuple[str, str, Tensor]] = []
     for found in lengths:
         size = found["radial"]["scenes"]
@@ -281,20 +279,7 @@ def contact_sheet(lengths: Sequence[dict[str, Any]], file: Path, place: int = 0)
         rows.append((title, "a true clip", true[:, shown]))
         made = [name for name in _NAMES if name in found["clips"]]
         rows += [("", name, found["clips"][name][place : place + 1, shown]) for name in made]
-    figure = Figure(figsize=(8.2, 0.86 * len(rows) + 0.6), layout="constrained")
-    for ax, (title, name, clips) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        ax.imshow(frames_to_image(clips, scale=4), interpolation="nearest")
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set_visible(False)
-        ax.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=9)
-        if title:
-            ax.set_title(title, fontsize=9, loc="left")
-    figure.savefig(file, dpi=88)
-    # A palette is a third of the size.
-    with Image.open(file) as picture:
-        small = picture.convert("RGB").quantize(255)
-    small.save(file, optimize=True)
+    draw_clips(rows, file, height=0.86 * len(rows) + 0.6, fontsize=9)
 
 
 if __name__ == "__main__":

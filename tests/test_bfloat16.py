@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hf_sparse_attn.demo import load_model
 from hf_sparse_attn.moving import load_moving_wan
 from hf_sparse_attn.recipe import read_recipe
 from hf_sparse_attn.training import train
+from tests.tiny_lm import one_thread as one_thread
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -76,11 +76,3 @@ def test_a_recipe_in_bfloat16(name: str, where: str, tmp_path: Path) -> None:
         model.to("cuda")
     with hsa.load_bundle(model, result) as bundle:
         assert bundle.figures["after"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
