@@ -130,20 +130,18 @@ class SceneMaterial(Material):
         """See motion_figures."""
         return motion_figures(clips, draw_classes(self.settings.clips, self.settings.seed), self.settings)
 
-    def clip(self, place: int) -> Tensor:
-        """Samples one of the clips of an evaluation, [1, frames, 3, height, width]."""
+    def clip(self, place: int, **how: Any) -> Tensor:
+        """Samples one of the clips of an evaluation, [1, frames, 3, height, width].
+
+        Args:
+            place: of the clip.
+            how: steps, guidance and levels other than those of the settings, as `moving.sample` takes them.
+        """
         size = self.settings
-        return sample(
-            self.model,
-            [draw_classes(size.clips, size.seed)[place]],
-            self.frames,
-            size.height,
-            size.width,
-            size.sampling_steps,
-            size.seed + place,
-            size.guidance,
-            turn=size.turn,
-        )
+        scene = draw_classes(size.clips, size.seed)[place]
+        given: dict[str, Any] = {"steps": size.sampling_steps, "guidance": size.guidance, **how}
+        form: dict[str, Any] = {"frames": self.frames, "height": size.height, "width": size.width, "turn": size.turn}
+        return sample(self.model, [scene], seed=size.seed + place, **form, **given)
 
 
 def motion_figures(clips: Tensor, scenes: Sequence[SceneClass], settings: SceneSettings) -> dict[str, float]:

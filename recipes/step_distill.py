@@ -33,14 +33,14 @@ from torch import Tensor
 
 from hf_sparse_attn.adapter_task import AdapterRecipe
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.moving import CHANNELS_OUT, draw_classes, sample
+from hf_sparse_attn.moving import CHANNELS_OUT, draw_classes
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.recipes.video_models import HunyuanMaterial, WanMaterial, open_material
 from hf_sparse_attn.train_latents import LatentSample
 from hf_sparse_attn.video_material import Material
 from hf_sparse_attn.video_prompts import PromptSettings
-from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings, motion_figures
+from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
@@ -215,20 +215,14 @@ class SceneMaker(SceneMaterial):
 
         `seconds` are of the processor, and `calls` of the model, for a clip.
         """
-        size = self.settings
-        own: dict[str, Any] = {"steps": size.sampling_steps, "guidance": size.guidance}
+        size, began = self.settings, time.process_time()
+        own: dict[str, Any] = {}
         if student is not None:
             own = {"steps": student.steps, "guidance": 1.0, "shift": shift, "even": student.even}
-        scenes, began = draw_classes(size.clips, size.seed), time.process_time()
-        form: dict[str, Any] = {"frames": self.frames, "height": size.height, "width": size.width, "turn": size.turn}
-        seeds = range(size.seed, size.seed + len(scenes))
-        clips = [
-            sample(self.model, [scene], seed=seed, **form, **own) for scene, seed in zip(scenes, seeds, strict=True)
-        ]
-        seconds = (time.process_time() - began) / len(clips)
-        calls = own["steps"] * (1 if own["guidance"] == 1 else 2)
-        made = torch.cat(clips)
-        return made, {**motion_figures(made, scenes, size), "seconds": seconds, "calls": float(calls)}
+        clips = torch.cat([self.clip(place, **own) for place in range(size.clips)])
+        seconds = (time.process_time() - began) / size.clips
+        calls = own.get("steps", size.sampling_steps) * (1 if own.get("guidance", size.guidance) == 1 else 2)
+        return clips, {**self.clip_figures(clips), "seconds": seconds, "calls": float(calls)}
 
 
 RECIPE = StepDistill
