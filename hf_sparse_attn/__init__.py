@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_sparse_attn import native
+from hf_sparse_attn.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -17,40 +17,39 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
-    from hf_sparse_attn.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.dispatch import BackendUnavailable
-    from hf_sparse_attn.gates import GateSet
-    from hf_sparse_attn.head_profile import HeadProfile
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import DenseFallback, Patch
-    from hf_sparse_attn.pattern import BlockPattern
-    from hf_sparse_attn.profiling import profile
+    from hf_sparse_attn.pattern.block_pattern import BlockPattern
+    from hf_sparse_attn.profiles.head_profile import HeadProfile
+    from hf_sparse_attn.profiling.run import profile
     from hf_sparse_attn.report import Report
+    from hf_sparse_attn.training.bundle.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
+    from hf_sparse_attn.training.gates import GateSet
 
 _WHERE = {
-    "attention": "api",
-    "patch": "api",
-    "unpatch": "api",
-    "LoadedBundle": "bundle",
-    "load_bundle": "bundle",
-    "push_bundle": "bundle",
-    "save_bundle": "bundle",
-    "Context": "context",
-    "Segment": "context",
-    "TokenLayout": "context",
-    "BackendUnavailable": "dispatch",
-    "GateSet": "gates",
-    "HeadProfile": "head_profile",
-    "Decline": "method",
-    "Method": "method",
-    "MethodDoesNotApply": "method",
-    "DenseFallback": "patching",
-    "Patch": "patching",
-    "BlockPattern": "pattern",
-    # The file is called profiling, for an imported submodule would take the place of the function.
-    "profile": "profiling",
-    "Report": "report",
+    "attention": "hf_sparse_attn.api",
+    "patch": "hf_sparse_attn.api",
+    "unpatch": "hf_sparse_attn.api",
+    "LoadedBundle": "hf_sparse_attn.training.bundle.bundle",
+    "load_bundle": "hf_sparse_attn.training.bundle.bundle",
+    "push_bundle": "hf_sparse_attn.training.bundle.bundle",
+    "save_bundle": "hf_sparse_attn.training.bundle.bundle",
+    "Context": "hf_sparse_attn.context",
+    "Segment": "hf_sparse_attn.context",
+    "TokenLayout": "hf_sparse_attn.context",
+    "BackendUnavailable": "hf_sparse_attn.dispatch",
+    "GateSet": "hf_sparse_attn.training.gates",
+    "HeadProfile": "hf_sparse_attn.profiles.head_profile",
+    "Decline": "hf_sparse_attn.method",
+    "Method": "hf_sparse_attn.method",
+    "MethodDoesNotApply": "hf_sparse_attn.method",
+    "DenseFallback": "hf_sparse_attn.patching",
+    "Patch": "hf_sparse_attn.patching",
+    "BlockPattern": "hf_sparse_attn.pattern.block_pattern",
+    "profile": "hf_sparse_attn.profiling.run",
+    "Report": "hf_sparse_attn.report",
 }
 
 __all__ = [
@@ -81,10 +80,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"hf_sparse_attn.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'hf_sparse_attn' has no attribute {name!r}")
+__getattr__, _lazy_dir = lazy_names(__name__, _WHERE)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_sparse_attn.backend import Backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
 
@@ -149,8 +149,8 @@ class Policy:
         dense_layers: number of first layers, or the layers themselves; None means none.
         dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares; each that is more
             than 0 keeps at least one step, so that a 4-step run still starts dense.
-        min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay (cost.py
-            and worth.py; here only what no pattern can change is looked at).
+        min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay (cost/table.py
+            and cost/judge.py; here only what no pattern can change is looked at).
         min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
     """
 
@@ -194,7 +194,7 @@ class Policy:
         if ctx.layout.q_len < self.min_queries:
             return f"decoding: fewer than {self.min_queries} queries"
         if self.min_tokens == "auto":
-            from hf_sparse_attn.worth import fewest_keys
+            from hf_sparse_attn.cost.judge import fewest_keys
 
             fewest = fewest_keys(ctx, device)
         else:

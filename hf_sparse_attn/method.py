@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.fingerprint import Fingerprint
+    from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 

@@ -15,8 +15,8 @@ from weakref import ref
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_sparse_attn.hosts.transformers_hook import LayerState
     from hf_sparse_attn.report import Report
-    from hf_sparse_attn.transformers_hook import LayerState
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ def install() -> None:
 def register(name: str) -> None:
     """Adds a method registered later; before transformers is imported nothing, for its import adds them all."""
     if _AWAITED in sys.modules and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        from hf_sparse_attn.transformers_hook import NATIVE_PREFIX
-        from hf_sparse_attn.transformers_hook import register as register_implementation
+        from hf_sparse_attn.hosts.transformers_hook import NATIVE_PREFIX
+        from hf_sparse_attn.hosts.transformers_hook import register as register_implementation
 
         register_implementation(f"{NATIVE_PREFIX}{name}", None, _finder(name))
 
@@ -60,7 +60,7 @@ def report(model: nn.Module) -> Report:
 def _register_all() -> None:
     from hf_sparse_attn.registry import METHODS
 
-    hook = sys.modules.get("hf_sparse_attn.transformers_hook")
+    hook = sys.modules.get("hf_sparse_attn.hosts.transformers_hook")
     if hook is not None and not hasattr(hook, "register"):
         # It is what imports transformers just now, and calls `install` again when it is complete.
         return
@@ -96,11 +96,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
     from hf_sparse_attn.dispatch import Policy
+    from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
+    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.patching import LayerRecord, Session
     from hf_sparse_attn.registry import METHODS
-    from hf_sparse_attn.transformers_encoder import is_encoder_attention, other_tokens
-    from hf_sparse_attn.transformers_hook import LayerState, default_dense, is_text_attention
 
     text = is_text_attention(module)
     if not text and (not is_encoder_attention(module) or other_tokens(module)):

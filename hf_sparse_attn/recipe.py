@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.recipe_config import build_config, read_yaml
+from hf_sparse_attn.settings import build_config, read_yaml
 
 _PACKAGE = "hf_sparse_attn.recipes"
 
@@ -140,7 +140,7 @@ class Recipe:
 
 
 class Task:
-    """What a recipe does, asked by the training loop (training.py).
+    """What a recipe does, asked by the training loop (training/loop.py).
 
     Attributes:
         module: what is put into training mode; its weights that require gradients are trained.
@@ -224,7 +224,7 @@ class Task:
         """Takes off what was put on the model; called also after an exception."""
 
 
-# Settings that many recipes share stand here, what they do in adapter_task.py.
+# Settings that many recipes share stand here, what they do in training/adapter_task.py.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hf_sparse_attn.cost.judge import PAUSED, Loss, Prediction, describe
 from hf_sparse_attn.report import LayerReport
-from hf_sparse_attn.worth import PAUSED, Loss, Prediction, describe
 
 # Shapes of calls that are kept in mind.
 KEPT_SHAPES = 256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.pattern import BlockPattern, causal_tiles, distinct_tiles
+from hf_sparse_attn.pattern.block_pattern import BlockPattern, causal_tiles, distinct_tiles
 
 # Scores held at a time while blocks are ranked: bounds memory at long context.
 _SCORES_AT_A_TIME = 1 << 24

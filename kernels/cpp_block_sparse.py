@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_sparse_attn.backend import KernelBackend
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
 # Queries whose bits of a tile stand in one word.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_sparse_attn.backend import KernelBackend
 from hf_sparse_attn.kernels.torch_gather_plan import Group, plan_of
-from hf_sparse_attn.pattern import BlockPattern
-from hf_sparse_attn.pattern_ops import key_validity
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.ops import key_validity
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import merge_by_lse
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 Array = np.ndarray[Any, Any]
 

@@ -27,7 +27,7 @@ from hf_sparse_attn.kernels.triton_block_sparse_parts import (
 )
 from hf_sparse_attn.kernels.triton_block_sparse_plan import rows_of, schedule
 from hf_sparse_attn.kernels.triton_common import LOG2E, accumulate, runs_interpreted
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

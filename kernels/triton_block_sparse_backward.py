@@ -36,7 +36,7 @@ from hf_sparse_attn.kernels.triton_block_sparse_plan import (
     share_of,
 )
 from hf_sparse_attn.kernels.triton_common import LOG2E, runs_interpreted
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 # Queries of one program of `_prepare`.
 _STRIP = 64

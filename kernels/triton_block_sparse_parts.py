@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from hf_sparse_attn import tuning
+from hf_sparse_attn.cost import tuning
 from hf_sparse_attn.kernels.triton_common import runs_interpreted
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.kernels.triton_block_sparse_parts import jit, on_device
 from hf_sparse_attn.kernels.triton_common import lead_strides
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 T = TypeVar("T")
 # Entries that a planning program handles at a time.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from hf_sparse_attn import tuning
+from hf_sparse_attn.cost import tuning
 from hf_sparse_attn.kernels import triton_block_sparse_parts as parts
 from hf_sparse_attn.kernels.triton_block_sparse import TritonBlockSparse
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_sparse_attn.kernels import triton_common
 from hf_sparse_attn.kernels.triton_common import LOG2E, cap_logits, lead_strides, load_tokens, rows_dense
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
 _DTYPES = (torch.float16, torch.bfloat16)

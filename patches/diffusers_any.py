@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.diffusers_hook import DiffusersHooks
-from hf_sparse_attn.diffusers_model import (
+from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.hosts.diffusers_model import (
     Asked,
     Call,
     Layer,
@@ -18,10 +18,10 @@ from hf_sparse_attn.diffusers_model import (
     self_attentions,
     transformers_of_diffusers,
 )
+from hf_sparse_attn.hosts.sdpa_hook import Answer, is_scoped, scoped_class
 from hf_sparse_attn.method import NEEDS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
-from hf_sparse_attn.sdpa_hook import Answer, is_scoped, scoped_class
 
 Inputs = Mapping[str, Any]
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

@@ -43,9 +43,9 @@ class Encoder:
         inner = pretrained_models(model)
         if not inner:
             return Decline("not a transformers model")
-        from hf_sparse_attn.transformers_encoder import has_bias, image_model, is_any_attention
-        from hf_sparse_attn.transformers_hook import is_text_attention
-        from hf_sparse_attn.transformers_install import attention_modules
+        from hf_sparse_attn.hosts.transformers_encoder import has_bias, image_model, is_any_attention
+        from hf_sparse_attn.hosts.transformers_hook import is_text_attention
+        from hf_sparse_attn.hosts.transformers_install import attention_modules
 
         found = [entry for part in inner for entry in attention_modules(part, is_any_attention)]
         both_sides = any(getattr(m.config, "is_encoder_decoder", False) for m in inner)
@@ -65,8 +65,8 @@ class Encoder:
     @staticmethod
     def provided(modules: list[nn.Module]) -> frozenset[str]:
         """The layouts that calls of these models have."""
-        from hf_sparse_attn.transformers_encoder import patch_embedding, reads_causally
-        from hf_sparse_attn.transformers_hook import is_text_attention
+        from hf_sparse_attn.hosts.transformers_encoder import patch_embedding, reads_causally
+        from hf_sparse_attn.hosts.transformers_hook import is_text_attention
 
         found = set()
         for owner in modules:
@@ -79,7 +79,7 @@ class Encoder:
     @staticmethod
     def install(patch: Patch) -> None:
         """See family.Family."""
-        from hf_sparse_attn.transformers_encoder import (
+        from hf_sparse_attn.hosts.transformers_encoder import (
             image_model,
             is_any_attention,
             other_tokens,
@@ -87,7 +87,7 @@ class Encoder:
             watch_grid,
             watch_source,
         )
-        from hf_sparse_attn.transformers_install import install_text
+        from hf_sparse_attn.hosts.transformers_install import install_text
 
         models: list[Any] = patch.modules
         hints: dict[Any, Any] = {}
@@ -128,7 +128,7 @@ class Encoder:
 
 def _own(model: nn.Module) -> list[nn.Module]:
     """The attention modules of which a model is the innermost that holds them."""
-    from hf_sparse_attn.transformers_encoder import is_any_attention
-    from hf_sparse_attn.transformers_install import attention_modules
+    from hf_sparse_attn.hosts.transformers_encoder import is_any_attention
+    from hf_sparse_attn.hosts.transformers_install import attention_modules
 
     return [module for _, module, owner in attention_modules(model, is_any_attention) if owner is model]

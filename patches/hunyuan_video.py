@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.diffusers_hook import DiffusersHooks
-from hf_sparse_attn.diffusers_model import Place, Tokens, find_transformers
+from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch, Session
 from hf_sparse_attn.presets import Preset

@@ -52,7 +52,7 @@ class Llama:
             return Decline("Qwen-VL models are of the family qwen_vl")
         if any(getattr(m.config, "is_encoder_decoder", False) for m in inner):
             return Decline("encoder-decoder models are of the family encoder")
-        from hf_sparse_attn.transformers_install import attention_modules
+        from hf_sparse_attn.hosts.transformers_install import attention_modules
 
         found = [entry for part in inner for entry in attention_modules(part)]
         owners = list(dict.fromkeys(owner for _, _, owner in found))
@@ -73,7 +73,7 @@ class Llama:
     @staticmethod
     def install(patch: Patch) -> None:
         """See family.Family."""
-        from hf_sparse_attn.transformers_install import install_text
+        from hf_sparse_attn.hosts.transformers_install import install_text
 
         many = len(patch.modules) > 1
         install_text(patch, [(f"{type(owner).__name__}." if many else "", owner) for owner in patch.modules])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.family import has_class, pretrained_models
+from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
+from hf_sparse_attn.hosts.vision_segments import Cut, Segments
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import LayerRecord, Patch, Session
 from hf_sparse_attn.presets import TEXT_PRESETS, Preset
 from hf_sparse_attn.registry import FAMILIES
-from hf_sparse_attn.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
-from hf_sparse_attn.vision_segments import Cut, Segments
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class QwenVL:
     @staticmethod
     def install(patch: Patch) -> None:
         """See family.Family."""
-        from hf_sparse_attn.transformers_install import install_text
+        from hf_sparse_attn.hosts.transformers_install import install_text
 
         models: list[Any] = [m for m in patch.modules if has_class(m, _MODELS)]
         prefixes = [f"{number}." if len(models) > 1 else "" for number in range(len(models))]
@@ -131,7 +131,7 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def _learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Before a forward: adds what the tokens are to its arguments, from where they reach every text attention."""
-    from hf_sparse_attn.transformers_hook import TOKENS
+    from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
     # Reading ids would break the graph.
     if torch.compiler.is_compiling():
@@ -141,7 +141,7 @@ def _learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
 
 def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The vision tower gets all arguments of the model and has no use for this one."""
-    from hf_sparse_attn.transformers_hook import TOKENS
+    from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
     return args, {name: value for name, value in kwargs.items() if name != TOKENS}
 
@@ -150,7 +150,7 @@ def _keep(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     """After a forward: leaves what the tokens are with the cache, where the next forward finds it."""
     from transformers import Cache
 
-    from hf_sparse_attn.transformers_hook import TOKENS
+    from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
     tokens = kwargs.get(TOKENS)
     if tokens is None:
@@ -219,8 +219,8 @@ def _new_tokens(config: Any, given: dict[str, Any]) -> Tokens:
 
 def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
     """Lets every attention of a tower run its segments together, where transformers runs them one by one."""
-    from hf_sparse_attn.transformers_hook import is_segment_attention
-    from hf_sparse_attn.transformers_install import dense_name, switch
+    from hf_sparse_attn.hosts.transformers_hook import is_segment_attention
+    from hf_sparse_attn.hosts.transformers_install import dense_name, switch
 
     # One cut for all layers of a forward, as long as the model holds the tensor it was read from.
     cuts: Any = WeakTensorKeyDictionary()
@@ -242,8 +242,8 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
 
 def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
     """A pre-hook for an attention of the tower: transformers cuts nothing, the hook is told where to."""
-    from hf_sparse_attn.transformers_hook import SEGMENTS
-    from hf_sparse_attn.transformers_install import is_switched
+    from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
+    from hf_sparse_attn.hosts.transformers_install import is_switched
 
     # A plain function, so that a deep copy of the model goes on counting in the same record.
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.context import LayerInputs
-from hf_sparse_attn.diffusers_hook import DiffusersHooks
-from hf_sparse_attn.diffusers_model import Place, Tokens, find_transformers
+from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.presets import Preset

@@ -2,8 +2,8 @@
 
     hf-sparse-attn train byte_llama --output DIR
 
-The model sees standard-library source with needles in it (`hf_sparse_attn.corpus`) and, early on, strings of random
-bytes said over and over, in stages of growing length. It runs on a few processor cores in about an hour.
+The model sees standard-library source with needles in it (shipped/corpus.py) and, early on, strings of random bytes
+said over and over, in stages of growing length. It runs on a few processor cores in about an hour.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.corpus import FIRST_BYTE, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, Task, stage_at
-from hf_sparse_attn.recipes.byte_llama_init import CircuitConfig, set_circuit
-from hf_sparse_attn.train_text import document_weights
+from hf_sparse_attn.recipes.shipped.byte_llama_init import CircuitConfig, set_circuit
+from hf_sparse_attn.shipped.corpus import FIRST_BYTE, needle_document, next_byte_loss, score_needles
+from hf_sparse_attn.training.text.data import document_weights
 
 # Bytes of the shortest document: one that says a string over has room for two of the shortest, and a byte before them.
 _SHORTEST_PERIOD = 16

@@ -11,16 +11,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.matching import AttentionMatch, LayerOutputs, layers_error, mean_error, teaching
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.video_models import Expert
-from hf_sparse_attn.train_text import TextSettings
-from hf_sparse_attn.train_videos import VideoSettings
-from hf_sparse_attn.video_material import FlowSettings
-from hf_sparse_attn.video_scenes import SceneSettings
+from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
+from hf_sparse_attn.training.matching import AttentionMatch, LayerOutputs, layers_error, mean_error, teaching
+from hf_sparse_attn.training.text.data import TextSettings
+from hf_sparse_attn.training.video.data import VideoSettings
+from hf_sparse_attn.training.video.material import FlowSettings
+from hf_sparse_attn.training.video.scenes import SceneSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.chunked_loss import CausalParts, in_chunks
-from hf_sparse_attn.held_out_text import SPLIT_SOURCES, HeldOutScores, held_out_settings, open_held_out
-from hf_sparse_attn.language_model import load_language_model
-from hf_sparse_attn.matching import AttentionMatch, divergence, layer_figures
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_text import TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.training.chunked_loss import CausalParts, in_chunks
+from hf_sparse_attn.training.matching import AttentionMatch, divergence, layer_figures
+from hf_sparse_attn.training.text.data import TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.training.text.held_out import SPLIT_SOURCES, HeldOutScores, held_out_settings, open_held_out
+from hf_sparse_attn.training.text.model import load_language_model
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode

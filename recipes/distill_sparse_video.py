@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.fidelity import psnr, ssim
-from hf_sparse_attn.flow_matching import flow_error
-from hf_sparse_attn.matching import AttentionMatch, layer_figures
+from hf_sparse_attn.evaluation.fidelity import psnr, ssim
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.video_models import open_material
-from hf_sparse_attn.video_material import (
+from hf_sparse_attn.training.flow_matching import flow_error
+from hf_sparse_attn.training.matching import AttentionMatch, layer_figures
+from hf_sparse_attn.training.video.material import (
     HELD_OUT,
     Material,
     VideoBatch,
@@ -24,7 +24,7 @@ from hf_sparse_attn.video_material import (
     draw_batch,
     sparse_span,
 )
-from hf_sparse_attn.video_scenes import SceneMaterial
+from hf_sparse_attn.training.video.scenes import SceneMaterial
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.distill_sparse import DistillSparse, Mode

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.chunked_loss import CausalParts
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.corpus import NeedleDocument, needle_document
 from hf_sparse_attn.dispatch import dense_attention
-from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.head_profile import HeadProfile
-from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings
-from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Decline, Method, make_method
-from hf_sparse_attn.published_profiles import from_duo_attention
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiles.published import from_duo_attention
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.selection import check_share
-from hf_sparse_attn.train_text import NeedleData, TextSample, TextSettings
+from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document
+from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
+from hf_sparse_attn.training.chunked_loss import CausalParts
+from hf_sparse_attn.training.text.data import NeedleData, TextSample, TextSettings
+from hf_sparse_attn.training.text.held_out import held_out_figures, held_out_settings
+from hf_sparse_attn.training.text.model import load_language_model
 
 # Bytes of a statement before its value.
 _STATEMENT = len("# key abc=")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.video_models import HunyuanMaterial, open_material
-from hf_sparse_attn.video_task import VideoRecipe, VideoTask
+from hf_sparse_attn.training.video.task import VideoRecipe, VideoTask
 
 
 @dataclass(frozen=True, kw_only=True)

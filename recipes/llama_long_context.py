@@ -12,21 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask, make_patch
-from hf_sparse_attn.candidates import default_candidates
-from hf_sparse_attn.chunked_loss import CausalParts
+from hf_sparse_attn.cli.profile import default_metric
 from hf_sparse_attn.context import TokenLayout, check_int
-from hf_sparse_attn.head_profile import HeadProfile
-from hf_sparse_attn.head_profile_file import FILE as PROFILE_FILE
-from hf_sparse_attn.held_out_text import held_out_figures, held_out_settings, open_held_out
-from hf_sparse_attn.language_model import load_language_model
 from hf_sparse_attn.method import Method, make_method
-from hf_sparse_attn.profile_command import default_metric
-from hf_sparse_attn.profiling import profile
+from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.candidates import default_candidates
+from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipe_config import plain
-from hf_sparse_attn.rope_scaling import RopeSettings, scale_rope
-from hf_sparse_attn.train_text import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.settings import plain
+from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask, make_patch
+from hf_sparse_attn.training.chunked_loss import CausalParts
+from hf_sparse_attn.training.rope_scaling import RopeSettings, scale_rope
+from hf_sparse_attn.training.text.data import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
+from hf_sparse_attn.training.text.held_out import held_out_figures, held_out_settings, open_held_out
+from hf_sparse_attn.training.text.model import load_language_model
 
 _NEEDLE_METRIC = default_metric("byte_llama")
 

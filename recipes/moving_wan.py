@@ -2,8 +2,8 @@
 
     hf-sparse-attn train moving_wan --output DIR
 
-The model learns by flow matching to draw moving scenes (`hf_sparse_attn.moving_scenes`) of a given class, in pixels,
-in stages of growing clips. It runs on one processor core in about an hour.
+The model learns by flow matching to draw moving scenes (shipped/moving_scenes.py) of a given class, in pixels, in
+stages of growing clips. It runs on one processor core in about an hour.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.moving import (
+from hf_sparse_attn.recipe import Recipe, Run, Task, stage_at
+from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon
+from hf_sparse_attn.shipped.moving import (
     CHANNELS_IN,
     CHANNELS_OUT,
     TEXT_DIM,
@@ -31,8 +33,6 @@ from hf_sparse_attn.moving import (
     to_model,
     with_motion,
 )
-from hf_sparse_attn.recipe import Recipe, Run, Task, stage_at
-from hf_sparse_attn.recipes.moving_wan_muon import Muon
 
 # Seeds of the held-out clips; those of training are small multiples of another number.
 _HELD_OUT, _HELD_OUT_CLIPS = 77_000_000, 8

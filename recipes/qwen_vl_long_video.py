@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, SECONDS, QuestionData, QuestionSettings, Sample
-from hf_sparse_attn.train_text import sample_order
+from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
+from hf_sparse_attn.training.text.data import sample_order
 
 _KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.video_source import Clip, read_clip
+from hf_sparse_attn.training.video.source import Clip, read_clip
 
 # Label of a token that is no part of an answer.
 NO_LABEL = -100

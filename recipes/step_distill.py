@@ -3,7 +3,7 @@
     hf-sparse-attn train step_distill model=FOLDER_OR_ID prompts=prompts.txt --output DIR
 
 Sparsity-aware step distillation (Gu et al. 2025, BLADE, arXiv 2508.10774): trajectory distribution matching (Luo et
-al. 2025, TDM, arXiv 2503.06674; see hf_sparse_attn/trajectory_matching.py) of a student that is sparse while it
+al. 2025, TDM, arXiv 2503.06674; see training/trajectory_matching.py) of a student that is sparse while it
 learns, from prompts alone. There is one model in memory: the student and the fake score are two adapters on it, and
 the teacher is the model without both and without the patch. As in BLADE the fake score is sparse like the student, and
 the teacher is dense.
@@ -31,16 +31,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.adapter_task import AdapterRecipe
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.moving import CHANNELS_OUT, draw_classes
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.recipes.video_models import HunyuanMaterial, WanMaterial, open_material
-from hf_sparse_attn.train_latents import LatentSample
-from hf_sparse_attn.video_material import Material
-from hf_sparse_attn.video_prompts import PromptSettings
-from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings
+from hf_sparse_attn.settings import plain
+from hf_sparse_attn.shipped.moving import CHANNELS_OUT, draw_classes
+from hf_sparse_attn.training.adapter_task import AdapterRecipe
+from hf_sparse_attn.training.video.latents import LatentSample
+from hf_sparse_attn.training.video.material import Material
+from hf_sparse_attn.training.video.prompts import PromptSettings
+from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneMaterial, SceneSettings
 
 if TYPE_CHECKING:
     from hf_sparse_attn.recipes.step_distill_task import StepDistillTask

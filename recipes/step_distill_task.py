@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_sparse_attn import trajectory_matching as tm
-from hf_sparse_attn.adapter_task import AdapterTask
-from hf_sparse_attn.flow_matching import flow_error, sample_seed
-from hf_sparse_attn.lora_companion import Companion, add_companion
-from hf_sparse_attn.matching import teaching
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipe_config import plain
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
-from hf_sparse_attn.video_material import HELD_OUT, Material, announced, keep_clips, stacked, take
+from hf_sparse_attn.settings import plain
+from hf_sparse_attn.training import trajectory_matching as tm
+from hf_sparse_attn.training.adapter_task import AdapterTask
+from hf_sparse_attn.training.flow_matching import flow_error, sample_seed
+from hf_sparse_attn.training.lora.companion import Companion, add_companion
+from hf_sparse_attn.training.matching import teaching
+from hf_sparse_attn.training.video.material import HELD_OUT, Material, announced, keep_clips, stacked, take
 
 
 class PromptBatch(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.train_videos import VideoSettings
-from hf_sparse_attn.video_material import TIMES, PipelineMaterial, load_pipeline
-from hf_sparse_attn.video_prompts import PromptSettings
+from hf_sparse_attn.training.video.data import VideoSettings
+from hf_sparse_attn.training.video.material import TIMES, PipelineMaterial, load_pipeline
+from hf_sparse_attn.training.video.prompts import PromptSettings
 
 Expert = Literal["high", "low"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.video_models import Expert, WanMaterial, open_material
-from hf_sparse_attn.video_material import Material
-from hf_sparse_attn.video_scenes import MOVING_WAN, SceneMaterial, SceneSettings
-from hf_sparse_attn.video_task import VideoRecipe, VideoTask
+from hf_sparse_attn.training.video.material import Material
+from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneMaterial, SceneSettings
+from hf_sparse_attn.training.video.task import VideoRecipe, VideoTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 
 

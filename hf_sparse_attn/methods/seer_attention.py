@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.gates import Gates, GateSet, checked_gates, find_gates, gate_of, unknown_settings
 from hf_sparse_attn.method import Decline, Knob, Method
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
     check_block_size,
@@ -25,6 +23,8 @@ from hf_sparse_attn.selection import (
     row_blocks,
     top_blocks,
 )
+from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.training.gates import Gates, GateSet, checked_gates, find_gates, gate_of, unknown_settings
 
 # Rows of query blocks at the end of a call that keep everything.
 _DENSE_ROWS = 2

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.family import find_family
-from hf_sparse_attn.fingerprint import Fingerprint
-from hf_sparse_attn.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
 from hf_sparse_attn.method import Decline, Knob, Method, Run
-from hf_sparse_attn.pattern import BlockPattern
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.video_tiles import Sizes, VideoTiles, check_sizes, tile_pattern, video_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_share, rank_descending
-from hf_sparse_attn.video_tiles import Sizes, VideoTiles, check_sizes, tile_pattern, video_tiles
+from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.training.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
 
 
 @METHODS.register("vsa")

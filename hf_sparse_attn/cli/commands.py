@@ -1,0 +1,348 @@
+"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, train, eval. Tables go to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from hf_sparse_attn.cli import profile_arguments
+
+PROGRAM = "hf-sparse-attn"
+T = TypeVar("T")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments without the program's name; None means those of the process.
+
+    Returns:
+        exit status: 0, 1 where a check of `doctor` failed, 2 for an error of the user.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+        try:
+            args = _parsed(argv)
+            status = int(args.run(args))
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # The reader has what it wanted; what is left in the buffer must not fail at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if "--debug" in argv or not isinstance(error, _user_errors()):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+            return 2
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
+    from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.patching import DenseFallback
+
+    # A package that is missing is an ImportError, a training that diverged a FloatingPointError.
+    return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments; settings of a recipe may stand behind the options as well."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train" and args.recipe is not None:
+        args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in args.settings]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised: argparse itself would print the usage and leave the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parser() -> _Parser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
+    parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common], help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", _demo, "make the shipped tiny model sparse, method by method, and compare with dense")
+    demo.add_argument("--length", type=int, default=4096, metavar="N", help="bytes of the document that is read")
+    demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
+    demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+
+    methods = command("methods", _methods, "list the sparse attention methods")
+    methods.add_argument("--markdown", action="store_true", help="the tables of the README")
+
+    coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
+    coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
+    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every class")
+    coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
+    coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
+
+    doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
+    doctor.add_argument("--backends", type=_list(str), metavar="A,B", help="try only these")
+
+    bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
+    bench.add_argument(
+        "--suite",
+        default="quick",
+        help="kernels, patterns, layers, model, memory, auto (what the dispatcher "
+        "chooses), gpu (all that is promised of one), or quick: a little of three",
+    )
+    bench.add_argument("--tokens", type=_list(int), metavar="N,N", help="8192,32768; quick: 4096")
+    bench.add_argument("--dims", type=_list(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
+    bench.add_argument("--dtypes", type=_list(str), metavar="T,T", help="float32,bfloat16; quick: float32")
+    bench.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25; quick: 0.125")
+    bench.add_argument("--heads", type=int, metavar="N", help="8")
+    bench.add_argument("--block", type=int, metavar="N", help="tokens in a block: 128")
+    bench.add_argument("--causal", action=argparse.BooleanOptionalAction, help="kernels under a causal mask; off")
+    bench.add_argument("--backward", action=argparse.BooleanOptionalAction, help="kernels with their backward; off")
+    bench.add_argument("--backends", type=_list(str), metavar="A,B", help="all but torch_reference")
+    bench.add_argument("--repeats", type=int, metavar="N", help="rounds over the contestants: 5; quick: 3")
+    bench.add_argument(
+        "--seconds", type=float, metavar="S", help="no further round after this long and two rounds: 60"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    bench.add_argument("--device", help="cuda where there is one, else cpu")
+    bench.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and speedup.png there")
+    bench.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure what attention costs on this device, and let min_tokens='auto' decide by that from now on",
+    )
+
+    profiled = command("profile", _profile, "find out which method each head tolerates, and choose within a budget")
+    profile_arguments.add(profiled, _list(int))
+
+    evaluate = command("eval", _eval, "all methods at equal density on the shipped models: fidelity and quality")
+    evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
+    evaluate.add_argument("--methods", type=_list(str), metavar="A,B", help="all whose density can be set")
+    evaluate.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25")
+    evaluate.add_argument("--no-profile", action="store_true", help="without the mix that the profiler chooses")
+    evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="bytes of a document: 4096")
+    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="held-out documents to read: 6")
+    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
+    evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
+
+    train = command("train", _train, "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention")
+    train.add_argument("recipe", nargs="?", help="a YAML file, or one that comes with the package; none lists those")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="in place of the file's: optimizer.beta1=0.9")
+    train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+
+    report = command("report", _report, "show a head profile: tables, and a page with pictures")
+    report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
+    report.add_argument("--output", metavar="DIR", help="write report.html, its pictures and report.json there")
+    report.add_argument("--worst", type=int, default=10, metavar="N", help="heads in the table of the worst: 10")
+    return parser
+
+
+def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Parses comma-separated values."""
+
+    def parse(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError:
+            name = getattr(kind, "__name__", "value")
+            raise argparse.ArgumentTypeError(f"must be {name}s separated by commas, got {text!r}") from None
+
+    return parse
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import demo
+
+    print(demo.main(args))
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import catalog
+    from hf_sparse_attn.report import table
+
+    if args.json:
+        parts = {"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()}
+        columns, rows = catalog.presets_table()
+        _print_json({**parts, "presets": [dict(zip(columns, row, strict=True)) for row in rows]})
+    elif args.markdown:
+        tables = {
+            "methods": catalog.methods_table(),
+            "families": catalog.families_table(),
+            "backends": catalog.backends_table(),
+            "presets": catalog.presets_table(),
+            "recipes": catalog.recipes_table(),
+        }
+        print("\n\n".join(f"<!-- generated: {n} -->\n{catalog.markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
+    else:
+        # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
+        columns, rows = catalog.methods_table(third_party=True)
+        print(table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width()))
+        print("\n" + table(*catalog.presets_table(), title="Presets (quality=)", width=_width()))
+    return 0
+
+
+def _coverage(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.coverage import page as coverage_page
+    from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
+    from hf_sparse_attn.coverage.run import coverage_of, versions
+    from hf_sparse_attn.report import table
+
+    found = coverage_of(args.library, args.verify)
+    used = versions(found)
+    document = coverage_page.document(found, used)
+    written = [] if args.output is None else coverage_page.write(document, args.output)
+    if args.json:
+        _print_json(document)
+    elif args.markdown:
+        print(coverage_page.page(document), end="")
+    else:
+        print(table(*coverage_table(found), width=_width()))
+        print("\n" + "\n".join(coverage_summary(found)))
+        print(f"With {', '.join(f'{name} {version}' for name, version in used.items())}.")
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import doctor
+
+    found = doctor.examine(args.backends)
+    if args.json:
+        _print_json(found)
+    else:
+        print(doctor.render(found, _width()))
+    return 0 if found["ok"] else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.bench import harness as bench
+    from hf_sparse_attn.bench import plot as bench_plot
+
+    if args.calibrate:
+        return _calibrate(args)
+    apart = ("run", "command", "json", "debug", "output", "calibrate")
+    given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
+    options = bench.make_options(**given)
+    if args.output is not None:
+        # A folder that cannot be made must not cost a result of many minutes.
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    result = bench.run(options)
+    # Files before tables, for a reader that has gone.
+    notes = [] if args.output is None else bench_plot.write(result, args.output)
+    if args.json:
+        _print_json(result)
+    else:
+        print(bench_plot.render(result, _width()))
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.profiling.view import report as profile_report
+
+    text, notes = profile_report.main(args, _width())
+    print(text)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import torch
+
+    from hf_sparse_attn.bench import calibrate
+    from hf_sparse_attn.bench import harness as bench
+    from hf_sparse_attn.cost import table as cost
+
+    own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
+    other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
+    if other:
+        raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
+    device = bench.Options(threads=args.threads, device=args.device).where
+    # With --output for the package or another machine, else for this user.
+    path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    try:
+        found = calibrate.measure(device)
+    finally:
+        torch.set_num_threads(before)
+    calibrate.write(found, path)
+    if args.json:
+        _print_json(found)
+    else:
+        print(calibrate.render(found, _width()))
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import profile as profile_command
+
+    print(profile_command.main(args))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import train as train_command
+
+    return train_command.main(args, _width())
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.evaluation import run as evaluate
+
+    print(evaluate.main(args))
+    return 0
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _width() -> int:
+    """Columns of the terminal, at least 100; tables narrower than that break every word."""
+    return max(100, shutil.get_terminal_size((140, 24)).columns)
+
+
+@contextmanager
+def _logs_to_stderr(level: int) -> Iterator[None]:
+    """Logs of this package on stderr while a command runs; a caller in the same process keeps its own setting."""
+    logger = logging.getLogger("hf_sparse_attn")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

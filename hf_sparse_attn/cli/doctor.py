@@ -1,0 +1,286 @@
+"""What this machine has, which backends can run on it and why others cannot, and whether those that run are right."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.api import default_device
+from hf_sparse_attn.backend import Backend
+from hf_sparse_attn.cli import catalog
+from hf_sparse_attn.cost.table import cpu_name
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.report import table
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "matplotlib",
+    "hf-sparse-attn",
+)
+# Triton comes under another name with some builds of torch.
+_OTHER_NAMES = {"triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows")}
+_DTYPES = (torch.float32, torch.bfloat16)
+_REFERENCE = "torch_reference"
+# What a backend may be off, in units of what PyTorch's own masked attention in the same dtype is off.
+_ALLOWED = 4.0
+_TOKENS, _BLOCK, _HEADS, _KV_HEADS, _DIM = 300, 64, 4, 2, 64
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that matters here; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = None
+        for name in (package, *_OTHER_NAMES.get(package, ())):
+            try:
+                found[package] = metadata.version(name)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    # The build matters (cpu, cu130), and the package's metadata may leave it out.
+    found["torch"] = str(torch.__version__)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the threads torch uses, and every accelerator with its capability and memory."""
+    return {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": _accelerators(),
+        "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+
+
+def now() -> str:
+    """Date and time, UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
+    """All of it: versions, machine, and every backend tried in float32 and bfloat16, forward and backward.
+
+    Args:
+        backends: names to try; None means all. FlexAttention compiles when it is tried, which takes seconds.
+
+    Returns:
+        plain values: `versions`, `machine`, `device`, `backends` (one record per backend, dtype and pass), `ok`.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    names = known_backends() if backends is None else list(backends)
+    for name in names:
+        if name not in BACKENDS.missing:
+            BACKENDS.get(name)
+    device = default_device()
+    records = [record for name in names for record in _try_backend(name, device)]
+    ok = all(r["agrees"] is not False for r in records)
+    return {
+        "date": now(),
+        "versions": versions(),
+        "machine": machine(),
+        "device": str(device),
+        "backends": records,
+        "ok": ok,
+    }
+
+
+def known_backends() -> list[str]:
+    """Names of all backends, those that cannot be imported here included."""
+    return sorted({*BACKENDS.names(), *(r["name"] for r in catalog.backends())})
+
+
+def render(found: dict[str, Any], width: int = 110) -> str:
+    """The result of `examine` as text."""
+    at = found["machine"]
+    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [
+        ("system", at["system"]),
+        ("cpu", f"{at['cpu']}, {at['cpu_capability']}, {at['cores']} cores, torch uses {at['threads']} threads"),
+        ("triton interpreter", "on" if at["triton_interpreter"] else "off"),
+    ]
+    for d in at["devices"]:
+        rows.append((d["device"], ", ".join(f"{k} {v}" for k, v in d.items() if k != "device" and v is not None)))
+    if not at["devices"]:
+        rows.append(("accelerator", "none found (CUDA, ROCm, MPS)"))
+    parts = [
+        table(("what", "found"), rows, width=width).strip("\n"),
+        table(
+            ("backend", "dtype", "pass", "result"),
+            _backend_rows(found["backends"]),
+            f"Backends on {found['device']}; errors are the largest against {_REFERENCE} in float64",
+            width,
+        ).strip("\n"),
+        "All backends that run here agree with the reference."
+        if found["ok"]
+        else "A BACKEND DISAGREES WITH THE REFERENCE: do not use it here, and report this output.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _backend_rows(records: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """One row per record; a reason that holds for a whole backend takes one row."""
+    rows = []
+    for name in dict.fromkeys(r["backend"] for r in records):
+        own = [r for r in records if r["backend"] == name]
+        if len({r["reason"] for r in own}) == 1 and own[0]["reason"]:
+            rows.append((name, "all", "all", f"cannot run: {own[0]['reason']}"))
+            continue
+        rows += [(name, r["dtype"], r["pass"], _verdict(r)) for r in own]
+    return rows
+
+
+def _verdict(r: dict[str, Any]) -> str:
+    if not r["runs"]:
+        return f"cannot run: {r['reason']}"
+    if r["error"] is None:
+        return f"FAILED: {r['reason']}"
+    return f"{'agrees' if r['agrees'] else 'DISAGREES'}: error {r['error']:.1e}, allowed {r['allowed']:.1e}"
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "kind": "CUDA" if torch.version.hip is None else "ROCm",
+                "name": p.name,
+                "capability": f"{p.major}.{p.minor}",
+                "memory_gib": round(p.total_memory / 2**30, 1),
+            }
+        )
+    if torch.backends.mps.is_available():
+        found.append(
+            {"device": "mps", "kind": "MPS", "name": platform.processor(), "capability": None, "memory_gib": None}
+        )
+    return found
+
+
+def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:
+    records = []
+    for dtype in _DTYPES:
+        for backward in (False, True):
+            record: dict[str, Any] = {
+                "backend": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "pass": "backward" if backward else "forward",
+                "runs": False,
+                "reason": BACKENDS.missing.get(name),
+                "error": None,
+                "allowed": None,
+                "agrees": None,
+                "seconds": None,
+            }
+            records.append(record)
+            if name in BACKENDS.missing:
+                continue
+            backend = BACKENDS.get(name)
+            q, k, v = inputs = _inputs(dtype, device)
+            pattern = _pattern(device)
+            record["reason"] = backend.why_not(None, q, k, v, backward) or backend.why_not(pattern, q, k, v, backward)
+            if record["reason"] is not None:
+                continue
+            record["runs"] = True
+            log.info("trying %s in %s, %s", name, record["dtype"], record["pass"])
+            begin = time.perf_counter()
+            try:
+                got = _results(backend, inputs, pattern, backward)
+            # Whatever a backend raises here is what the user wants to be told.
+            except Exception as error:
+                log.debug("%s failed", name, exc_info=True)
+                record["reason"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                record["agrees"] = False
+                continue
+            record["seconds"] = time.perf_counter() - begin
+            inexact = getattr(backend, "inexact", 0.0)
+            record["error"], record["allowed"] = _compare(got, inputs, pattern, backward, inexact)
+            # A NaN compares false: it disagrees.
+            record["agrees"] = record["error"] <= record["allowed"]
+    return records
+
+
+def _inputs(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v with grouped heads and a short last block, and the gradient of the output; seeded."""
+    made = torch.Generator().manual_seed(0)
+    shapes = ((1, _HEADS, _TOKENS, _DIM), (1, _KV_HEADS, _TOKENS, _DIM), (1, _KV_HEADS, _TOKENS, _DIM))
+    return [torch.randn(shape, generator=made).to(device, dtype) for shape in shapes]
+
+
+def _pattern(device: torch.device) -> BlockPattern:
+    """Two of every three blocks under the diagonal, and the diagonal, another third for each head."""
+    blocks = -(-_TOKENS // _BLOCK)
+    head, row, col = torch.meshgrid(torch.arange(_HEADS), torch.arange(blocks), torch.arange(blocks), indexing="ij")
+    keep = ((head + row + col) % 3 > 0) | (row == col)
+    return BlockPattern.from_block_map(keep[None], _BLOCK, _BLOCK, _TOKENS, _TOKENS, causal=True).to(device)
+
+
+def _results(backend: type[Backend], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool) -> list[Tensor]:
+    """The output, or the gradients of q, k and v."""
+    q, k, v = (t.detach().requires_grad_(backward) for t in inputs)
+    with torch.set_grad_enabled(backward):
+        out = backend.attention(q, k, v, pattern, _DIM**-0.5)[0]
+    return list(torch.autograd.grad(out, (q, k, v), torch.ones_like(out))) if backward else [out]
+
+
+class _Masked:
+    """PyTorch's own attention under the pattern's token mask: the measure of what a dtype allows."""
+
+    auto_rank: ClassVar[Mapping[str, int]] = {}
+
+    @staticmethod
+    def why_not(
+        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+    ) -> str | None:
+        return None
+
+    @staticmethod
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.to_dense(), scale=scale)
+        return out, out
+
+
+def _compare(
+    got: list[Tensor], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool, inexact: float = 0.0
+) -> tuple[float, float]:
+    """Largest error against float64 on the CPU, and the largest allowed: rounding, and `inexact` of the output."""
+    pattern = pattern.to("cpu")
+    inputs = [t.cpu() for t in inputs]
+    exact = _results(BACKENDS.get(_REFERENCE), [t.double() for t in inputs], pattern, backward)
+    rough = _results(_Masked, inputs, pattern, backward)
+    error, rounding = _distance(got, exact), _distance(rough, exact)
+    largest = max(float(t.abs().max()) for t in exact)
+    return error, _ALLOWED * rounding + (torch.finfo(inputs[0].dtype).eps + inexact) * largest
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest difference; NaN if there is one, which Python's max() would drop."""
+    each = [(a.detach().cpu().double() - b).abs().max() for a, b in zip(found, exact, strict=True)]
+    return float(torch.stack(each).max())

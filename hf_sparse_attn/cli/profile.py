@@ -1,0 +1,275 @@
+"""`hf-sparse-attn profile`: profiles a model from a folder, the Hub or this package, and writes the profile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.api import default_device
+from hf_sparse_attn.cli.profile_arguments import SHIPPED
+from hf_sparse_attn.context import check_int
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.run import profile
+from hf_sparse_attn.report import table
+
+_PROMPTS = (
+    "a dog runs along the beach, waves behind it",
+    "a train crosses a bridge in the mountains, seen from above",
+    "a chef cuts vegetables in a bright kitchen, close up",
+    "rain falls on a busy street at night, neon lights in the puddles",
+)
+# What a lost needle weighs beside the squared error of a layer, which hardly sees it: a question is a few rows of
+# thousands. Of 0.02, 0.1 and 0.5 the one that answered the most needles at the least loss.
+NEEDLE_WEIGHT = 0.02
+# Needles hidden in every document for the shipped language model.
+_NEEDLES = 16
+
+
+def main(args: argparse.Namespace) -> str:
+    """Profiles, saves, and returns what to print.
+
+    Args:
+        args: as profile_arguments.add makes them, and `json`.
+
+    Raises:
+        ValueError: an option that does not fit the model, or a file that is none of what it should be.
+        OSError: a file or model that is not there.
+    """
+    check_int("batches", args.batches, 1)
+    device = default_device() if args.device is None else torch.device(args.device)
+    candidates = None if args.candidates is None else _candidates(Path(args.candidates))
+    # A folder that cannot be made must not cost a result of many minutes.
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    model, batches, source = _load(args, device)
+    metric = args.metric or default_metric(args.model)
+    edges = [] if args.steps is None else [float(x) for x in args.steps.split(",")]
+    found = profile(
+        model,
+        batches,
+        candidates,
+        args.budget,
+        metric,
+        per=args.per,
+        same_in_group=args.same_in_group,
+        max_plans_per_layer=args.max_plans_per_layer,
+        passes=args.passes,
+        steps=list(pairwise([0.0, *edges, 1.0])) if edges else None,
+        query_blocks=args.query_blocks,
+        state=args.state,
+        seed=args.seed,
+        source=source,
+    )
+    found.save_pretrained(args.output)
+    document = summary(found, args.output)
+    return json.dumps(document, indent=2) if args.json else render(document)
+
+
+def default_metric(model: str) -> str:
+    """What damage is where nothing is said; needles are known of the shipped language model alone."""
+    return f"layer_error + {NEEDLE_WEIGHT} * retrieval_score" if model == SHIPPED[0] else "layer_error"
+
+
+def summary(found: HeadProfile, folder: Path | str) -> dict[str, Any]:
+    """A profile in plain values: what each method got, and each layer."""
+    choice = np.stack([plan.choice for plan in found.plans])
+    names = [name for name in ("density", "recall", "output_error", "damage") if name in found.figures]
+
+    def means(mask: Any) -> dict[str, float | None]:
+        picked = {name: found.figures[name][mask] for name in names}
+        return {n: None if np.isnan(v).all() else float(f"{np.nanmean(v):.4g}") for n, v in picked.items()}
+
+    methods = [
+        {"method": label, "heads": int((choice == i).sum()), **means(choice == i)}
+        for i, label in enumerate(found.labels())
+        if (choice == i).any()
+    ]
+    layers = []
+    for layer in range(choice.shape[1]):
+        mask = np.zeros(choice.shape, bool)
+        mask[:, layer] = True
+        used = sorted({found.methods[i].name for i in choice[:, layer].flat})
+        layers.append({"layer": layer, **means(mask), "methods": used})
+    return {
+        "model": found.model.model_class,
+        "layers": layers,
+        "heads": found.model.heads,
+        "metric": found.metric,
+        "budget": dict(found.budget),
+        "density": round(found.density, 5),
+        "methods": methods,
+        "steps": [list(plan.steps) for plan in found.plans],
+        "output": str(folder),
+    }
+
+
+def render(document: dict[str, Any]) -> str:
+    """The summary as two tables."""
+
+    def cells(entry: dict[str, Any]) -> list[str]:
+        values = (entry.get(name) for name in ("density", "recall", "output_error", "damage"))
+        return ["-" if value is None else f"{value:.3g}" for value in values]
+
+    columns = ("density", "recall", "output error", f"damage ({document['metric']})")
+    asked = ", ".join(f"{name} {value:g}" for name, value in document["budget"].items())
+    title = f"{document['model']}: mean density {document['density']:.3f} within a budget of {asked}"
+    by_method = [[m["method"], str(m["heads"]), *cells(m)] for m in document["methods"]]
+    by_layer = [[str(e["layer"]), *cells(e), ", ".join(e["methods"])] for e in document["layers"]]
+    first = table(("method", "heads", *columns), by_method, title, width=140)
+    second = table(("layer", *columns, "methods"), by_layer, width=140)
+    return f"{first}\n{second}\nsaved in {document['output']}: hf_sparse_attn.patch(model, {document['output']!r})"
+
+
+def _candidates(path: Path) -> list[Any]:
+    from hf_sparse_attn.method import make_method
+    from hf_sparse_attn.profiling.measurements import _tuples
+
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [make_method(e["method"], _tuples(e.get("params", {}))) for e in entries]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`candidates` must be a JSON list of methods with params, got {path}: {error}") from error
+
+
+# ---------------------------------------------------------------------- models and what they read
+
+
+def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any], str]:
+    """Model, batches, and what the batches are in words."""
+    lengths = args.length or (4096,)
+    if args.model == "byte_llama":
+        from hf_sparse_attn.cli.demo import load_model
+
+        _refuse(args, "data", "call")
+        shipped: Any = load_model()
+        return shipped.to(device), _documents(lengths, args.batches, args.seed), "standard library, needles"
+    if args.model == "moving_wan":
+        _refuse(args, "data", "length", "call")
+        return *_moving(args.batches, args.seed, device), "synthetic moving scenes"
+    if _file_of(args.model, "model_index.json") is not None:
+        _refuse(args, "length")
+        return *_pipeline(args, device), "prompts"
+    _refuse(args, "call")
+    config = _file_of(args.model, "config.json")
+    if config is not None and "_class_name" in json.loads(config.read_text(encoding="utf-8")):
+        raise ValueError(
+            "`model` must be a whole pipeline, for a transformer alone does not tell what to run it on; "
+            f"got {args.model}"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype))
+    model = model.to(device).eval()
+    said = "standard library" if args.data is None else Path(args.data).name
+    return model, _texts(tokenizer, args.data, lengths, args.batches), said
+
+
+def _refuse(args: argparse.Namespace, *names: str) -> None:
+    """Options that would be ignored."""
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} must be left out for {args.model}")
+
+
+def _dtype(name: str) -> Any:
+    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"`dtype` must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _file_of(model: str, name: str) -> Path | None:
+    """A file of a model's folder or Hub repository, or None where it has none of that name."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except HFValidationError as error:
+        raise ValueError(
+            f"`model` must be a folder, a Hub id or one of {', '.join(SHIPPED)}; got {model!r}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+
+
+def _documents(lengths: Sequence[int], batches: int, seed: int) -> list[dict[str, Any]]:
+    """Documents of the shipped model's training with needles in them."""
+    from hf_sparse_attn.shipped.corpus import needle_document
+
+    made = []
+    for length in lengths:
+        for i in range(batches):
+            document = needle_document(length, needles=_NEEDLES, seed=seed + i, split="train")
+            ids = document.token_ids
+            made.append({"input_ids": ids, "labels": ids, "needles": document.questions})
+    return made
+
+
+def _texts(tokenizer: Any, data: str | None, lengths: Sequence[int], batches: int) -> list[dict[str, Tensor]]:
+    """Runs of tokens from the start of a text, each of its own."""
+    if data is None:
+        from hf_sparse_attn.shipped.corpus import standard_library_text
+
+        text = "\n".join(part.decode("utf-8", "replace") for _, part in standard_library_text("train")[:200])
+    else:
+        text = Path(data).read_text(encoding="utf-8")
+    wanted = sum(lengths) * batches
+    # Far more characters than that make no difference and take long to tokenise.
+    ids = tokenizer(text[: 16 * wanted], return_tensors="pt").input_ids
+    if ids.shape[1] < wanted:
+        raise ValueError(
+            f"`data` must hold at least {wanted} tokens for {batches} texts of each length, got {ids.shape[1]}"
+        )
+    made, start = [], 0
+    for length in lengths:
+        for _ in range(batches):
+            part = ids[:, start : start + check_int("length", length, 16)]
+            start += length
+            made.append({"input_ids": part, "labels": part})
+    return made
+
+
+def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any]]:
+    from diffusers import DiffusionPipeline
+
+    dtype = _dtype(args.dtype)
+    pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=None if dtype == "auto" else dtype)
+    pipe = pipe.to(device)
+    call = json.loads(args.call) if args.call else {}
+    if not isinstance(call, dict):
+        raise ValueError(f"`call` must be a JSON object, got {args.call}")
+    lines = _PROMPTS if args.data is None else Path(args.data).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()][: args.batches]
+    if not prompts:
+        raise ValueError(f"`data` must hold one prompt per line, got none in {args.data}")
+
+    def batch(number: int, prompt: str) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(args.seed + number)
+        return {"prompt": prompt, "generator": generator, "output_type": "latent", **call}
+
+    return pipe, [batch(i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _moving(batches: int, seed: int, device: torch.device) -> tuple[Any, list[Any]]:
+    """The shipped video model, and denoising runs over classes of scenes."""
+    from hf_sparse_attn.shipped import moving
+
+    model = moving.load_moving_wan().to(device)
+    classes = moving.draw_classes(batches, seed)
+
+    def run(scene: Any, number: int) -> Callable[[Any], Any]:
+        return lambda model: moving.sample(model, [scene], seed=seed + number)
+
+    return model, [run(scene, i) for i, scene in enumerate(classes)]

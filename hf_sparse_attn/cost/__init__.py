@@ -1,0 +1,1 @@
+"""What a call costs, sparse and dense, and whether sparse pays."""

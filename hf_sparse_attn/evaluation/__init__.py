@@ -1,0 +1,1 @@
+"""Quality at equal density, on real and shipped models."""

@@ -1,0 +1,142 @@
+"""Evaluation on the shipped byte-level Llama: next-byte loss and needles of held-out documents."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hf_sparse_attn.api import patch
+from hf_sparse_attn.cli.demo import load_model
+from hf_sparse_attn.cli.profile import default_metric
+from hf_sparse_attn.evaluation.fidelity import Reference
+from hf_sparse_attn.evaluation.run import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.observe import Call, capture
+from hf_sparse_attn.profiling.run import profile
+from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
+
+NEEDLES = 8
+# Documents to fit densities on and to profile with, from other modules than those that are scored.
+CALIBRATION_SEEDS = (0, 1)
+METRIC = default_metric("byte_llama")
+# Seeds of the documents that are scored begin here.
+_FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class LanguageRow(Row):
+    """See Row.
+
+    Args:
+        loss: next-byte loss on code, in nats.
+        by_depth: share of needles answered at each depth, from the start of the document to its end.
+    """
+
+    loss: float
+    by_depth: tuple[float, ...]
+
+    @property
+    def needles(self) -> float:
+        """Share of needles answered."""
+        return sum(self.by_depth) / len(self.by_depth)
+
+    columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = (
+        ("loss", lambda row: f"{row.loss:.3f}"),
+        ("needles", lambda row: f"{row.needles:.2f}"),
+        ("% by depth", lambda row: " ".join(f"{share:.0%}"[:-1] for share in row.by_depth)),
+    )
+    plots: ClassVar[Sequence[tuple[str, str, bool]]] = (
+        ("loss", "next-byte loss (nats)", False),
+        ("needles", "needles answered", True),
+        ("recall", "attention recall", True),
+        ("output_error", "relative output error", False),
+    )
+
+
+def evaluate(
+    args: argparse.Namespace, names: Sequence[str], densities: Sequence[float], profiled: bool, output: Path | None
+) -> Result:
+    """Scores the methods on the shipped language model.
+
+    Args:
+        args: `tokens`, `documents` and `device` of the command.
+        names: methods, all with a knob.
+        densities: kept shares of the visible pairs.
+        profiled: also score the mix that the profiler chooses at each density.
+        output: unused; this model has no picture of its own.
+    """
+    if args.documents < 1:
+        raise ValueError(f"`documents` must be at least 1, got {args.documents}")
+    begin = time.perf_counter()
+    model = load_model()
+    calibration = [needle_document(args.tokens, NEEDLES, seed, "train") for seed in CALIBRATION_SEEDS]
+    scored = [needle_document(args.tokens, NEEDLES, _FIRST_SEED + i) for i in range(args.documents)]
+    calls = captured(model, calibration[0])
+    held_out = Reference(captured(model, scored[0]))
+    skipped: dict[str, str] = {}
+    rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, held_out)]
+    for name, density, method in fitted(names, densities, calls, skipped, "language"):
+        rows.append(score(model, method, name, density, scored, held_out))
+    if profiled:
+        for density, found in profiles(model, calibration, densities, skipped).items():
+            rows.append(score(model, found.method(), PROFILED, density, scored, held_out))
+    setting = (
+        f"shipped byte-level Llama, {args.documents} held-out documents of {args.tokens} bytes, {NEEDLES} needles each"
+    )
+    return Result("language", setting, rows, skipped, time.perf_counter() - begin)
+
+
+def profiles(
+    model: nn.Module, documents: Sequence[NeedleDocument], densities: Sequence[float], skipped: dict[str, str]
+) -> dict[float, HeadProfile]:
+    """A HeadProfile for each density, all from one measurement on documents that are not scored."""
+    batches = [profile_batch(document) for document in documents]
+    first = profile(model, batches, budget=1.0, metric=METRIC)
+    return within(first, densities, METRIC, skipped)
+
+
+def profile_batch(document: NeedleDocument) -> dict[str, Any]:
+    """A document as the profiler wants it, with the positions that ask and those that know the answer."""
+    return {"input_ids": document.token_ids, "needles": document.questions}
+
+
+def captured(model: nn.Module, document: NeedleDocument) -> list[Call]:
+    """The attention calls of a dense forward, layer by layer."""
+    return list(capture(model, document.token_ids).calls.values())
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    wanted: float | None,
+    documents: Sequence[NeedleDocument],
+    reference: Reference,
+) -> LanguageRow:
+    """One row: the model reads all documents with the method in every layer; `wanted` is None for dense."""
+    losses, right = [], []
+    with patch(model, method, min_tokens=0) as applied:
+        for document in documents:
+            logits = model(document.token_ids, use_cache=False).logits
+            losses.append(next_byte_loss(logits, document))
+            # By depth, whatever the order of the document's list.
+            answers = zip(document.needles, score_needles(logits, document), strict=True)
+            right.append([ok for _, ok in sorted(answers, key=lambda item: item[0].depth)])
+    by_depth = tuple(sum(column) / len(column) for column in zip(*right, strict=True))
+    common = dense_figures() if wanted is None else common_figures(method, name, wanted, reference)
+    return LanguageRow(
+        density=applied.report().density,
+        loss=sum(losses) / len(losses),
+        by_depth=by_depth,
+        **common,
+    )

@@ -1,0 +1,169 @@
+"""Evaluation on the shipped Wan of moving scenes: same-seed PSNR and SSIM, and whether the motion is right."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_sparse_attn.api import patch
+from hf_sparse_attn.evaluation.fidelity import Reference, psnr, ssim
+from hf_sparse_attn.evaluation.run import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.observe import Call, Seen, observing
+from hf_sparse_attn.profiling.run import profile
+from hf_sparse_attn.shipped.moving import (
+    SceneClass,
+    check_motion,
+    draw_classes,
+    frames_to_image,
+    load_moving_wan,
+    sample,
+)
+
+STEPS = 8
+# Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
+_SEEN_STEPS = (1, 4, 7)
+# Seeds of the noise: of the clips to fit and profile with, and of those that are scored.
+CALIBRATION_SEED, _FIRST_SEED = 0, 1000
+
+
+@dataclass(frozen=True)
+class VideoRow(Row):
+    """See Row.
+
+    Args:
+        psnr: in dB against the dense clip of the same seed, mean over frames and clips.
+        ssim: likewise.
+        right: share of clips in which the sprite has its colour and goes the way it should.
+    """
+
+    psnr: float
+    ssim: float
+    right: float
+
+    columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = (
+        ("PSNR (dB)", lambda row: "same" if row.wanted is None else f"{row.psnr:.2f}"),
+        ("SSIM", lambda row: f"{row.ssim:.4f}"),
+        ("motion right", lambda row: f"{row.right:.2f}"),
+    )
+    plots: ClassVar[Sequence[tuple[str, str, bool]]] = (
+        ("psnr", "PSNR against dense (dB)", True),
+        ("ssim", "SSIM against dense", True),
+        ("recall", "attention recall", True),
+        ("output_error", "relative output error", False),
+    )
+
+
+def evaluate(
+    args: argparse.Namespace, names: Sequence[str], densities: Sequence[float], profiled: bool, output: Path | None
+) -> Result:
+    """Scores the methods on the shipped video model.
+
+    Args:
+        args: `clips` of the command.
+        names: methods, all with a knob.
+        densities: kept shares of the pairs.
+        profiled: also score the mix that the profiler chooses at each density.
+        output: folder for the contact sheet; None for none.
+    """
+    if args.clips < 1:
+        raise ValueError(f"`clips` must be at least 1, got {args.clips}")
+    begin = time.perf_counter()
+    model = load_moving_wan()
+    scenes = draw_classes(args.clips, _FIRST_SEED)
+    calls = captured(model, draw_classes(1, CALIBRATION_SEED), CALIBRATION_SEED)
+    held_out = Reference(captured(model, scenes[:1], _FIRST_SEED))
+    dense = sample(model, scenes, steps=STEPS, seed=_FIRST_SEED)
+    rows: list[Row] = [
+        VideoRow(density=1.0, psnr=100.0, ssim=1.0, right=share_right(dense, scenes), **dense_figures())
+    ]
+    sheets = [("dense", 1.0, dense)]
+    skipped: dict[str, str] = {}
+
+    def score(method: Method, name: str, wanted: float) -> None:
+        with patch(model, method, min_tokens=0) as applied:
+            clips = sample(model, scenes, steps=STEPS, seed=_FIRST_SEED)
+        density = applied.report().density
+        sheets.append((name, density, clips))
+        rows.append(
+            VideoRow(
+                density=density,
+                psnr=psnr(clips, dense),
+                ssim=ssim(clips, dense),
+                right=share_right(clips, scenes),
+                **common_figures(method, name, wanted, held_out),
+            )
+        )
+
+    for name, density, method in fitted(names, densities, calls, skipped, "video"):
+        score(method, name, density)
+    if profiled:
+        for density, found in profiles(model, densities, skipped).items():
+            score(found.method(), PROFILED, density)
+    if output is not None:
+        # One whose dense version is as it should be, where there is one.
+        right = [check_motion(clip, scene).right for clip, scene in zip(dense, scenes, strict=True)]
+        shown = right.index(True) if any(right) else 0
+        sheets = [(name, density, clips[shown : shown + 1]) for name, density, clips in sheets]
+        contact_sheet(sheets, output / "eval_video_frames.png")
+    size = "x".join(map(str, calls[0].ctx.layout.parts[0].grid or ()))
+    setting = f"shipped Wan of moving scenes, {args.clips} clips of {size} tokens, {STEPS} steps, none of them dense"
+    return Result("video", setting, rows, skipped, time.perf_counter() - begin)
+
+
+def profiles(model: Any, densities: Sequence[float], skipped: dict[str, str]) -> dict[float, HeadProfile]:
+    """A HeadProfile of the model for each density, from clips that are not scored."""
+
+    def run(model: Any) -> None:
+        sample(model, draw_classes(2, CALIBRATION_SEED), steps=STEPS, seed=CALIBRATION_SEED)
+
+    first = profile(model, [run], budget=1.0, metric="layer_error")
+    return within(first, densities, "layer_error", skipped)
+
+
+def captured(model: Any, scenes: Sequence[SceneClass], seed: int) -> list[Call]:
+    """The attention calls of some steps of a dense run, with their steps in the context."""
+    calls: list[Call] = []
+
+    def look(seen: Seen) -> None:
+        if seen.ctx.step in _SEEN_STEPS:
+            calls.append(Call(seen.q, seen.k, seen.v, seen.ctx))
+
+    with observing(model, look, steps=True):
+        sample(model, scenes, steps=STEPS, seed=seed)
+    return calls
+
+
+def share_right(clips: Tensor, scenes: Sequence[SceneClass]) -> float:
+    """Share of clips whose motion is right."""
+    return sum(check_motion(clip, scene).right for clip, scene in zip(clips, scenes, strict=True)) / len(scenes)
+
+
+def contact_sheet(sheets: Sequence[tuple[str, float, Tensor]], file: Path) -> None:
+    """Draws a clip of every run, a line each, under the dense one; nothing where matplotlib is missing.
+
+    Args:
+        sheets: name, density that was kept and clip [1, frames, 3, height, width] of each run; the dense one first.
+        file: PNG to write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    best = max(len(name) for name, _, _ in sheets)
+    figure = Figure(figsize=(12 + 0.08 * best, 0.95 * len(sheets) + 0.4), layout="constrained")
+    for ax, (name, density, clips) in zip(figure.subplots(len(sheets), 1, squeeze=False)[:, 0], sheets, strict=True):
+        ax.imshow(frames_to_image(clips))
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+        ax.set_ylabel(f"{name}\n{density:.3f}", rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle("frames of one clip, dense and sparse from the same seed", fontsize=11)
+    figure.savefig(file, dpi=75)

@@ -1,0 +1,1 @@
+"""Head profiles: a method for every head, as a value, a file and a page."""

@@ -1,0 +1,99 @@
+"""The model card of a HeadProfile, made from nothing but the profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_sparse_attn.cli.catalog import markdown
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.measurements import label_of
+from hf_sparse_attn.sharing.hub import is_hub_id
+
+
+def card(profile: HeadProfile, repo_id: str | None = None) -> str:
+    """README.md of a profile: front matter, how to use it, what it chose and what was measured.
+
+    Args:
+        profile: the profile.
+        repo_id: the repository that it goes to, for the example; None for a folder.
+    """
+    model = profile.model
+    parts = [
+        _front(profile),
+        f"# Sparse attention head profile for {plain_value(model.model_class)}\n",
+        f"Which sparse attention method each of {model.layers} layers x {model.heads} heads runs; mean density "
+        f"{_number(profile.density)} of the visible pairs of tokens.\n",
+        "## Use\n",
+        "```python\nimport hf_sparse_attn as hsa\n\n"
+        f"with hsa.patch(model, {json.dumps(repo_id or 'this/folder')}) as p:\n    ...\n    print(p.report())\n```\n",
+        "A model of another class or configuration is refused, and the difference named.\n",
+        "## Model\n",
+        markdown_table(("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
+        "## Methods\n",
+        markdown_table(("method", "heads", "mean density", *_names(profile)), _methods(profile)),
+        "## Calibration\n",
+        markdown_table(("", ""), _facts(profile)),
+    ]
+    if profile.pareto:
+        rows = [(_number(a), _number(b)) for a, b in profile.pareto]
+        parts += ["## Other budgets\n", markdown_table(("density", "damage"), rows)]
+    if profile.versions:
+        parts += ["## Versions\n", markdown_table(("library", "version"), list(profile.versions.items()))]
+    return "\n".join(parts)
+
+
+def _front(profile: HeadProfile) -> str:
+    front: dict[str, Any] = {"library_name": "hf_sparse_attn", "tags": ["sparse-attention", "head-profile"]}
+    base = profile.calibration.get("model")
+    if is_hub_id(base):
+        front["base_model"] = base
+    return front_matter(front)
+
+
+def front_matter(values: dict[str, Any]) -> str:
+    """YAML: every value is written as JSON, which YAML includes, so that no text can add a key."""
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _names(profile: HeadProfile) -> list[str]:
+    return [name for name in profile.figures if name != "density"]
+
+
+def _methods(profile: HeadProfile) -> list[tuple[str, ...]]:
+    choice = np.stack([p.choice for p in profile.plans])
+    rows = []
+    for index, method in enumerate(profile.methods):
+        chosen = choice == index
+        if not chosen.any():
+            continue
+        figures = [profile.figures[name][chosen] for name in ("density", *_names(profile))]
+        means = [_number(float(np.nanmean(v))) if not np.isnan(v).all() else "-" for v in figures]
+        rows.append((label_of(method), f"{100 * chosen.mean():.1f} %", *means))
+    return rows
+
+
+def _facts(profile: HeadProfile) -> list[tuple[str, str]]:
+    facts: dict[str, Any] = {"metric": profile.metric, **{f"budget: {k}": v for k, v in profile.budget.items()}}
+    if len(profile.plans) > 1:
+        facts["step ranges"] = ", ".join(f"{a:.3g} to {b:.3g}" for a, b in (p.steps for p in profile.plans))
+    if profile.same_in_group:
+        facts["key/value groups"] = "all query heads of a group read the union of their patterns"
+    return [(k, str(v)) for k, v in {**facts, **profile.calibration}.items()]
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(tuple(columns), [tuple(plain_value(cell) for cell in row) for row in rows]) + "\n"
+
+
+def plain_value(text: str) -> str:
+    """A text that ends no cell, line or tag."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
+
+
+def _number(value: float) -> str:
+    return "unknown" if np.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,227 @@
+"""The files of a HeadProfile: written whole, and read as what a stranger may have written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.profiles.head_profile import MOST_METHODS, MOST_PLANS, HeadProfile, StepPlan
+from hf_sparse_attn.profiling.measurements import Measurements
+from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.strict_json import (
+    as_dict,
+    as_list,
+    as_pair,
+    as_text,
+    check_keys,
+    decode,
+    encode,
+    finite,
+    read_document,
+    replace_file,
+    shortened,
+)
+
+FORMAT = "hf_sparse_attn.head_profile"
+VERSION = 1
+FILE, MEASUREMENTS, CARD = "head_profile.json", "measurements.safetensors", "README.md"
+# A profile of 80 layers of 64 heads and 50 step ranges has 12 MiB.
+_LARGEST_FILE = 32 << 20
+_KEYS = (
+    "format", "version", "model", "methods", "plans", "figures", "metric", "budget", "calibration", "pareto",
+    "same_in_group", "versions",
+)  # fmt: skip
+MODEL_KEYS = tuple(Fingerprint.__dataclass_fields__)
+
+
+def save(profile: HeadProfile, folder: Path) -> None:
+    """See HeadProfile.save_pretrained."""
+    from hf_sparse_attn.profiles.card import card
+
+    write(profile, folder, card(profile))
+
+
+def write(profile: HeadProfile, folder: Path, card: str) -> None:
+    """Writes the files of a profile with a ready card; the profile itself last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = to_json(profile)
+    if profile.measurements is not None:
+        replace_file(folder / MEASUREMENTS, profile.measurements.save)
+    else:
+        # What an earlier profile left here would pass for this one's.
+        (folder / MEASUREMENTS).unlink(missing_ok=True)
+    replace_file(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(source: str | os.PathLike[str], measurements: bool = True) -> HeadProfile:
+    """See HeadProfile.from_pretrained."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
+    path = Path(source)
+    if path.is_dir():
+        file, beside = path / FILE, path / MEASUREMENTS
+        if not file.is_file():
+            raise FileNotFoundError(f"`source` must be a folder that holds {FILE}, got {path}")
+    elif os.path.exists(path):
+        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
+    else:
+        from hf_sparse_attn.sharing.hub import check_hub_id, download
+
+        # A path object was never meant as the name of a repository.
+        file, beside = download(check_hub_id("source", source), measurements)
+    return read(file, beside if measurements and beside.is_file() else None)
+
+
+def read(file: Path, measurements: Path | None = None) -> HeadProfile:
+    """The profile in a file, and its measurements in another.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    size = file.stat().st_size
+    if size > _LARGEST_FILE:
+        raise ValueError(f"`source` must hold a profile of at most {_LARGEST_FILE} bytes, got {size} in {file}")
+    try:
+        kept = None if measurements is None else Measurements.load(measurements)
+        return from_json(file.read_bytes().decode("utf-8"), kept)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`source` must hold a valid head profile, got {file}: {error}") from error
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def to_json(profile: HeadProfile) -> str:
+    """The text of `head_profile.json`: figures of four digits, one line per layer."""
+    figures = {
+        name: [[[_rounded(x) for x in heads] for heads in layers] for layers in values.tolist()]
+        for name, values in profile.figures.items()
+    }
+    plans = [
+        {"steps": list(plan.steps), "choice": [" ".join(map(str, heads)) for heads in plan.choice.tolist()]}
+        for plan in profile.plans
+    ]
+    value = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": asdict(profile.model),
+        "methods": [_method_to_json(m) for m in profile.methods],
+        "plans": plans,
+        "figures": figures,
+        "metric": profile.metric,
+        "budget": dict(profile.budget),
+        "calibration": {k: list(v) if isinstance(v, tuple) else v for k, v in profile.calibration.items()},
+        "pareto": [[_rounded(a), _rounded(b)] for a, b in profile.pareto],
+        "same_in_group": profile.same_in_group,
+        "versions": dict(profile.versions),
+    }  # fmt: skip
+    return _lines(value) + "\n"
+
+
+def _method_to_json(method: Method) -> dict[str, Any]:
+    return {"method": method.name, "params": {k: encode(k, v) for k, v in method.params().items()}}
+
+
+def _rounded(x: float) -> float | None:
+    return None if math.isnan(x) else float(f"{x:.4g}")
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """JSON with lists of numbers on one line."""
+    deeper = indent + " "
+    if isinstance(value, dict) and value:
+        items = [f"{deeper}{json.dumps(k)}: {_lines(v, deeper)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(v, (list, dict, str)) for v in value):
+        return "[\n" + ",\n".join(deeper + _lines(v, deeper) for v in value) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def from_json(text: str, measurements: Measurements | None = None) -> HeadProfile:
+    """The profile in a text.
+
+    Raises:
+        ValueError, TypeError: the text is no valid profile; the message names the part, the rule and the value.
+    """
+    value = read_document(text, "profile", FORMAT, VERSION, _KEYS)
+    check_keys("model", value["model"], MODEL_KEYS)
+    for key, part in value["model"].items():
+        if not isinstance(part, (str, int)) or (isinstance(part, str) and len(part) > 200):
+            raise ValueError(f"`model.{key}` must be a number or a short text, got {shortened(part)}")
+    model = Fingerprint(**value["model"])
+    methods = tuple(_method(i, m) for i, m in enumerate(as_list("methods", value["methods"], MOST_METHODS)))
+    plans = tuple(_plan(i, p, model) for i, p in enumerate(as_list("plans", value["plans"], MOST_PLANS)))
+    shape = (len(plans), model.layers, model.heads)
+    return HeadProfile(
+        model=model,
+        methods=methods,
+        plans=plans,
+        figures={k: _figure(k, v, shape) for k, v in as_dict("figures", value["figures"]).items()},
+        metric=as_text("metric", value["metric"]),
+        budget=as_dict("budget", value["budget"]),
+        calibration=as_dict("calibration", value["calibration"]),
+        pareto=tuple(as_pair("pareto", p) for p in as_list("pareto", value["pareto"], 4096)),
+        same_in_group=value["same_in_group"],
+        versions=as_dict("versions", value["versions"]),
+        measurements=measurements,
+    )
+
+
+def _method(index: int, value: Any) -> Method:
+    name = f"methods[{index}]"
+    check_keys(name, value, ("method", "params"))
+    params = {k: decode(f"{name}.{k}", v) for k, v in as_dict(f"{name}.params", value["params"]).items()}
+    try:
+        made = make_method(as_text(f"{name}.method", value["method"]), params)
+        hash(made)
+    # The checks of a method were written for its users, who do not try them with just anything.
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be a method with its parameters, got {shortened(value)}: {str(error)[:500]}"
+        ) from error
+    return made
+
+
+def _plan(index: int, value: Any, model: Fingerprint) -> StepPlan:
+    name = f"plans[{index}]"
+    check_keys(name, value, ("steps", "choice"))
+    rows = as_list(f"{name}.choice", value["choice"], model.layers)
+    choice = np.full((len(rows), model.heads), -1, np.int16)
+    for layer, row in enumerate(rows):
+        words = as_text(f"{name}.choice[{layer}]", row).split(" ")
+        if len(words) != model.heads or not all(re.fullmatch("[0-9]{1,4}", w) for w in words):
+            raise ValueError(
+                f"`{name}.choice[{layer}]` must be {model.heads} numbers of methods, got {shortened(row)}"
+            )
+        choice[layer] = [int(w) for w in words]
+    return StepPlan(as_pair(f"{name}.steps", value["steps"]), choice)
+
+
+def _figure(name: str, value: Any, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """An array of numbers, null where one is not known; made only when every list has the right length."""
+
+    def rows(found: Any, sizes: tuple[int, ...]) -> list[Any]:
+        entries = as_list(f"figures.{name}", found, sizes[0])
+        if len(entries) != sizes[0]:
+            raise ValueError(f"`figures.{shortened(name)}` must be {list(shape)}, got a list of {len(entries)}")
+        if len(sizes) > 1:
+            return [rows(entry, sizes[1:]) for entry in entries]
+        return [math.nan if x is None else finite(f"figures.{name}", x) for x in entries]
+
+    values = np.array(rows(value, shape), np.float64)
+    if (np.abs(values) > np.finfo(np.float32).max).any():
+        raise ValueError(f"`figures.{shortened(name)}` must fit in float32, got {np.nanmax(np.abs(values))}")
+    return values.astype(np.float32)

@@ -1,0 +1,256 @@
+"""profile(): measures every head, spends a budget where it matters, and returns the HeadProfile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_sparse_attn.context import check_int
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.head_profile import HeadProfile, StepPlan
+from hf_sparse_attn.profiling.budget import Choice, choose, choose_elastic, pareto
+from hf_sparse_attn.profiling.measure import Batch, longest, measure
+from hf_sparse_attn.profiling.measurements import Measurements, weights_of
+from hf_sparse_attn.profiling.tally import Steps
+from hf_sparse_attn.selection import check_share
+from hf_sparse_attn.sharing.fingerprint import Fingerprint
+
+Floats = NDArray[np.float64]
+Per = Literal["density", "time"]
+_LIBRARIES = ("hf_sparse_attn", "torch", "transformers", "diffusers")
+
+
+def profile(
+    model: Any,
+    batches: Iterable[Batch],
+    candidates: Sequence[str | Method] | None = None,
+    budget: float = 0.25,
+    metric: str = "output_error",
+    *,
+    per: Per = "density",
+    solver: str = "exact",
+    same_in_group: bool = False,
+    max_plans_per_layer: int | None = None,
+    floor: float | None = None,
+    passes: int = 1,
+    metrics: Sequence[str] = (),
+    steps: Sequence[Steps] | None = None,
+    query_blocks: int | None = None,
+    maps: int = 16,
+    state: Path | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    source: str = "",
+) -> HeadProfile:
+    """Finds out which method each head tolerates, and chooses one for every head within a budget.
+
+    The model runs densely on the batches while every candidate is measured on its q, k and v (see `measure`); then
+    the choice with the least total damage is made (see budget.choose). The model is left as it was.
+
+    Args:
+        model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched.
+        batches: calibration inputs, as for `measure`; lengths that are nearest to different powers of two are
+            measured apart, and the choice then keeps within the budget at each (MoA's elastic rule).
+        candidates: methods or names of methods to choose from; None means sensible ones for the kind of tokens.
+        budget: share in (0, 1] of the dense cost.
+        metric: what damage is: "output_error", "layer_error", "recall", "influence", "retrieval_score" or "video_mse"
+            (`measure` says what each needs of the batches), or a sum such as "layer_error + 0.1 * retrieval_score".
+        per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget; "time",
+            the attention's time by the cost model of this device.
+        solver: "exact", "milp" or "lagrangian".
+        same_in_group: the query heads of a key/value head get one method and read the union of their patterns; the
+            damage of a group is the sum over its heads.
+        max_plans_per_layer: most distinct methods in a layer, dense counted; None means any number.
+        floor: largest damage allowed for a head; one without a candidate within it is dense.
+        passes: 1, or 2: after the choice all is measured again, each layer with the choice in force in the layers
+            before it, and chosen anew; twice the time.
+        metrics: more to measure, for the report.
+        steps: (start, end) ranges of denoising steps that get a choice of their own, from 0 to 1 without a gap.
+        query_blocks, maps, seed: as in `measure`.
+        state: a file to keep what was measured in after every batch; a killed profile goes on from there.
+        progress: whether to show a bar on stderr.
+        source: what the batches are, in words, for the file.
+
+    Raises:
+        TypeError: a model of no known family, or batches of another type.
+        ValueError: a value out of range, a metric the batches do not allow, a budget that cannot be met, or a patched
+            model. The model is then untouched.
+    """
+    terms = tuple(weights_of(metric))
+    if per not in ("density", "time"):
+        raise ValueError(f"`per` must be 'density' or 'time', got {per!r}")
+    check_share("budget", budget)
+    if check_int("passes", passes, 1) > 2:
+        raise ValueError(f"`passes` must be 1 or 2, got {passes}")
+    if steps is not None:
+        edges = [float(edge) for pair in steps for edge in pair]
+        if not edges or edges[0] != 0 or edges[-1] != 1 or edges[1:-1:2] != edges[2:-1:2]:
+            raise ValueError(f"`steps` must follow one another from 0 to 1, got {list(steps)}")
+    if passes > 1 and not isinstance(batches, Sequence):
+        batches = list(batches)
+    model_print = Fingerprint.of(model)
+    settings: dict[str, Any] = {"solver": solver, "max_plans_per_layer": max_plans_per_layer, "floor": floor}
+    options: dict[str, Any] = {"query_blocks": query_blocks, "seed": seed, "steps": steps, "progress": progress}
+    made: HeadProfile | None = None
+    for number in range(passes):
+        path = state if number == 0 or state is None else Path(f"{state}.pass{number + 1}")
+        found = measure(
+            model, batches, candidates, (*terms, *metrics), maps=maps, state=path,
+            method=None if made is None else made.method(), **options,
+        )  # fmt: skip
+        # What was chosen from by default must be so again.
+        candidates = found.candidates
+        said: dict[str, Any] = {"tokens": [c.tokens for c in found.cases], "seed": seed, "passes": number + 1}
+        if isinstance(batches, Sequence):
+            said["batches"] = len(batches)
+        said["longest"] = longest(batches) or max(c.tokens for c in found.cases)
+        if query_blocks is not None:
+            said["query_blocks"] = query_blocks
+        if source:
+            said["source"] = source
+        made = from_measurements(
+            found, model_print, budget, metric, per=per, same_in_group=same_in_group, calibration=said, **settings
+        )
+    assert made is not None
+    return made
+
+
+def from_measurements(
+    found: Measurements,
+    model: Fingerprint,
+    budget: float = 0.25,
+    metric: str = "output_error",
+    *,
+    per: Per = "density",
+    solver: str = "exact",
+    same_in_group: bool = False,
+    max_plans_per_layer: int | None = None,
+    floor: float | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> HeadProfile:
+    """The choice for a budget from what was measured before: another budget or metric needs no new run.
+
+    Args:
+        found: what `measure` gave, or a profile's `measurements`.
+        model: what was measured.
+        budget, metric, per, solver, same_in_group, max_plans_per_layer, floor: as in `profile`.
+        calibration: what was measured on, for the file.
+
+    Raises:
+        ValueError: a metric that was not measured, or a budget that cannot be met.
+    """
+    check_share("budget", budget)
+    problem = _Problem(found, metric, per, same_in_group)
+    options: dict[str, Any] = {"solver": solver, "max_plans_per_layer": max_plans_per_layer}
+    options |= {"layers": problem.layers, "groups": problem.groups}
+    if floor is not None:
+        # Damage is weighed by the share of the steps, so that the floor is, too.
+        options["floor"] = floor * problem.weight
+    chosen = problem.choose(budget, options)
+    choice = problem.spread(chosen.candidate)
+    used = sorted({0, *choice.flatten().tolist()})
+    number = {candidate: i for i, candidate in enumerate(used)}
+    renamed = np.vectorize(number.__getitem__, otypes=[np.int16])(choice)
+    front = pareto(problem.damage.mean(0), problem.cost.mean(0), **{**options, "solver": "lagrangian"})
+    return HeadProfile(
+        model=model,
+        methods=tuple(found.candidates[i] for i in used),
+        plans=tuple(StepPlan(steps, plan) for steps, plan in zip(problem.steps, renamed, strict=True)),
+        figures=problem.figures(choice),
+        metric=metric,
+        budget={per: budget},
+        calibration=dict(calibration or {}),
+        pareto=tuple(front),
+        same_in_group=same_in_group,
+        versions=library_versions(),
+        measurements=found,
+    )
+
+
+class _Problem:
+    """Measurements as the tables that a budget is spent by: units are the heads of all layers and step ranges.
+
+    Units of layers that never attended are left out; their heads are dense.
+    """
+
+    def __init__(self, found: Measurements, metric: str, per: Per, same_in_group: bool) -> None:
+        self.found, self.metric = found, metric
+        self.steps = sorted({case.steps for case in found.cases})
+        lengths = _lengths(found, self.steps)
+        # [lengths, plans, layers, heads, candidates].
+        damage = found.damage(metric)[lengths]
+        cost = found.figures["density"].astype(np.float64)[lengths]
+        if per == "time":
+            cost = found.figures["seconds"].astype(np.float64)[lengths]
+            dense = cost[..., :1]
+            cost = cost / np.nanmean(dense, axis=(1, 2, 3, 4), keepdims=True)
+        share = np.array([end - start for start, end in self.steps])[None, :, None, None, None] * len(self.steps)
+        seen = np.isfinite(damage[..., 0]).all(0)
+        self.places = np.argwhere(seen)
+        plan, layer, head = self.places.T
+        self.shape = (*seen.shape,)
+        self.damage: Floats = (damage * share)[:, plan, layer, head]
+        self.cost: Floats = (cost * share)[:, plan, layer, head]
+        self.weight: Floats = np.broadcast_to(share[..., 0], (1, *seen.shape))[0][plan, layer, head]
+        self.cost[~np.isfinite(self.damage)] = np.inf
+        self.layers = plan * seen.shape[1] + layer
+        group = head // (found.heads // found.kv_heads)
+        self.groups = self.layers * found.kv_heads + group if same_in_group else None
+        self.lengths = lengths
+
+    def choose(self, budget: float, options: Mapping[str, Any]) -> Choice:
+        """The best choice within the budget at every length."""
+        if len(self.damage) == 1:
+            return choose(self.damage[0], self.cost[0], budget, **options)
+        if "floor" in options:
+            options = {**options, "floor": np.broadcast_to(options["floor"], self.damage.shape[:2])}
+        return choose_elastic(self.damage, self.cost, [budget] * len(self.damage), **options)
+
+    def spread(self, candidate: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Candidates of units as [plans, layers, heads]; dense where nothing was seen."""
+        out = np.zeros(self.shape, np.int64)
+        out[tuple(self.places.T)] = candidate
+        return out
+
+    def figures(self, choice: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """What was measured of the chosen, mean over lengths, [plans, layers, heads]."""
+        figures = {**self.found.figures, "damage": self.found.damage(self.metric)}
+        picked = {}
+        for name, values in figures.items():
+            every: Floats = np.asarray(values, np.float64)[self.lengths]
+            index = np.broadcast_to(choice[None, ..., None], (*every.shape[:-1], 1))
+            picked[name] = np.take_along_axis(every, index, -1)[..., 0].mean(0)
+            picked[name] = np.where(np.isfinite(picked[name]), picked[name], np.nan).astype(np.float32)
+        return picked
+
+
+def _lengths(found: Measurements, steps: Sequence[Steps]) -> NDArray[np.int64]:
+    """Numbers of the cases, [lengths, step ranges].
+
+    Raises:
+        ValueError: a length that was not seen at all step ranges, or ranges that leave a gap.
+    """
+    if steps[0][0] != 0 or steps[-1][1] != 1 or any(a[1] != b[0] for a, b in pairwise(steps)):
+        raise ValueError(f"`batches` must reach every range of steps from 0 to 1, got calls in {list(steps)} alone")
+    by_steps = [[i for i, case in enumerate(found.cases) if case.steps == s] for s in steps]
+    if len({len(numbers) for numbers in by_steps}) > 1:
+        raise ValueError(f"`batches` must have every length at every range of steps, got {list(found.cases)}")
+    ordered = [sorted(numbers, key=lambda i: found.cases[i].tokens) for numbers in by_steps]
+    return np.array(ordered, np.int64).T
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of this package and of those a profile depends on."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""Files and the Hub: fingerprints, strict JSON, cards."""

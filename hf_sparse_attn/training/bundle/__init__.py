@@ -1,0 +1,1 @@
+"""Bundles: a profile, its adapter and gates in one folder."""

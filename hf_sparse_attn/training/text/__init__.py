@@ -1,0 +1,1 @@
+"""Text to train on and what is held out."""

@@ -1,0 +1,1 @@
+"""Videos, latents and prompts to train on."""

@@ -1,0 +1,226 @@
+"""Videos to train on: encoded once by a pipeline's VAE and text encoders, and kept as latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_attn.context import check_int
+from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.training.text.data import tokenizer_identity
+from hf_sparse_attn.training.video.latents import INDEX, LatentData, LatentSample, LatentWriter
+from hf_sparse_attn.training.video.source import Clip, ShortClipError, find_clips, read_clip
+from hf_sparse_attn.training.video.vae import (
+    TEXT_ENCODERS,
+    check_vae,
+    encode_caption,
+    encode_first_frame,
+    encode_video,
+    fingerprint,
+    parts_of,
+    placed,
+)
+
+_LOG = logging.getLogger(__name__)
+# What a kill may cost: about five videos of 81 frames in 480p.
+_SHARD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """Where videos come from, and what is taken of each.
+
+    Args:
+        source: a folder of video files or of folders of frames, with captions (see `video_source.find_clips`); or a
+            folder of latents, as `train_latents.write_latents` leaves it.
+        frames, height, width: of a sample, in pixels; a video is scaled to cover the size and cut around its centre.
+        fps: frames a second to take from a video; None takes every frame. Either way the first ones are taken.
+        tokens: longest caption; None takes what the pipeline takes when it generates.
+        skip_short: whether a video with too few frames is left out, with a warning, or refused.
+    """
+
+    source: str
+    frames: int
+    height: int
+    width: int
+    fps: float | None = None
+    tokens: int | None = None
+    skip_short: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("`source` must not be empty")
+        for name in ("frames", "height", "width"):
+            check_int(name, getattr(self, name), 1)
+        if self.tokens is not None:
+            check_int("tokens", self.tokens, 1)
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"`fps` must be more than 0, or none, got {self.fps}")
+
+
+def open_videos(
+    settings: VideoSettings,
+    pipe: Any,
+    *,
+    cache: Path,
+    run: Run | None = None,
+    family: str | None = None,
+    first_frame: bool = False,
+    shard_bytes: int = _SHARD_BYTES,
+) -> LatentData:
+    """Opens videos as latents; those that have not been encoded before are encoded now, with a progress bar.
+
+    A latent is the mode of what the VAE gives, normalised as for the transformer; a sample's conditions are what the
+    pipeline's `encode_prompt` gives for the caption. All is kept in `cache` under the settings, the files, the VAE and
+    the text encoders. A process that is killed loses the last shard; the next one goes on behind it.
+
+    Args:
+        settings: where from, and how much.
+        pipe: a text-to-video pipeline of diffusers. VAE and text encoders are on the run's device meanwhile. Latents
+            need neither.
+        cache: folder for latents, made if missing.
+        run: where the training runs; the first process encodes and the others wait.
+        family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
+        first_frame: whether a sample's conditions are also those of its first frame; see
+            `video_vae.encode_first_frame`.
+        shard_bytes: about how large a file of the cache is.
+
+    Raises:
+        ValueError: a size that the VAE cannot take, a video that cannot be read or has no caption, or latents of
+            another size.
+        FileNotFoundError: no such folder, or nothing in it.
+        TypeError: a VAE of an unknown class, or of another family.
+        MissingExtra: nothing that reads the videos is installed.
+    """
+    source = Path(settings.source).expanduser()
+    ready = (source / INDEX).is_file()
+    if not ready or getattr(pipe, "vae", None) is not None:
+        check_vae(getattr(pipe, "vae", None), family)
+    shape = latent_shape(settings, pipe)
+    if ready:
+        data = LatentData(source)
+        _check_latents(data, shape, settings)
+        if first_frame and "image_latents" not in data[0].conditions:
+            raise ValueError(
+                f"`source` must hold `image_latents` of the first frames for image to video, got "
+                f"{', '.join(data[0].conditions) or 'no conditions'} in {settings.source}"
+            )
+        return data
+    if run is None:
+        return _encoded(settings, pipe, source, Path(cache), None, first_frame, shard_bytes)
+    with run.main_first():
+        return _encoded(settings, pipe, source, Path(cache), run, first_frame, shard_bytes)
+
+
+def latent_shape(settings: VideoSettings, pipe: Any) -> tuple[int, int, int]:
+    """Frames, height and width of the latents of a sample.
+
+    Raises:
+        ValueError: the VAE, or the transformer's patches, cannot take that size; the nearest that they can are named.
+    """
+    temporal, spatial = int(pipe.vae_scale_factor_temporal), int(pipe.vae_scale_factor_spatial)
+    if (settings.frames - 1) % temporal:
+        low = (settings.frames - 1) // temporal * temporal + 1
+        raise ValueError(
+            f"`frames` must be {temporal}n + 1 for this VAE, such as {low} or {low + temporal}, got {settings.frames}"
+        )
+    unit = spatial * _patch(pipe)
+    for name in ("height", "width"):
+        size = getattr(settings, name)
+        if size % unit:
+            nearest = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
+            raise ValueError(f"`{name}` must be a multiple of {unit} for this model, such as {nearest}, got {size}")
+    return (settings.frames - 1) // temporal + 1, settings.height // spatial, settings.width // spatial
+
+
+def _patch(pipe: Any) -> int:
+    """Latent pixels along an edge of one token of the transformer."""
+    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    config = next((part.config for part in parts if part is not None), None)
+    size = getattr(config, "patch_size", 1)
+    return int(size) if isinstance(size, int) else int(size[-1])
+
+
+def _check_latents(data: LatentData, shape: tuple[int, int, int], settings: VideoSettings) -> None:
+    for index, sample in enumerate(data.samples):
+        found = tuple(sample["latents"][1:])
+        if found != shape:
+            raise ValueError(
+                f"`source` must hold latents of {shape} for {settings.frames} frames of {settings.height} x "
+                f"{settings.width}, got {found} for sample {index} in {settings.source}"
+            )
+
+
+def text_key(pipe: Any, encoders: Sequence[Any]) -> dict[str, Any]:
+    """What tells one pipeline's encoding of texts from another's: its encoders and tokenizers."""
+    return {
+        "text": [fingerprint(encoder) for encoder in encoders],
+        "tokenizers": [tokenizer_identity(getattr(pipe, n, None)) for n in ("tokenizer", "tokenizer_2")],
+    }
+
+
+def _encoded(
+    settings: VideoSettings,
+    pipe: Any,
+    source: Path,
+    cache: Path,
+    run: Run | None,
+    first_frame: bool,
+    shard_bytes: int,
+) -> LatentData:
+    clips = find_clips(source)
+    encoders = parts_of(pipe, (*TEXT_ENCODERS, *(["image_encoder"] if first_frame else [])))
+    asked = {name: value for name, value in asdict(settings).items() if name != "source"}
+    key = {
+        "settings": asked,
+        "clips": [clip.identity() for clip in clips],
+        "vae": fingerprint(pipe.vae),
+        **text_key(pipe, encoders),
+    }
+    if first_frame:
+        key["first_frame"] = "alone" if pipe.config.get("expand_timesteps") else "padded"
+    name = "videos-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    # The list of all clips is long, and in the name already.
+    writer = LatentWriter(cache / name, {**key, "clips": len(clips)}, shard_bytes)
+    if not writer.complete:
+        device = pipe.vae.device if run is None else run.device
+        with placed([pipe.vae, *encoders], device):
+            shown = run is None or (run.progress and run.is_main)
+            _encode(settings, pipe, clips, writer, device, first_frame, shown)
+    return LatentData(cache / name)
+
+
+def _encode(
+    settings: VideoSettings,
+    pipe: Any,
+    clips: list[Clip],
+    writer: LatentWriter,
+    device: Any,
+    first_frame: bool,
+    progress: bool,
+) -> None:
+    from tqdm import tqdm
+
+    kept = set(writer.names)
+    wanted = [clip for clip in clips if clip.name not in kept]
+    hidden = None if progress else True
+    for clip in tqdm(wanted, "encode videos", len(clips), initial=len(kept), unit="video", disable=hidden):
+        try:
+            video = read_clip(clip, settings.frames, settings.height, settings.width, settings.fps)
+        except ShortClipError:
+            if not settings.skip_short:
+                raise
+            _LOG.warning("%s has too few frames and is left out", clip.name)
+            continue
+        conditions = encode_caption(pipe, clip.caption, device, settings.tokens)
+        if first_frame:
+            conditions |= encode_first_frame(pipe, video, device)
+        writer.add(LatentSample(encode_video(pipe.vae, video), conditions), clip.name)
+    if not len(writer):
+        raise ValueError(f"`frames` must be at most what some video has, got {settings.frames}, which none has")
+    writer.close()

@@ -1,0 +1,177 @@
+"""The repository itself: names at the top, links, sizes, the wheel, lazy imports, what the README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_sparse_attn as hsa
+from hf_sparse_attn.cli import catalog
+from hf_sparse_attn.coverage import page as coverage_page
+
+ROOT = Path(__file__).parents[2]
+LINKED = ("kernels", "patches", "recipes")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+TOP = {"pyproject.toml", "README.md", "LICENSE", "hf_sparse_attn", "tests", *LINKED}
+
+
+def tracked() -> list[Path]:
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    return [Path(line) for line in found.stdout.splitlines()]
+
+
+def run_python(code: str, *, cwd: Path, path: Path | None = None, **env: str) -> str:
+    """What a fresh interpreter prints; `path` goes first on its module path."""
+    lead = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else ""
+    given = {**os.environ, **env}
+    done = subprocess.run([sys.executable, "-c", lead + code], cwd=cwd, capture_output=True, text=True, env=given)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_top_level_names() -> None:
+    names = {path.parts[0] for path in tracked()}
+    assert {n for n in names if not n.startswith(".")} == TOP
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders(name: str) -> None:
+    assert not (ROOT / name / "__init__.py").exists()
+    assert (ROOT / "hf_sparse_attn" / name).resolve() == (ROOT / name).resolve()
+    assert not {"torch.py", "triton.py"} & {p.name for p in (ROOT / name).iterdir()}
+
+
+def test_files_stay_readable() -> None:
+    long = {}
+    for path in tracked():
+        if path.suffix == ".py" and (ROOT / path).exists():
+            lines = len((ROOT / path).read_text().splitlines())
+            limit = 600 if "triton" in path.name else 400
+            if lines > limit and path.parts[0] != "tests":
+                long[str(path)] = lines
+    assert not long
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Built from a copy: building leaves folders behind where it runs.
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for path in tracked():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, source / path, follow_symlinks=False)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_is_pure_and_holds_every_file(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    wanted = set()
+    for path in tracked():
+        if path.parts[0] == "hf_sparse_attn" and path.name not in LINKED:
+            wanted.add(str(path))
+        elif path.parts[0] in LINKED:
+            wanted.add(f"hf_sparse_attn/{path}")
+    assert wanted <= inside
+    assert not any(name.split("/")[0] in LINKED for name in inside)
+
+
+def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import torch, hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "from hf_sparse_attn.cli.demo import load_model; load_model();"
+        "from hf_sparse_attn.cost import table as cost; assert cost.table_for(torch.device('cpu')).sparse;"
+        "assert cost.table_for(torch.device('meta')).origin == 'assumed';"
+        "print(hsa.__file__, {'llama', 'wan'} <= set(FAMILIES.names()), 'torch_gather' in BACKENDS)"
+    )
+    out = run_python(code, cwd=tmp_path, path=tmp_path / "site", HF_HOME=str(tmp_path))
+    assert str(tmp_path) in out and "True True" in out
+
+
+def test_a_clone_without_links_works(tmp_path: Path) -> None:
+    """As on a file system without symbolic links: the folders stand beside the package only."""
+    for path in tracked():
+        source = ROOT / path
+        if path.parts[0] in ("hf_sparse_attn", *LINKED) and source.is_file() and "assets" not in path.parts:
+            target = tmp_path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    code = (
+        "import hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "print(hsa.__file__, hsa.list_methods(), FAMILIES.names(), BACKENDS.names())"
+    )
+    out = run_python(code, cwd=tmp_path, path=tmp_path)
+    assert str(tmp_path) in out and "llama" in out and "torch_gather" in out
+
+
+def test_import_is_light() -> None:
+    heavy = ("transformers", "diffusers", "triton", "matplotlib", "peft")
+    code = f"import sys, hf_sparse_attn; print([m for m in {heavy!r} if m in sys.modules])"
+    assert run_python(code, cwd=ROOT) == "[]"
+
+
+def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
+    """Without Triton, diffusers and the rest installed a tiny model runs, and what is missing is named."""
+    absent = ("triton", "diffusers", "matplotlib", "peft", "accelerate", "scipy", "datasets")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}));"
+        "import torch, hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
+        "model, inputs = FAMILIES.get('llama').tiny();"
+        "p = hsa.patch(model, 'sliding_window', window=8, sink=2, min_tokens=0); model(**inputs);"
+        "print(p.report().density < 1, BACKENDS.names(), BACKENDS.missing)"
+    )
+    out = run_python(code, cwd=tmp_path)
+    assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
+
+
+@pytest.mark.parametrize("name", ["methods", "families", "backends", "presets", "recipes"])
+def test_readme_tables_are_generated(name: str) -> None:
+    columns, rows = getattr(catalog, f"{name}_table")()
+    found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
+    assert found, f"README.md has no generated table of {name}"
+    assert found[1].strip() == catalog.markdown(columns, rows).strip()
+
+
+def test_readme_coverage_is_that_of_the_list() -> None:
+    document = json.loads((ROOT / ".github" / "coverage.json").read_text())
+    found = re.search(r"<!-- generated: coverage -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
+    assert found and found[1].strip() == coverage_page.summary(document).strip()
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(readme_blocks())))
+def test_readme_code_runs_and_prints_what_it_says(number: int, tmp_path: Path) -> None:
+    block = readme_blocks()[number]
+    # Predicted gains are those of the shipped table, on two threads.
+    printed = run_python(block, cwd=tmp_path, HF_HOME=str(tmp_path), OMP_NUM_THREADS="2")
+    said = [line[2:] for line in block.splitlines() if line.startswith("# ")]
+    shown = [line for line in printed.splitlines() if line.strip()]
+    # What is chosen by content may differ in the last digit from one processor to the next; the words may not.
+    words = [_NUMBER.sub("0", line).split() for line in shown]
+    kept = [line for line in said if _NUMBER.sub("0", line).split() in words]
+    assert [_NUMBER.sub("0", line).split() for line in kept] == words
+    numbers = [[float(n) for line in lines for n in _NUMBER.findall(line)] for lines in (kept, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02)
+
+
+def test_public_names_exist() -> None:
+    for name in hsa.__all__:
+        assert getattr(hsa, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hsa.nothing
