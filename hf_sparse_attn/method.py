@@ -128,7 +128,7 @@ class Method:
 
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """`pattern`, after the stated needs are checked; static patterns come from a cache."""
-        from hf_sparse_attn.dispatch import cached_pattern
+        from hf_sparse_attn.pattern.cache import cached_pattern
 
         reason = self.why_not(ctx)
         if reason is not None:

@@ -95,11 +95,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 
 
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
-    from hf_sparse_attn.dispatch import Policy
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
     from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.patching import LayerRecord, Session
+    from hf_sparse_attn.policy import Policy
     from hf_sparse_attn.registry import METHODS
 
     text = is_text_attention(module)

@@ -17,9 +17,10 @@ from hf_sparse_attn.autocast import no_autocast
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.cost.judge import PAUSED, Judge, Loss
 from hf_sparse_attn.cost.timing import compare
-from hf_sparse_attn.dispatch import Policy, dense_attention, run_pattern
+from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import KEPT_SHAPES, Done
 from hf_sparse_attn.record import LayerRecord as LayerRecord
 from hf_sparse_attn.report import Report

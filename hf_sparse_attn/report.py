@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-# A cell of a column that is set to the right: a number, perhaps with a unit, or nothing to say.
-_NUMBER = re.compile(r"-|[+-]?\d[\d./]*( ?(ms|s|x|%|GB|MB))?")
+from hf_sparse_attn.tables import table
 
 
 @dataclass(frozen=True)
@@ -96,24 +93,3 @@ class Report:
         columns += ["dense because", *(["exact"] if exact else [])]
         title = f"{self.method}({params}) on {self.family}: mean density {self.density:.3f}"
         return table(columns, rows, title, width=140)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 110) -> str:
-    """A plain text table drawn by rich, without colours, for terminals, logs and README."""
-    import io
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = [tuple(row) for row in rows]
-    drawn = Table(box=box.SIMPLE_HEAD)
-    for i, name in enumerate(columns):
-        numeric = i > 0 and all(_NUMBER.fullmatch(row[i]) for row in rows) and any(row[i] != "-" for row in rows)
-        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*row)
-    buffer = io.StringIO()
-    Console(file=buffer, width=width, no_color=True, highlight=False, markup=False).print(drawn)
-    lines = [line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()]
-    return "\n".join(lines if title is None else [title, *lines])

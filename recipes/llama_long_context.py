@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.cli.profile import default_metric
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
@@ -21,9 +20,11 @@ from hf_sparse_attn.profiling.candidates import default_candidates
 from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.settings import plain
-from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask, make_patch
+from hf_sparse_attn.shipped.byte_llama import default_metric
+from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.training.chunked_loss import CausalParts
 from hf_sparse_attn.training.rope_scaling import RopeSettings, scale_rope
+from hf_sparse_attn.training.sparse import make_patch
 from hf_sparse_attn.training.text.data import NeedleData, TextData, TextSample, TextSettings, open_text, sample_order
 from hf_sparse_attn.training.text.held_out import held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.training.text.model import load_language_model

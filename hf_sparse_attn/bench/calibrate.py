@@ -1,4 +1,4 @@
-"""Measures what attention costs on a device, for the table that cost/table.py reads: `hf-sparse-attn bench --calibrate`."""
+"""Measures what attention costs on a device, for the table of cost/table.py: `hf-sparse-attn bench --calibrate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_sparse_attn.cost.timing import clock
 from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
-from hf_sparse_attn.report import table
+from hf_sparse_attn.tables import table
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def measure(
         (seconds of one head by length), `sparse` (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest
         relative error of the fit), `tuned` (what the backends' own `calibrate(device)` gave).
     """
-    from hf_sparse_attn.cli import doctor
+    from hf_sparse_attn import machine
 
     kind = device.type
     if dtypes is None:
@@ -84,7 +84,7 @@ def measure(
         "device": cost.device_name(device),
         "kind": kind,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
-        "date": doctor.now(),
+        "date": machine.now(),
         "torch": str(torch.__version__),
         "dense": [],
         "sparse": [],

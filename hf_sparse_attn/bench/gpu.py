@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_sparse_attn.bench.harness import Options
 from hf_sparse_attn.bench.kernels import DENSE, kernel_point
+from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import patterns
 from hf_sparse_attn.dispatch import auto_order
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_sparse_attn.bench.harness import DTYPES, Options
+from hf_sparse_attn.bench.options import DTYPES, Options
 from hf_sparse_attn.cli import doctor
 from hf_sparse_attn.cost.timing import in_turns
 from hf_sparse_attn.pattern.block_pattern import BlockPattern

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_sparse_attn.bench.harness import DTYPES, Options
 from hf_sparse_attn.bench.kernels import DENSE, random_pattern, sparse_call, with_backward
+from hf_sparse_attn.bench.options import DTYPES, Options
 from hf_sparse_attn.cli import doctor
 from hf_sparse_attn.cost.timing import allocated, failure, synchronize
 from hf_sparse_attn.registry import BACKENDS

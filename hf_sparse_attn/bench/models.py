@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.bench.harness import Options
+from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import scaled, video_grid
 from hf_sparse_attn.cost.judge import LOSSES
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, clock, failure, in_turns, summary

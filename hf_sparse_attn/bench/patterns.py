@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_sparse_attn.bench.harness import Options
+from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, summary, timed
 from hf_sparse_attn.dispatch import BackendUnavailable, run_pattern

@@ -9,8 +9,7 @@ from typing import Any
 
 from hf_sparse_attn.bench.kernels import DENSE
 from hf_sparse_attn.bench.tables import NOTES, TITLES, tables
-from hf_sparse_attn.cli.catalog import markdown
-from hf_sparse_attn.report import table
+from hf_sparse_attn.tables import markdown, table
 
 
 def header(result: dict[str, Any]) -> str:

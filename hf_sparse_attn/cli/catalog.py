@@ -123,15 +123,6 @@ def recipes_table() -> Table:
     return ("recipe", "what it does"), [(r["recipe"], r["summary"]) for r in recipes()]
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a `|` in a cell is escaped."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])
-
-
 def _is_own(entry: object) -> bool:
     owner = entry if isinstance(entry, type) else type(entry)
     return owner.__module__.startswith("hf_sparse_attn.")

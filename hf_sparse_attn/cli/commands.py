@@ -182,7 +182,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _methods(args: argparse.Namespace) -> int:
     from hf_sparse_attn.cli import catalog
-    from hf_sparse_attn.report import table
+    from hf_sparse_attn.tables import markdown, table
 
     if args.json:
         parts = {"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()}
@@ -196,7 +196,7 @@ def _methods(args: argparse.Namespace) -> int:
             "presets": catalog.presets_table(),
             "recipes": catalog.recipes_table(),
         }
-        print("\n\n".join(f"<!-- generated: {n} -->\n{catalog.markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
+        print("\n\n".join(f"<!-- generated: {n} -->\n{markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
     else:
         # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
         columns, rows = catalog.methods_table(third_party=True)
@@ -209,7 +209,7 @@ def _coverage(args: argparse.Namespace) -> int:
     from hf_sparse_attn.coverage import page as coverage_page
     from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
     from hf_sparse_attn.coverage.run import coverage_of, versions
-    from hf_sparse_attn.report import table
+    from hf_sparse_attn.tables import table
 
     found = coverage_of(args.library, args.verify)
     used = versions(found)
@@ -242,12 +242,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from hf_sparse_attn.bench import harness as bench
     from hf_sparse_attn.bench import plot as bench_plot
+    from hf_sparse_attn.bench.options import make_options
 
     if args.calibrate:
         return _calibrate(args)
     apart = ("run", "command", "json", "debug", "output", "calibrate")
     given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
-    options = bench.make_options(**given)
+    options = make_options(**given)
     if args.output is not None:
         # A folder that cannot be made must not cost a result of many minutes.
         Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -277,14 +278,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
     from hf_sparse_attn.bench import calibrate
-    from hf_sparse_attn.bench import harness as bench
+    from hf_sparse_attn.bench.options import Options
     from hf_sparse_attn.cost import table as cost
 
     own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
     if other:
         raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
-    device = bench.Options(threads=args.threads, device=args.device).where
+    device = Options(threads=args.threads, device=args.device).where
     # With --output for the package or another machine, else for this user.
     path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,24 +20,12 @@ from hf_sparse_attn.method import Method, make_method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import pooled_attention
 from hf_sparse_attn.profiling.observe import Captured, capture
-from hf_sparse_attn.report import table
+from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
+from hf_sparse_attn.tables import table
 
-MODEL = Path(__file__).parents[1] / "assets" / "byte_llama"
 # Sixteen needles and their questions leave room for code from here on.
 _SHORTEST = 576
-
-
-def settings(length: int) -> list[tuple[str, dict[str, Any]]]:
-    """Methods and parameters for a document of `length` tokens, the tighter budget of each method last."""
-    return [
-        ("sliding_window", {"window": length // 4, "sink": 16, "block_size": 64}),
-        ("sliding_window", {"window": length // 16, "sink": 16, "block_size": 64}),
-        ("vertical_slash", {"vertical": length // 16, "slash": 3 * length // 64, "block_size": 64}),
-        ("vertical_slash", {"vertical": length // 32, "slash": length // 32, "block_size": 64}),
-        ("block_topk", {"density": 0.25, "block_size": 64}),
-        ("block_topk", {"density": 0.125, "block_size": 64}),
-    ]
 
 
 @dataclass(frozen=True)
@@ -61,19 +49,6 @@ class Row:
     needles: int
     seconds: list[float]
     ratio: float
-
-
-def load_model(path: Path = MODEL) -> Any:
-    """The shipped byte-level Llama, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: the weights are not where they should be.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(f"the shipped model must be at {path}, got no model.safetensors there")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def output_error(method: Method, seen: Captured) -> float:

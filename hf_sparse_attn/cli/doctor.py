@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any, ClassVar
 
 import torch
@@ -17,65 +13,18 @@ from torch import Tensor
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.backend import Backend
 from hf_sparse_attn.cli import catalog
-from hf_sparse_attn.cost.table import cpu_name
+from hf_sparse_attn.machine import machine, now, versions
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
-from hf_sparse_attn.report import table
+from hf_sparse_attn.tables import table
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "diffusers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "matplotlib",
-    "hf-sparse-attn",
-)
-# Triton comes under another name with some builds of torch.
-_OTHER_NAMES = {"triton": ("pytorch-triton", "pytorch-triton-rocm", "triton-windows")}
 _DTYPES = (torch.float32, torch.bfloat16)
 _REFERENCE = "torch_reference"
 # What a backend may be off, in units of what PyTorch's own masked attention in the same dtype is off.
 _ALLOWED = 4.0
 _TOKENS, _BLOCK, _HEADS, _KV_HEADS, _DIM = 300, 64, 4, 2, 64
-
-
-def versions() -> dict[str, str | None]:
-    """Installed version of each package that matters here; None where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        found[package] = None
-        for name in (package, *_OTHER_NAMES.get(package, ())):
-            try:
-                found[package] = metadata.version(name)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    # The build matters (cpu, cu130), and the package's metadata may leave it out.
-    found["torch"] = str(torch.__version__)
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The processor, the threads torch uses, and every accelerator with its capability and memory."""
-    return {
-        "system": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "devices": _accelerators(),
-        "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-    }
-
-
-def now() -> str:
-    """Date and time, UTC, to the second."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
@@ -158,26 +107,6 @@ def _verdict(r: dict[str, Any]) -> str:
     if r["error"] is None:
         return f"FAILED: {r['reason']}"
     return f"{'agrees' if r['agrees'] else 'DISAGREES'}: error {r['error']:.1e}, allowed {r['allowed']:.1e}"
-
-
-def _accelerators() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found.append(
-            {
-                "device": f"cuda:{i}",
-                "kind": "CUDA" if torch.version.hip is None else "ROCm",
-                "name": p.name,
-                "capability": f"{p.major}.{p.minor}",
-                "memory_gib": round(p.total_memory / 2**30, 1),
-            }
-        )
-    if torch.backends.mps.is_available():
-        found.append(
-            {"device": "mps", "kind": "MPS", "name": platform.processor(), "capability": None, "memory_gib": None}
-        )
-    return found
 
 
 def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.api import default_device
-from hf_sparse_attn.cli.profile_arguments import SHIPPED
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.run import profile
-from hf_sparse_attn.report import table
+from hf_sparse_attn.shipped import SHIPPED
+from hf_sparse_attn.shipped.byte_llama import default_metric
+from hf_sparse_attn.tables import table
 
 _PROMPTS = (
     "a dog runs along the beach, waves behind it",
@@ -26,9 +27,6 @@ _PROMPTS = (
     "a chef cuts vegetables in a bright kitchen, close up",
     "rain falls on a busy street at night, neon lights in the puddles",
 )
-# What a lost needle weighs beside the squared error of a layer, which hardly sees it: a question is a few rows of
-# thousands. Of 0.02, 0.1 and 0.5 the one that answered the most needles at the least loss.
-NEEDLE_WEIGHT = 0.02
 # Needles hidden in every document for the shipped language model.
 _NEEDLES = 16
 
@@ -70,11 +68,6 @@ def main(args: argparse.Namespace) -> str:
     found.save_pretrained(args.output)
     document = summary(found, args.output)
     return json.dumps(document, indent=2) if args.json else render(document)
-
-
-def default_metric(model: str) -> str:
-    """What damage is where nothing is said; needles are known of the shipped language model alone."""
-    return f"layer_error + {NEEDLE_WEIGHT} * retrieval_score" if model == SHIPPED[0] else "layer_error"
 
 
 def summary(found: HeadProfile, folder: Path | str) -> dict[str, Any]:
@@ -145,7 +138,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any
     """Model, batches, and what the batches are in words."""
     lengths = args.length or (4096,)
     if args.model == "byte_llama":
-        from hf_sparse_attn.cli.demo import load_model
+        from hf_sparse_attn.shipped.byte_llama import load_model
 
         _refuse(args, "data", "call")
         shipped: Any = load_model()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-# Models that come with the package.
-SHIPPED = ("byte_llama", "moving_wan")
+from hf_sparse_attn.shipped import SHIPPED
 
 
 def add(parser: argparse.ArgumentParser, numbers: Callable[[str], tuple[int, ...]]) -> None:

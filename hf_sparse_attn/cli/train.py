@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_sparse_attn.cli import catalog
 from hf_sparse_attn.recipe import read_recipe
-from hf_sparse_attn.report import table
+from hf_sparse_attn.tables import table
 
 log = logging.getLogger(__name__)
 

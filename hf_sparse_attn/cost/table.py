@@ -2,8 +2,8 @@
 
 A table holds seconds of dense attention by length, and what a sparse call costs per call, head, row of blocks and pair
 of tokens, for each backend, dtype and head size that was measured. `hf-sparse-attn bench --calibrate` measures it
-(bench/calibrate.py) and keeps it under HF_HOME; a device that was never measured uses the table in the package, measured on
-another machine of its kind (CPU) or assumed with a bias towards dense attention (all else).
+and keeps it under HF_HOME; a device that was never measured uses the table in the package, measured on another machine
+of its kind (CPU) or assumed with a bias towards dense attention (all else).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.cli.catalog import markdown
 from hf_sparse_attn.coverage.listing import Coverage, coverage_counts, coverage_summary, coverage_table
+from hf_sparse_attn.tables import markdown
 
 Document = Mapping[str, Any]
 # What the names of all classes end in.

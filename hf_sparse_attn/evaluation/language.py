@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.cli.demo import load_model
-from hf_sparse_attn.cli.profile import default_metric
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.evaluation.run import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
+from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
+from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, within
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.shipped.byte_llama import default_metric, load_model
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 
 NEEDLES = 8

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.cost.table import device_name
-from hf_sparse_attn.evaluation.run import PROFILED, Result
+from hf_sparse_attn.evaluation.result import PROFILED, Result
 from hf_sparse_attn.profiling.run import library_versions
 
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tqdm import tqdm
 
 from hf_sparse_attn.bench.patterns import scaled
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.cost.timing import threads
-from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.evaluation.equal_density import fit_density
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.evaluation.result import PROFILED, SUBJECTS, estimate_share
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
@@ -27,79 +26,6 @@ from hf_sparse_attn.profiling.measurements import label_of
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.profiling.run import from_measurements
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.report import table
-
-PROFILED = "per-head profile"
-SUBJECTS = ("language", "video")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one density, or dense.
-
-    Args:
-        name: the method, or PROFILED.
-        label: the method with its parameters.
-        wanted: density asked for; None for dense.
-        density: kept share of the visible pairs in the runs that were scored, mean over layers and heads.
-        recall: share of the dense attention mass on kept keys.
-        output_error: relative error of the attention output on the dense model's own q, k, v.
-        estimate_share: part of the time of a sparse call that goes into choosing what to keep.
-    """
-
-    name: str
-    label: str
-    wanted: float | None
-    density: float
-    recall: float
-    output_error: float
-    estimate_share: float
-
-    # Columns of the table behind those that all rows have: heading, and what stands there.
-    columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = ()
-    # What is plotted against density: attribute, axis label, whether larger is better.
-    plots: ClassVar[Sequence[tuple[str, str, bool]]] = ()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one evaluation found.
-
-    Args:
-        subject: "language" or "video".
-        setting: what was run, in words.
-        rows: dense first, then method by method.
-        skipped: reasons by method.
-        seconds: what it took.
-    """
-
-    subject: str
-    setting: str
-    rows: Sequence[Row]
-    skipped: dict[str, str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
-
-    def __str__(self) -> str:
-        own = type(self.rows[0]).columns
-        names = ["method", "asked", "density", "recall", "error", *(name for name, _ in own), "choosing"]
-        lines = [
-            [
-                row.name if row.wanted is not None else "dense",
-                "" if row.wanted is None else f"{row.wanted:.4g}",
-                f"{row.density:.3f}",
-                f"{row.recall:.3f}",
-                f"{row.output_error:.3f}",
-                *(show(row) for _, show in own),
-                f"{row.estimate_share:.0%}",
-            ]
-            for row in self.rows
-        ]
-        text = table(names, lines, title=self.setting, width=130)
-        return "\n".join([text, *(f"{name}: left out, {why}" for name, why in self.skipped.items())])
 
 
 def base_method(name: str, layout: TokenLayout) -> Method:
@@ -173,27 +99,6 @@ def fitted(
                 bar.update()
             if beyond:
                 skipped[name] = "; ".join(beyond)
-
-
-def estimate_share(method: Method, calls: Sequence[Call]) -> float:
-    """Part of the time of sparse attention that goes into the pattern; what is cached for a layout costs nothing.
-
-    Args:
-        method: with its parameters.
-        calls: timed one after another, after one run that is not timed.
-    """
-    choosing, attending = 0.0, 0.0
-    for _ in range(2):
-        choosing, attending = 0.0, 0.0
-        for q, k, v, ctx in calls:
-            begin = time.perf_counter()
-            pattern = method.pattern_for(q, k, ctx)
-            middle = time.perf_counter()
-            if isinstance(pattern, Decline):
-                continue
-            run_pattern(q, k, v, pattern, ctx.softmax_scale, softcap=ctx.softcap)
-            choosing, attending = choosing + middle - begin, attending + time.perf_counter() - middle
-    return choosing / (choosing + attending) if choosing else 0.0
 
 
 def common_figures(method: Method, name: str, wanted: float | None, reference: Reference) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.fidelity import Reference, psnr, ssim
-from hf_sparse_attn.evaluation.run import PROFILED, Result, Row, common_figures, dense_figures, fitted, within
+from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
+from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, within
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, Seen, observing

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
-from hf_sparse_attn.dispatch import cached_pattern
 from hf_sparse_attn.method import Decline, Knob, Method, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import cached_pattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share, pattern_from_rule, text_blocks, text_tokens
 

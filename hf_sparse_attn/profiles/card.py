@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_sparse_attn.cli.catalog import markdown
-from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.measurements import label_of
+from hf_sparse_attn.sharing.card import front_matter, markdown_table, plain_value
 from hf_sparse_attn.sharing.hub import is_hub_id
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.profiles.head_profile import HeadProfile
 
 
 def card(profile: HeadProfile, repo_id: str | None = None) -> str:
@@ -54,12 +55,6 @@ def _front(profile: HeadProfile) -> str:
     return front_matter(front)
 
 
-def front_matter(values: dict[str, Any]) -> str:
-    """YAML: every value is written as JSON, which YAML includes, so that no text can add a key."""
-    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
-    return "---\n" + "\n".join(lines) + "\n---\n"
-
-
 def _names(profile: HeadProfile) -> list[str]:
     return [name for name in profile.figures if name != "density"]
 
@@ -84,15 +79,6 @@ def _facts(profile: HeadProfile) -> list[tuple[str, str]]:
     if profile.same_in_group:
         facts["key/value groups"] = "all query heads of a group read the union of their patterns"
     return [(k, str(v)) for k, v in {**facts, **profile.calibration}.items()]
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown(tuple(columns), [tuple(plain_value(cell) for cell in row) for row in rows]) + "\n"
-
-
-def plain_value(text: str) -> str:
-    """A text that ends no cell, line or tag."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
 
 
 def _number(value: float) -> str:

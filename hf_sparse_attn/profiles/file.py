@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse_attn.method import Method, make_method
-from hf_sparse_attn.profiles.head_profile import MOST_METHODS, MOST_PLANS, HeadProfile, StepPlan
+from hf_sparse_attn.profiles.card import card
+from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
 from hf_sparse_attn.profiling.measurements import Measurements
+from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import (
     as_dict,
@@ -27,9 +28,11 @@ from hf_sparse_attn.sharing.strict_json import (
     encode,
     finite,
     read_document,
-    replace_file,
     shortened,
 )
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.profiles.head_profile import HeadProfile
 
 FORMAT = "hf_sparse_attn.head_profile"
 VERSION = 1
@@ -45,12 +48,10 @@ MODEL_KEYS = tuple(Fingerprint.__dataclass_fields__)
 
 def save(profile: HeadProfile, folder: Path) -> None:
     """See HeadProfile.save_pretrained."""
-    from hf_sparse_attn.profiles.card import card
-
     write(profile, folder, card(profile))
 
 
-def write(profile: HeadProfile, folder: Path, card: str) -> None:
+def write(profile: HeadProfile, folder: Path, text_of_card: str) -> None:
     """Writes the files of a profile with a ready card; the profile itself last."""
     folder.mkdir(parents=True, exist_ok=True)
     text = to_json(profile)
@@ -59,31 +60,12 @@ def write(profile: HeadProfile, folder: Path, card: str) -> None:
     else:
         # What an earlier profile left here would pass for this one's.
         (folder / MEASUREMENTS).unlink(missing_ok=True)
-    replace_file(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    replace_file(folder / CARD, lambda path: path.write_text(text_of_card, encoding="utf-8"))
     replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load(source: str | os.PathLike[str], measurements: bool = True) -> HeadProfile:
-    """See HeadProfile.from_pretrained."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        file, beside = path / FILE, path / MEASUREMENTS
-        if not file.is_file():
-            raise FileNotFoundError(f"`source` must be a folder that holds {FILE}, got {path}")
-    elif os.path.exists(path):
-        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
-    else:
-        from hf_sparse_attn.sharing.hub import check_hub_id, download
-
-        # A path object was never meant as the name of a repository.
-        file, beside = download(check_hub_id("source", source), measurements)
-    return read(file, beside if measurements and beside.is_file() else None)
-
-
-def read(file: Path, measurements: Path | None = None) -> HeadProfile:
-    """The profile in a file, and its measurements in another.
+def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) -> HeadProfile:
+    """The profile in a file, and its measurements in another; `kind` is the class to make.
 
     Raises:
         ValueError: names the file and what is wrong with it.
@@ -93,7 +75,7 @@ def read(file: Path, measurements: Path | None = None) -> HeadProfile:
         raise ValueError(f"`source` must hold a profile of at most {_LARGEST_FILE} bytes, got {size} in {file}")
     try:
         kept = None if measurements is None else Measurements.load(measurements)
-        return from_json(file.read_bytes().decode("utf-8"), kept)
+        return from_json(kind, file.read_bytes().decode("utf-8"), kept)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`source` must hold a valid head profile, got {file}: {error}") from error
 
@@ -150,8 +132,8 @@ def _lines(value: Any, indent: str = "") -> str:
 # ---------------------------------------------------------------------- reading
 
 
-def from_json(text: str, measurements: Measurements | None = None) -> HeadProfile:
-    """The profile in a text.
+def from_json(kind: type[HeadProfile], text: str, measurements: Measurements | None = None) -> HeadProfile:
+    """The profile in a text; `kind` is the class to make.
 
     Raises:
         ValueError, TypeError: the text is no valid profile; the message names the part, the rule and the value.
@@ -165,7 +147,7 @@ def from_json(text: str, measurements: Measurements | None = None) -> HeadProfil
     methods = tuple(_method(i, m) for i, m in enumerate(as_list("methods", value["methods"], MOST_METHODS)))
     plans = tuple(_plan(i, p, model) for i, p in enumerate(as_list("plans", value["plans"], MOST_PLANS)))
     shape = (len(plans), model.layers, model.heads)
-    return HeadProfile(
+    return kind(
         model=model,
         methods=methods,
         plans=plans,

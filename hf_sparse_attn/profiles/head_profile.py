@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
 from hf_sparse_attn.profiling.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
@@ -23,21 +24,6 @@ FIGURES = ("density", "seconds", "damage", "output_error_p95", *METRICS)
 # Of profiles that others measured: their figures are in units of their own.
 PUBLISHED = "published"
 BUDGETS = ("density", "time")
-MOST_METHODS = 1024
-MOST_PLANS = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class StepPlan:
-    """The choice for a range of denoising steps.
-
-    Args:
-        steps: (start, end) as shares of the schedule in [0, 1], the end not included; (0, 1) for language.
-        choice: int16 [layers, heads], index into the methods of the profile.
-    """
-
-    steps: tuple[float, float]
-    choice: NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,9 +154,9 @@ class HeadProfile:
             ValueError: a file that is no whole, valid profile; or `source` is neither a folder nor a Hub id.
             OSError: the Hub cannot be reached, or has no such repository.
         """
-        from hf_sparse_attn.profiles.file import load
+        from hf_sparse_attn.profiles.hub import load
 
-        return load(source, measurements)
+        return load(cls, source, measurements)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
@@ -190,7 +176,7 @@ class HeadProfile:
             ValueError: `repo_id` is not of that form.
             OSError: the Hub cannot be reached or refuses.
         """
-        from hf_sparse_attn.sharing.hub import push
+        from hf_sparse_attn.profiles.hub import push
 
         return push(self, repo_id, private, token, kwargs)
 

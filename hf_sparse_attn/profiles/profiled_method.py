@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.dispatch import cached_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import cached_pattern
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
 
 if TYPE_CHECKING:

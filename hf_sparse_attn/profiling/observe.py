@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import no_autocast
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.dispatch import Policy, dense_attention
+from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.span import Span
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,29 +139,3 @@ def decode(name: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         finite(name, value)
     return value
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written beside its place and put there when it is whole.
-
-    Raises:
-        OSError: it cannot be written; what was there before is kept.
-    """
-    from safetensors import SafetensorError
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        to_disk(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        # That library has an error of its own for a full disk.
-        raise OSError(f"{path} must have room on its disk, and a folder that can be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_disk(file: Path) -> None:
-    """Waits until a file is on the disk: after a power cut its name must not stand for an empty one."""
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.sharing.strict_json import replace_file, to_disk
+from hf_sparse_attn.sharing.files import replace_file, to_disk
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import hf_sparse_attn
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.sharing.strict_json import check_format, replace_file, shortened
+from hf_sparse_attn.sharing.strict_json import check_format, shortened
 
 FORMAT = "hf_sparse_attn.gates"
 VERSION = 1

@@ -27,12 +27,12 @@ from torch import nn
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.llama_long_context import How, LlamaLongContext, figures_of, profile_folder
-from hf_sparse_attn.report import table
 from hf_sparse_attn.settings import build_config
-from hf_sparse_attn.training.adapter_task import make_patch
+from hf_sparse_attn.tables import table
 from hf_sparse_attn.training.bundle.bundle import load_bundle
 from hf_sparse_attn.training.chunked_loss import CausalParts
 from hf_sparse_attn.training.loop import peak_memory
+from hf_sparse_attn.training.sparse import make_patch
 from hf_sparse_attn.training.text.data import open_text
 from hf_sparse_attn.training.text.model import load_language_model
 

@@ -25,10 +25,10 @@ from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
-from hf_sparse_attn.report import table
 from hf_sparse_attn.settings import build_config
 from hf_sparse_attn.shipped.moving import draw_classes
-from hf_sparse_attn.training.adapter_task import make_patch
+from hf_sparse_attn.tables import table
+from hf_sparse_attn.training.sparse import make_patch
 
 _SHOWN = 6
 _COLUMNS = (

@@ -34,9 +34,9 @@ from hf_sparse_attn.evaluation.fidelity import psnr
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.report import table
 from hf_sparse_attn.settings import build_config
 from hf_sparse_attn.shipped.moving import draw_classes, moving_clips
+from hf_sparse_attn.tables import table
 from hf_sparse_attn.training.loop import peak_memory
 from hf_sparse_attn.training.lora.adapter import ADAPTER
 from hf_sparse_attn.training.video.scenes import SceneSettings, motion_figures

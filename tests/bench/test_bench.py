@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
+from hf_sparse_attn import machine
 from hf_sparse_attn.bench import gpu as bench_gpu
 from hf_sparse_attn.bench import harness as bench
 from hf_sparse_attn.bench import kernels as bench_kernels
@@ -18,6 +19,7 @@ from hf_sparse_attn.bench import models as bench_models
 from hf_sparse_attn.bench import patterns as bench_patterns
 from hf_sparse_attn.bench import plot as bench_plot
 from hf_sparse_attn.bench import tables as bench_tables
+from hf_sparse_attn.bench.options import SUITES, make_options
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.cost import timing
 from hf_sparse_attn.dispatch import auto_order
@@ -164,7 +166,7 @@ def test_json_output_and_a_contestant_that_breaks(capsys, monkeypatch):
 def test_threads_are_put_back():
     before = torch.get_num_threads()
     given = {"suite": "kernels", "tokens": (64,), "dims": (16,), "dtypes": ("float32",), "block": 16, "heads": 1}
-    bench.run(bench.make_options(**given, backends=("torch_gather",), repeats=1, threads=before + 1))
+    bench.run(make_options(**given, backends=("torch_gather",), repeats=1, threads=before + 1))
     assert torch.get_num_threads() == before
 
 
@@ -179,7 +181,7 @@ def test_flex_is_timed_without_its_log_sum_exp(monkeypatch):
 
 
 def test_contestants_take_turns_and_slow_points_stop(monkeypatch):
-    options = bench.make_options(suite="kernels", repeats=5, device="cpu")
+    options = make_options(suite="kernels", repeats=5, device="cpu")
     order: list[str] = []
     calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
     times, failed = timing.in_turns(calls, options, "test")
@@ -299,18 +301,18 @@ def test_few_queries_read_some_of_many_blocks(queries):
 
 
 def _frame() -> dict[str, Any]:
-    options = bench.make_options(suite="kernels", device="cpu")
+    options = make_options(suite="kernels", device="cpu")
     return {
         "version": bench.VERSION,
         "date": "2026-11-21T00:00:00Z",
-        "machine": bench.doctor.machine(),
-        "versions": bench.doctor.versions(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
         "options": {**vars(options), "device": "cpu"},
     }
 
 
 def test_layers_are_forced_to_be_sparse_and_compared_in_the_same_round(tmp_path):
-    options = bench.make_options(suite="layers", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu")
+    options = make_options(suite="layers", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu")
     result = bench.run(options)
     llama = {r["contestant"]: r for r in result["layers"] if r["model"] == "llama prefill"}
     assert sorted(llama) == sorted(["unpatched", *hsa.list_methods()]) and "video" in llama["radial"]["reason"]
@@ -325,7 +327,7 @@ def test_layers_are_forced_to_be_sparse_and_compared_in_the_same_round(tmp_path)
 
 
 def test_auto_keeps_defaults_and_learns_before_it_counts():
-    options = bench.make_options(suite="auto", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu")
+    options = make_options(suite="auto", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu")
     result = bench.run(options)
     found = {r["contestant"]: r for r in result["auto"] if r["model"] == "llama prefill"}
     assert found["sliding_window"]["params"]["window"] == 3968
@@ -338,7 +340,7 @@ def test_auto_keeps_defaults_and_learns_before_it_counts():
 
 
 def test_what_is_learned_outlives_the_patch_of_one_run():
-    built = bench_models._llama(bench.make_options(suite="auto", dims=(16,), heads=2, device="cpu"), 64, 1)
+    built = bench_models._llama(make_options(suite="auto", dims=(16,), heads=2, device="cpu"), 64, 1)
     contestant = bench_models._Contestant(built, hsa.get_method("block_topk")(), {}, torch.device("cpu"))
     contestant.run()
     judge = contestant.before.session.judge
@@ -352,7 +354,7 @@ def test_long_inputs_of_auto_have_half_the_heads(monkeypatch):
     monkeypatch.setattr(
         bench_models, "_MODELS", {"m": lambda options, tokens, layers: seen.append((tokens, options.heads)) or "no"}
     )
-    list(bench_models._points(bench.make_options(suite="auto", tokens=(8192, 16384, 32768), heads=4, device="cpu")))
+    list(bench_models._points(make_options(suite="auto", tokens=(8192, 16384, 32768), heads=4, device="cpu")))
     assert seen == [(8192, 4), (16384, 2), (32768, 2)]
 
 
@@ -360,7 +362,7 @@ def test_memory_counts_what_is_allocated_inside_of_operators(tmp_path):
     x = torch.randn(100, 100)
     peak = bench_memory.peak_bytes(lambda: (x @ x) @ x, torch.device("cpu"))
     assert 2 * x.nbytes <= peak <= 3 * x.nbytes
-    options = bench.make_options(suite="memory", tokens=(512,), dims=(16,), heads=2, densities=(0.25,), block=32,
+    options = make_options(suite="memory", tokens=(512,), dims=(16,), heads=2, densities=(0.25,), block=32,
                                  device="cpu", backends=("torch_gather", "triton_block_sparse"))  # fmt: skip
     result = bench.run(options)
     found = {(r["contestant"], r["pass"], r["density"]): r for r in result["memory"]}
@@ -447,7 +449,7 @@ def test_building_has_its_own_target():
 
 def test_the_time_of_a_lent_machine_is_kept(monkeypatch):
     monkeypatch.setattr(bench_gpu, "BUDGET", -1.0)
-    options = bench.make_options(suite="gpu", device="cpu", tokens=(64,), dims=(16,), heads=1, dtypes=("float32",),
+    options = make_options(suite="gpu", device="cpu", tokens=(64,), dims=(16,), heads=1, dtypes=("float32",),
                                  block=16, repeats=1, backends=("torch_gather",))  # fmt: skip
     result = bench.run(options)
     assert result["kernels"] == []
@@ -456,11 +458,11 @@ def test_the_time_of_a_lent_machine_is_kept(monkeypatch):
 
 def test_every_suite_has_a_table_and_every_table_a_note():
     assert set(bench_tables.TITLES) == set(bench_tables.NOTES)
-    assert set(bench.SUITES) - {"quick", "gpu"} <= set(bench_tables.TITLES)
+    assert set(SUITES) - {"quick", "gpu"} <= set(bench_tables.TITLES)
 
 
 def test_mixed_heads_are_compared_at_one_density():
-    options = bench.make_options(suite="mixed", tokens=(512,), dims=(16,), heads=4, repeats=2, block=32, device="cpu")
+    options = make_options(suite="mixed", tokens=(512,), dims=(16,), heads=4, repeats=2, block=32, device="cpu")
     records = bench.run(options)["mixed"]
     assert records[0]["contestant"] == "one method" and len(records) == 5
     assert records[0]["ratio"] == 1 and [r["block"] for r in records] == [32, 32, 32, 16, 16]
@@ -479,5 +481,5 @@ def test_mixed_heads_that_no_backend_runs_say_why(monkeypatch):
         raise BackendUnavailable("nothing here")
 
     monkeypatch.setattr(bench_mixed, "run_pattern", fails)
-    options = bench.make_options(suite="mixed", tokens=(256,), dims=(16,), heads=2, repeats=1, block=32, device="cpu")
+    options = make_options(suite="mixed", tokens=(256,), dims=(16,), heads=2, repeats=1, block=32, device="cpu")
     assert {r["reason"] for r in bench.run(options)["mixed"]} == {"nothing here"}

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
+from hf_sparse_attn import machine
 from hf_sparse_attn.bench import harness as bench
 from hf_sparse_attn.cli import catalog, doctor
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS
+from hf_sparse_attn.tables import markdown
 
 
 def test_methods_lists_every_method(capsys):
@@ -41,7 +43,7 @@ def test_methods_markdown_is_the_tables_between_markers(capsys):
     out = capsys.readouterr().out
     for name in ("methods", "families", "backends"):
         between = out.partition(f"<!-- generated: {name} -->\n")[2].partition("\n<!-- end -->")[0]
-        assert between == catalog.markdown(*getattr(catalog, f"{name}_table")())
+        assert between == markdown(*getattr(catalog, f"{name}_table")())
 
 
 def test_tables_say_something_about_every_entry():
@@ -69,13 +71,13 @@ def test_methods_of_others_are_listed_but_not_in_the_readme(capsys, monkeypatch)
         """Keeps what it likes."""
 
     monkeypatch.setitem(METHODS._entries, "foreign", Foreign)
-    assert "foreign" not in catalog.markdown(*catalog.methods_table())
+    assert "foreign" not in markdown(*catalog.methods_table())
     assert main(["methods"]) == 0
     assert "foreign" in capsys.readouterr().out
 
 
 def test_markdown_escapes_bars():
-    assert catalog.markdown(("a", "b"), [("x|y", "z")]) == "| a | b |\n| --- | --- |\n| x\\|y | z |"
+    assert markdown(("a", "b"), [("x|y", "z")]) == "| a | b |\n| --- | --- |\n| x\\|y | z |"
 
 
 def test_doctor_prints_versions_and_backends(capsys):
@@ -165,8 +167,8 @@ def test_doctor_allows_what_a_backend_says_of_itself(inexact, code, capsys, monk
 
 
 def test_versions_of_packages_that_are_not_there(monkeypatch):
-    monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package"))
-    assert doctor.versions()["no-such-package"] is None
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
+    assert machine.versions()["no-such-package"] is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import hf_sparse_attn as hsa
 from hf_sparse_attn.cli import catalog
 from hf_sparse_attn.coverage import page as coverage_page
+from hf_sparse_attn.tables import markdown
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "recipes")
@@ -142,7 +143,7 @@ def test_readme_tables_are_generated(name: str) -> None:
     columns, rows = getattr(catalog, f"{name}_table")()
     found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
     assert found, f"README.md has no generated table of {name}"
-    assert found[1].strip() == catalog.markdown(columns, rows).strip()
+    assert found[1].strip() == markdown(columns, rows).strip()
 
 
 def test_readme_coverage_is_that_of_the_list() -> None:

@@ -18,10 +18,10 @@ from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.cost import judge as worth
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.table import Shape, Table, Work
-from hf_sparse_attn.dispatch import Policy
 from hf_sparse_attn.kernels.cpp_block_sparse import CppBlockSparse
 from hf_sparse_attn.kernels.torch_gather import TorchGather
 from hf_sparse_attn.patching import LayerRecord, Session
+from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.report import Report
 from tests.support.patterns import random_inputs, random_pattern

@@ -6,7 +6,8 @@ import pytest
 
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.evaluation.run import base_method, estimate_share, turnable_methods
+from hf_sparse_attn.evaluation.result import estimate_share
+from hf_sparse_attn.evaluation.run import base_method, turnable_methods
 from hf_sparse_attn.registry import METHODS
 
 SHORT = ["eval", "--model", "language", "--tokens", "1024", "--documents", "1", "--threads", "1"]
@@ -45,8 +46,8 @@ def test_video_figures_and_files(tmp_path, capsys):
 
 
 def test_a_budget_that_no_choice_meets_is_said():
-    from hf_sparse_attn.cli.demo import load_model
     from hf_sparse_attn.evaluation.language import needle_document, profile_batch, profiles
+    from hf_sparse_attn.shipped.byte_llama import load_model
 
     document, skipped = needle_document(700, 8), {}
     found = profiles(load_model(), [document], (1e-3, 0.5), skipped)

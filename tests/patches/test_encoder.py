@@ -482,10 +482,10 @@ def test_short_texts_by_name_are_the_models_own_attention(name: str, caplog: pyt
 @pytest.mark.parametrize("family", ["bert", "vit", "bart"])
 def test_by_name_is_as_patched(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what a name cannot know: grids of images, and which of a class is self-attention where it does both."""
-    from hf_sparse_attn import dispatch
+    from hf_sparse_attn import policy
 
-    whole = dispatch.Policy
-    monkeypatch.setattr(dispatch, "Policy", lambda **kwargs: whole(**{"min_tokens": 0, **kwargs}))
+    whole = policy.Policy
+    monkeypatch.setattr(policy, "Policy", lambda **kwargs: whole(**{"min_tokens": 0, **kwargs}))
     window = METHODS.get("sliding_window")
     monkeypatch.setitem(METHODS._entries, "sliding_window", lambda **kw: window(window=9, sink=2, block_size=16))
     model, usual, given = ENCODERS[family]("hsa:sliding_window"), ENCODERS[family](), inputs(family)

@@ -352,7 +352,7 @@ def text_of(profile: HeadProfile) -> dict[str, Any]:
 def refused(value: Any) -> bool:
     """Whether a document is refused, by one of the two errors alone and in words."""
     try:
-        file.from_json(json.dumps(value))
+        file.from_json(HeadProfile, json.dumps(value))
     except (ValueError, TypeError) as error:
         assert 10 < len(str(error)) < 1500
         assert "must" in str(error)
@@ -370,7 +370,7 @@ def test_a_missing_key_is_named_wherever_it_is(profile: HeadProfile) -> None:
         broken = copy.deepcopy(whole)
         del at(broken, path[:-1])[path[-1]]
         with pytest.raises((ValueError, TypeError)) as error:
-            file.from_json(json.dumps(broken))
+            file.from_json(HeadProfile, json.dumps(broken))
         assert path[-1] in str(error.value)
         dropped += 1
     assert dropped > 20
@@ -384,7 +384,7 @@ def test_an_unknown_key_is_named(profile: HeadProfile) -> None:
         broken = copy.deepcopy(whole)
         at(broken, path)["surprise"] = 1
         with pytest.raises((ValueError, TypeError), match="surprise"):
-            file.from_json(json.dumps(broken))
+            file.from_json(HeadProfile, json.dumps(broken))
 
 
 def test_hostile_values_never_raise_anything_else(profile: HeadProfile) -> None:
@@ -453,7 +453,7 @@ def test_numbers_that_float32_does_not_hold(profile: HeadProfile) -> None:
     whole = text_of(profile)
     whole["figures"]["damage"][0][0][0] = 1e39
     with pytest.raises(ValueError, match="must fit in float32"):
-        file.from_json(json.dumps(whole))
+        file.from_json(HeadProfile, json.dumps(whole))
 
 
 # ------------------------------------------------------------------ folders and the Hub

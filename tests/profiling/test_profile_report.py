@@ -24,6 +24,7 @@ from hf_sparse_attn.profiling.view import report as profile_report
 from hf_sparse_attn.profiling.view.curves import _shown, _singles
 from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.plots import method_styles, pictures
+from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
 HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>\'"&$\\frac{1}$'
@@ -162,7 +163,7 @@ def test_the_table_of_the_terminal_has_the_profiles_numbers() -> None:
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (math.nan, "-"), (0.0, "0.0000"), (0.25, "0.2500"),
                                              (12.5, "12.5000"), (2.5e-6, "2.50e-06"), (1e9, "1.00e+09")])  # fmt: skip
 def test_numbers(value: float | None, text: str) -> None:
-    assert profile_report.number(value) == text
+    assert number(value) == text
 
 
 def test_the_page_needs_nothing_else(written: Path) -> None:
@@ -284,7 +285,7 @@ def test_single_methods_count_declined_heads_as_dense() -> None:
     plans = tuple(StepPlan(s, np.full((3, 5), 1)) for s in VIDEO)
     same = make(steps=VIDEO, plans=plans, figures={n: found.figures[n][..., 1] for n in ("density", "recall")}
                 | {"damage": found.figures["output_error"][..., 1]})  # fmt: skip
-    assert profile_report.total_damage(same) == pytest.approx(points[0][2], rel=1e-6)
+    assert total_damage(same) == pytest.approx(points[0][2], rel=1e-6)
 
 
 def test_attention_is_shown_of_every_method_in_turn() -> None:
@@ -297,7 +298,7 @@ def test_attention_is_shown_of_every_method_in_turn() -> None:
 
 
 def test_short_labels_name_what_differs() -> None:
-    assert profile_report.short_labels(CANDIDATES) == [
+    assert short_labels(CANDIDATES) == [
         "dense", "sliding_window window=64", "sliding_window window=256", "vertical_slash", "radial",
     ]  # fmt: skip
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.cli.demo import load_model
 from hf_sparse_attn.recipe import read_recipe
+from hf_sparse_attn.shipped.byte_llama import load_model
 from hf_sparse_attn.shipped.moving import load_moving_wan
 from hf_sparse_attn.training.loop import train
 from tests.support.tiny_lm import one_thread as one_thread

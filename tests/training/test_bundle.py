@@ -31,6 +31,7 @@ from hf_sparse_attn.training.bundle import file as bundle_file
 from hf_sparse_attn.training.bundle.card import card
 from hf_sparse_attn.training.lora import file as lora_file
 from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
+from hf_sparse_attn.training.sparse import make_patch
 from tests.support import tiny_lm, tiny_wan
 from tests.support.lora_cases import CASES, assert_same, shake, snapshot
 from tests.support.tiny_lm import one_thread as one_thread
@@ -88,7 +89,7 @@ def saved(tmp_path: Path) -> Path:
 @every_model
 def test_what_is_saved_comes_back_and_off_again(name: str, tmp_path: Path) -> None:
     adapter = trained(name)
-    with adapter_task.make_patch(adapter.model, WINDOW):
+    with make_patch(adapter.model, WINDOW):
         expected = output(name, adapter.model)
         save(tmp_path, adapter)
     model = CASES[name].build()
@@ -313,7 +314,7 @@ def test_gates_of_the_package(tmp_path: Path) -> None:
     model = llama()
     made = gates.GateSet("seer_attention", model, {"block_size": 16, "hidden": 8}, seed=3)
     settings = SparseSettings(method="seer_attention", params={"gates": made, "density": 0.4}, min_tokens=0)
-    with adapter_task.make_patch(model, settings):
+    with make_patch(model, settings):
         expected = output("llama", model)
     save(tmp_path, None, model, sparse=settings)
     model = llama()

@@ -222,7 +222,7 @@ def _put_on(
         for parameter in loaded.adapter.parameters().values():
             parameter.requires_grad_(False)
     if settings is not None:
-        from hf_sparse_attn.training.adapter_task import make_patch
+        from hf_sparse_attn.training.sparse import make_patch
 
         if bundle.has_gates:
             from hf_sparse_attn.training.gates import GateSet

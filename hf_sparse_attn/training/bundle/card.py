@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_sparse_attn.profiles.card import front_matter, markdown_table, plain_value
+from hf_sparse_attn.sharing.card import front_matter, markdown_table, plain_value
 from hf_sparse_attn.sharing.hub import is_hub_id
 from hf_sparse_attn.training.bundle.file import Bundle
 from hf_sparse_attn.training.lora.file import DIFFUSERS_WEIGHTS

@@ -17,17 +17,9 @@ from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
 from hf_sparse_attn.profiles.file import MEASUREMENTS, MODEL_KEYS
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.settings import build_config, plain
+from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.sharing.strict_json import (
-    as_dict,
-    as_text,
-    check_keys,
-    decode,
-    encode,
-    read_document,
-    replace_file,
-    shortened,
-)
+from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, decode, encode, read_document, shortened
 from hf_sparse_attn.training.lora.file import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
 
 FORMAT = "hf_sparse_attn.bundle"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import LoraSettings
-from hf_sparse_attn.sharing.strict_json import refuse_word, replace_file, shortened, unique_keys
+from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.strict_json import refuse_word, shortened, unique_keys
 from hf_sparse_attn.training.lora.adapter import ADAPTER, Adapter, add_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

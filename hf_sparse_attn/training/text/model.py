@@ -24,7 +24,7 @@ def load_language_model(source: str, dtype: Any, device: torch.device | str = "c
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if source == "byte_llama":
-        from hf_sparse_attn.cli.demo import MODEL
+        from hf_sparse_attn.shipped.byte_llama import MODEL
 
         source = str(MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.sharing.strict_json import replace_file
+from hf_sparse_attn.sharing.files import replace_file
 
 FORMAT, VERSION = "hf_sparse_attn.latents", 1
 INDEX = "index.json"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.sharing.strict_json import replace_file
+from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.training.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.training.text.data import sample_order
 from hf_sparse_attn.training.video.data import VideoSettings, open_videos

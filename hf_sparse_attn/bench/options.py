@@ -1,0 +1,148 @@
+"""Options of the benchmark, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_sparse_attn.api import default_device
+from hf_sparse_attn.context import check_int
+from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.selection import check_block_size, check_share
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# What each suite measures when nothing else is asked for; what is not named here has the default of Options.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "kernels": {},
+    "patterns": {},
+    "layers": {"tokens": (4096,), "dims": (64,), "dtypes": ("float32",)},
+    "model": {},
+    "memory": {"tokens": (8192,), "dims": (64,), "dtypes": ("float32",)},
+    "mixed": {"dims": (64,), "dtypes": ("float32",), "densities": (0.125,)},
+    "auto": {
+        "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+        "dims": (64,),
+        "dtypes": ("float32",),
+        "heads": 4,
+        "repeats": 9,
+        "seconds": 120.0,
+    },
+    "gpu": {
+        "tokens": (32768, 65536, 131072),
+        "dims": (128, 64),
+        "dtypes": ("bfloat16",),
+        "repeats": 7,
+        "seconds": 5.0,
+        "heads": 16,
+    },
+    "quick": {
+        "tokens": (4096,),
+        "dims": (64,),
+        "dtypes": ("float32",),
+        "densities": (0.125,),
+        "repeats": 3,
+    },
+}
+
+
+SUITES = tuple(_DEFAULTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure; see `hf-sparse-attn bench --help`.
+
+    Args:
+        suite: one of SUITES.
+        tokens: sequence lengths.
+        dims: head sizes; the suites patterns, layers, model, memory, mixed and auto take the first.
+        dtypes: names of dtypes; the suites patterns, layers, model, memory, mixed and auto take the first.
+        densities: kept share of the visible pairs of tokens, in (0, 1].
+        heads: number of heads.
+        block: tokens in a block, a power of two from 16 to 256.
+        causal: whether the kernels run under a causal mask.
+        backward: whether the kernels are timed with their backward pass.
+        backends: names, or None for all but the reference.
+        repeats: rounds over the contestants of a point.
+        seconds: time after which a point gets no further round once it has two.
+        threads: CPU threads, or None for what torch chose.
+        device: where to run, or None for CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of the wrong type.
+    """
+
+    suite: str = "kernels"
+    tokens: tuple[int, ...] = (8192, 32768)
+    dims: tuple[int, ...] = (64, 128)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    densities: tuple[float, ...] = (0.0625, 0.125, 0.25)
+    heads: int = 8
+    block: int = 128
+    causal: bool = False
+    backward: bool = False
+    backends: tuple[str, ...] | None = None
+    repeats: int = 5
+    seconds: float = 60.0
+    threads: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_one_of("suite", self.suite, SUITES)
+        for name in ("tokens", "dims", "dtypes", "densities"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must hold at least one value, got none")
+        for tokens in self.tokens:
+            check_int("tokens", tokens, 16)
+        for dim in self.dims:
+            check_int("dims", dim, 1)
+        for dtype in self.dtypes:
+            _check_one_of("dtypes", dtype, tuple(DTYPES))
+        for density in self.densities:
+            check_share("densities", density)
+        check_int("heads", self.heads, 1)
+        check_block_size(self.block, "block")
+        check_int("repeats", self.repeats, 1)
+        if not self.seconds > 0:
+            raise ValueError(f"`seconds` must be more than 0, got {self.seconds}")
+        if self.threads is not None:
+            check_int("threads", self.threads, 1)
+        for name in self.backends or ():
+            if name not in BACKENDS.missing:
+                BACKENDS.get(name)
+        try:
+            torch.empty(0, device=self.where)
+        # Torch raises RuntimeError or AssertionError for a device that it does not know or was not built for.
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"`device` must be one that torch can use here, got {self.device!r}: {error}") from None
+        if self.suite == "gpu" and self.device is None and self.where.type != "cuda":
+            raise ValueError(
+                "`suite` 'gpu' needs a CUDA device, none was found; --device cpu --tokens 256 tries it out"
+            )
+
+    @property
+    def where(self) -> torch.device:
+        """The device to run on."""
+        return default_device() if self.device is None else torch.device(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The first dtype."""
+        return DTYPES[self.dtypes[0]]
+
+
+def make_options(**given: Any) -> Options:
+    """Options with the defaults of their suite."""
+    suite = given.get("suite", "quick")
+    _check_one_of("suite", suite, SUITES)
+    return Options(**{"suite": suite, **_DEFAULTS[suite], **given})
+
+
+def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}")

@@ -1,0 +1,33 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written beside its place and put there when it is whole.
+
+    Raises:
+        OSError: it cannot be written; what was there before is kept.
+    """
+    from safetensors import SafetensorError
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        to_disk(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        # That library has an error of its own for a full disk.
+        raise OSError(f"{path} must have room on its disk, and a folder that can be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_disk(file: Path) -> None:
+    """Waits until a file is on the disk: after a power cut its name must not stand for an empty one."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
