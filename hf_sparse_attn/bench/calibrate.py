@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from hf_sparse_attn.backend_choice import auto_order
 from hf_sparse_attn.bench.kernels import random_pattern
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.timing import clock
-from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.tables import table

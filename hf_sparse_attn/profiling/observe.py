@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import no_autocast
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.decision import of_sequence
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session
 from hf_sparse_attn.span import Span
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
@@ -85,22 +87,21 @@ class Observing(Session):
         ctx: Context,
         spans: Sequence[Span] | None = None,
         dense: Callable[[], object] | None = None,
+        decided: TokenLayout | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Shows the call; see Session.sparse."""
-        reason = self.policy.why_dense(ctx, q.device)
-        if reason is not None:
-            record.dense_reasons[reason] += 1
+        if self.stays_dense(record, of_sequence(self, ctx, q.device)):
             return None
         with no_autocast(q.device):
             if self.gradients:
                 return self._watched(record, q, k, v, ctx, spans)
             for span, own in _spans(q, k, ctx, spans):
-                if self.policy.why_dense(own, q.device) is None:
+                if of_sequence(self, own, q.device).reason is None:
                     self._show(_seen(record.name, span.cut(q, k, v), own))
         if isinstance(self.method, _Nothing):
             record.dense_reasons["observed"] += 1
             return None
-        return super().sparse(record, q, k, v, ctx, spans)
+        return super().sparse(record, q, k, v, ctx, spans, decided=decided)
 
     def _show(self, seen: Seen) -> None:
         with torch.no_grad():
@@ -120,7 +121,7 @@ class Observing(Session):
                 one, two = dense_attention(*cut, own)
             else:
                 one, two = done.out, done.lse
-            if self.policy.why_dense(own, q.device) is None:
+            if of_sequence(self, own, q.device).reason is None:
                 self._watch(one, _seen(record.name, cut, own))
             rows = span.row_index
             out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
