@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.transformers_hook import LayerState, Output, attend_sparse, run_dense
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
-from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide_traced
+from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide
 from hf_sparse_attn.record import LayerRecord
 
 
@@ -40,7 +40,7 @@ class CompiledLayer:
     def traced(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Output:
         """What stands in the graph for one call."""
         session, call = self.state.session, LayerCall(self.state, module, q, k, v, mask, kwargs)
-        found, causal = decide_traced(call), call.causal
+        found, causal = decide(call, traced=True), call.causal
         reason = "" if found.reason is None else str(found.reason)
         if reason and not (session.strict and found.fallback):
             if found.counted:

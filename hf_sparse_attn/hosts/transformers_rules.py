@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from hf_sparse_attn import decision
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
-from hf_sparse_attn.decision import SPARSE, Decision
+from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, whole
 from hf_sparse_attn.span import Span
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_hook import LayerState
     from hf_sparse_attn.hosts.vision_layout import Tokens
+    from hf_sparse_attn.session import Session
 
 # The masks that a graph can hand over, by whether the layer is causal.
 MASK_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
@@ -49,6 +49,21 @@ class LayerCall:
     kwargs: dict[str, Any]
     tokens: Tokens | None = None
     kept: dict[str, Tensor] | None = None
+
+    @property
+    def session(self) -> Session:
+        """The session of the patch."""
+        return self.state.session
+
+    @property
+    def before(self) -> Decision:
+        """Whether the patch runs the model as it was."""
+        return as_before(self.session)
+
+    @cached_property
+    def known(self) -> Decision:
+        """What is known of all calls of this shape."""
+        return by_shape(self.session, self.state.record, self.q, self.k, self.v, lambda: self.by_shape)
 
     @property
     def causal(self) -> bool:
@@ -136,201 +151,113 @@ def with_cu_seq_lens(plan: Plan, dense: str, q: Tensor, kwargs: dict[str, Any]) 
     return replace(plan, spans=tuple(Span((0,), pair, pair) for pair in pairs), packed=True)
 
 
-# ---------------------------------------------------------------------- what a rule looks at, and what it says
-
-
-def _as_before(call: LayerCall) -> Decision:
-    return decision.as_before(call.state.session)
-
-
-def _share_of_a_rank(call: LayerCall) -> None:
-    if call.mask is None and call.kwargs.get("is_causal") is True and getattr(call.module, "is_causal", False):
-        raise ValueError(
-            "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
-            "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
-        )
-
-
-def _fewer_keys(call: LayerCall) -> str | None:
-    q_len, kv_len = call.q.shape[2], call.k.shape[2]
-    return f"{q_len} queries for {kv_len} keys" if kv_len < q_len else None
-
-
-def _by_shape(call: LayerCall) -> Decision:
-    # Decoding and short texts pay nothing for the patch: no look at the mask, and none at what is known of the shape.
-    state = call.state
-    return decision.by_shape(state.session, state.record, call.q, call.k, call.v, lambda: call.by_shape)
-
-
-def _decoding(call: LayerCall) -> str | None:
-    return "decoding" if call.q.shape[2] < call.state.session.policy.min_queries else None
-
-
-def _reads(call: LayerCall) -> str | None:
-    session = call.state.session
-    return f"method {session.method.name} reads more of a layer than a graph hands over" if session.reads else None
-
-
-def _no_mask(call: LayerCall) -> str | None:
-    # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
-    return "no mask was described to the layer" if call.mask is None and call.causal else None
-
-
-def _other_sizes(call: LayerCall) -> str | None:
-    q, k, mask = call.q, call.k, call.mask
-    if isinstance(mask, MaskSpec) and (mask.shape[0] != q.shape[0] or mask.shape[2:] != (q.shape[2], k.shape[2])):
-        return f"mask for {list(mask.shape)} where the layer has {[q.shape[0], 1, q.shape[2], k.shape[2]]}"
-    if _other_tokens(call):
-        return f"{q.shape[0]} x {q.shape[2]} queries for {k.shape[0]} x {k.shape[2]} keys"
-    return None
-
-
-def _other_tokens(call: LayerCall) -> str | None:
-    q, k = call.q, call.k
-    if call.mask is None and (k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]):
-        return "queries of another sequence than the keys"
-    return None
-
-
-def _ready_mask(call: LayerCall) -> str | None:
-    known = call.mask is None or isinstance(call.mask, MaskSpec)
-    return None if known else f"mask given as a {type(call.mask).__name__}"
-
-
-def _dropout(call: LayerCall) -> str | None:
-    share = call.kwargs.get("dropout")
-    return f"dropout of {share} on the attention weights" if share else None
-
-
-def _output_attentions(call: LayerCall) -> str | None:
-    wanted = call.kwargs.get("output_attentions") or getattr(call.module.config, "output_attentions", False)
-    return "output_attentions=True" if wanted else None
-
-
-def _scaling(call: LayerCall) -> str | None:
-    scaling = call.kwargs.get("scaling")
-    return None if isinstance(scaling, (int, float, type(None))) else f"scaling given as a {type(scaling).__name__}"
-
-
-def _position_bias(call: LayerCall) -> str | None:
-    return None if call.kwargs.get("position_bias") is None else "position bias"
-
-
-def _paged_cache(call: LayerCall) -> str | None:
-    return None if call.kwargs.get("cache") is None else "paged cache"
-
-
-def _cu_seq_lens(call: LayerCall) -> str | None:
-    return None if call.kwargs.get("cu_seq_lens_k") is None else "cu_seq_lens_k under torch.compile"
-
-
-def _own_mask(call: LayerCall) -> str | None:
-    return call.plan.reason if call.plan.own else None
-
-
-def _own_mask_traced(call: LayerCall) -> str | None:
-    return "layer's own mask" if _odd_mask(call) and call.kwargs.get("sliding_window") is not None else None
-
-
-def _unread_mask(call: LayerCall) -> str | None:
-    return call.plan.reason
-
-
-def _unread_mask_traced(call: LayerCall) -> str | None:
-    kind = "causal" if call.causal else "bidirectional"
-    said = f"mask other than {kind} under torch.compile (give an attention_mask of ones where nothing is packed)"
-    return said if _odd_mask(call) else None
-
-
-def _odd_mask(call: LayerCall) -> bool:
-    mask = call.mask
-    return mask is not None and mask.wanted.get("mask_function") is not MASK_FUNCTIONS[call.causal]
-
-
-def _unread_inputs(call: LayerCall) -> str | None:
-    return call.inputs if isinstance(call.inputs, str) else None
-
-
-def _unknown_tokens(call: LayerCall) -> str | None:
-    unknown = None if call.tokens is None else call.tokens.unknown
-    needed = unknown is not None and "video grid" in call.state.session.method.needs
-    return f"vision tokens unknown: {unknown}" if needed else None
-
-
-# ---------------------------------------------------------------------- the table
-
-
 class Rule(NamedTuple):
     """One reason for which a call stays dense.
 
     Args:
-        why: says it, or None; a Decision where it is more than a reason, such as a prediction.
+        name: what the rule looks at.
+        holds: whether the call is dense by it.
+        says: the reason, or the whole Decision.
         fallback: nobody asked for dense attention: with strict=True it is an error.
         eager: whether the rule is for calls that run.
-        traced: whether it is for calls of a graph that is being traced, or what it is called there. A graph cannot
+        traced: whether it is for calls of a graph that is being traced, or what it says there. A graph can neither
             look at values nor name its sizes: what needs them is decided when its operator runs.
-        noted: whether a graph tells of it, which makes a graph for each layer.
+        noted: whether a graph tells of it; that makes a graph for each layer.
     """
 
-    why: Callable[[LayerCall], Decision | str | None]
+    name: str
+    holds: Callable[[LayerCall], bool]
+    says: str | Callable[[LayerCall], Decision | str]
     fallback: bool = True
     eager: bool = True
     traced: bool | str = True
     noted: bool = True
 
 
-# In the order in which they are asked: first what is cheap to know.
+def _given(argument: str) -> Callable[[LayerCall], bool]:
+    return lambda call: call.kwargs.get(argument) is not None
+
+
+def _share_of_a_rank(call: LayerCall) -> bool:
+    if call.mask is None and call.kwargs.get("is_causal") is True and getattr(call.module, "is_causal", False):
+        raise ValueError(
+            "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
+            "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
+        )
+    return False
+
+
+def _misfit(call: LayerCall) -> bool:
+    q, k, mask = call.q.shape, call.k.shape, call.mask
+    return mask is not None and (mask.shape[0] != q[0] or mask.shape[2:] != (q[2], k[2]))
+
+
+def _wants_weights(call: LayerCall) -> bool:
+    return bool(call.kwargs.get("output_attentions") or getattr(call.module.config, "output_attentions", False))
+
+
+def _odd_mask(call: LayerCall) -> bool:
+    return call.mask is not None and call.mask.wanted.get("mask_function") is not MASK_FUNCTIONS[call.causal]
+
+
+def _unknown_tokens(call: LayerCall) -> bool:
+    return call.tokens is not None and call.tokens.unknown is not None and "video grid" in call.session.method.needs
+
+
+# In the order in which they are asked. What is known of a shape comes before a look at the mask: decoding and short
+# texts are to pay nothing for the patch.
 RULES = (
-    Rule(_as_before, fallback=False, noted=False),
-    Rule(_share_of_a_rank, traced=False),
-    Rule(_fewer_keys, traced=False),
-    Rule(_by_shape, fallback=False, traced=False),
-    Rule(_decoding, fallback=False, eager=False, noted=False),
-    Rule(_reads, eager=False),
-    Rule(_no_mask),
-    Rule(_other_sizes, traced=False),
-    Rule(_other_tokens, eager=False),
-    Rule(_ready_mask),
-    Rule(_dropout, traced="dropout on the attention weights"),
-    Rule(_output_attentions),
-    Rule(_scaling),
-    Rule(_position_bias, traced="position_bias under torch.compile"),
-    Rule(_paged_cache, traced="cache under torch.compile"),
-    Rule(_own_mask, fallback=False, traced=False),
-    Rule(_own_mask_traced, fallback=False, eager=False),
-    Rule(_unread_mask, traced=False),
-    Rule(_unread_mask_traced, eager=False),
-    Rule(_cu_seq_lens, eager=False),
-    Rule(_unread_inputs, traced=False),
-    Rule(_unknown_tokens, traced=False),
-)
+    Rule("patch", lambda c: c.before.reason is not None, lambda c: c.before, fallback=False, noted=False),
+    Rule("context parallelism", _share_of_a_rank, "", traced=False),
+    Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
+         lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),
+    Rule("shape", lambda c: c.known.reason is not None, lambda c: c.known, traced=False),
+    Rule("decoding", lambda c: c.q.shape[2] < c.session.policy.min_queries, "decoding",
+         fallback=False, eager=False, noted=False),
+    Rule("reads", lambda c: bool(c.session.reads),
+         lambda c: f"method {c.session.method.name} reads more of a layer than a graph hands over", eager=False),
+    # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
+    Rule("no mask", lambda c: c.mask is None and c.causal, "no mask was described to the layer"),
+    Rule("ready mask", lambda c: c.mask is not None and not isinstance(c.mask, MaskSpec),
+         lambda c: f"mask given as a {type(c.mask).__name__}"),
+    Rule("mask of other sizes", _misfit, lambda c: f"mask for {list(c.mask.shape)} where the layer has "
+         f"{[c.q.shape[0], 1, c.q.shape[2], c.k.shape[2]]}", traced=False),
+    Rule("other tokens", lambda c: c.mask is None and (c.k.shape[0] != c.q.shape[0] or c.k.shape[2] != c.q.shape[2]),
+         lambda c: f"{c.q.shape[0]} x {c.q.shape[2]} queries for {c.k.shape[0]} x {c.k.shape[2]} keys",
+         traced="queries of another sequence than the keys"),
+    Rule("dropout", lambda c: bool(c.kwargs.get("dropout")),
+         lambda c: f"dropout of {c.kwargs['dropout']} on the attention weights",
+         traced="dropout on the attention weights"),
+    Rule("weights", _wants_weights, "output_attentions=True"),
+    Rule("scaling", lambda c: not isinstance(c.kwargs.get("scaling"), (int, float, type(None))),
+         lambda c: f"scaling given as a {type(c.kwargs['scaling']).__name__}"),
+    Rule("position bias", _given("position_bias"), "position bias", traced="position_bias under torch.compile"),
+    Rule("paged cache", _given("cache"), "paged cache", traced="cache under torch.compile"),
+    Rule("own mask", lambda c: c.plan.own, lambda c: c.plan.reason or "", fallback=False, traced=False),
+    Rule("own mask", lambda c: c.kwargs.get("sliding_window") is not None and _odd_mask(c), "layer's own mask",
+         fallback=False, eager=False),
+    Rule("mask", lambda c: c.plan.reason is not None, lambda c: c.plan.reason or "", traced=False),
+    Rule("mask", _odd_mask, lambda c: f"mask other than {'causal' if c.causal else 'bidirectional'} under "
+         "torch.compile (give an attention_mask of ones where nothing is packed)", eager=False),
+    Rule("packing", _given("cu_seq_lens_k"), "cu_seq_lens_k under torch.compile", eager=False),
+    Rule("inputs", lambda c: isinstance(c.inputs, str), lambda c: str(c.inputs), traced=False),
+    Rule("tokens", _unknown_tokens, lambda c: f"vision tokens unknown: {c.tokens and c.tokens.unknown}", traced=False),
+)  # fmt: skip
+_EAGER = tuple(rule for rule in RULES if rule.eager)
+_TRACED = tuple(rule for rule in RULES if rule.traced)
 
 
-def decide(call: LayerCall) -> Decision:
-    """Whether a call is dense by any rule.
+def decide(call: LayerCall, traced: bool = False) -> Decision:
+    """Whether a call is dense by any rule, or with `traced` as far as tracing can tell.
 
     Raises:
         ValueError: the call is one rank's share of a sequence under context parallelism.
     """
-    for rule in _EAGER:
-        found = rule.why(call)
-        if isinstance(found, str):
-            return Decision(found, fallback=rule.fallback)
-        if found is not None and found.reason is not None:
-            return found
+    for rule in _TRACED if traced else _EAGER:
+        if rule.holds(call):
+            says = rule.traced if traced and isinstance(rule.traced, str) else rule.says
+            said = says if isinstance(says, str) else says(call)
+            if isinstance(said, str):
+                return Decision(said, fallback=rule.fallback, counted=rule.noted or not traced)
+            return Decision(said.reason, counted=False) if traced else said
     return SPARSE
-
-
-def decide_traced(call: LayerCall) -> Decision:
-    """Whether a call is dense as far as tracing can tell."""
-    for rule in _TRACED:
-        found = rule.why(call)
-        reason = found.reason if isinstance(found, Decision) else found
-        if reason is not None:
-            text = rule.traced if isinstance(rule.traced, str) else reason
-            return Decision(text, fallback=rule.fallback, counted=rule.noted)
-    return SPARSE
-
-
-_EAGER = tuple(rule for rule in RULES if rule.eager)
-_TRACED = tuple(rule for rule in RULES if rule.traced)
