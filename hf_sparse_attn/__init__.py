@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_sparse_attn import native
 from hf_sparse_attn.lazy import lazy_names
-
-__version__ = "0.1.0"
+from hf_sparse_attn.version import __version__ as __version__
 
 # In a clone without symbolic links kernels/, patches/ and recipes/ stand beside the package, not in it.
 if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[1] / "kernels").is_dir():
@@ -17,7 +16,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
-    from hf_sparse_attn.backend_choice import BackendUnavailable
+    from hf_sparse_attn.backend import BackendUnavailable
     from hf_sparse_attn.context import Context, Segment, TokenLayout
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import Patch
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from hf_sparse_attn.profiling.run import profile
     from hf_sparse_attn.report import Report
     from hf_sparse_attn.session import DenseFallback
+    from hf_sparse_attn.sharing.gates import GateSet
     from hf_sparse_attn.training.bundle.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
-    from hf_sparse_attn.training.gates import GateSet
 
 _WHERE = {
     "attention": "hf_sparse_attn.api",
@@ -40,8 +39,8 @@ _WHERE = {
     "Context": "hf_sparse_attn.context",
     "Segment": "hf_sparse_attn.context",
     "TokenLayout": "hf_sparse_attn.context",
-    "BackendUnavailable": "hf_sparse_attn.backend_choice",
-    "GateSet": "hf_sparse_attn.training.gates",
+    "BackendUnavailable": "hf_sparse_attn.backend",
+    "GateSet": "hf_sparse_attn.sharing.gates",
     "HeadProfile": "hf_sparse_attn.profiles.head_profile",
     "Decline": "hf_sparse_attn.method",
     "Method": "hf_sparse_attn.method",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import compiled
-from hf_sparse_attn.backend_choice import choose_backend
+from hf_sparse_attn.backend import choose_backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -113,16 +113,9 @@ class Session:
         self.stays_dense(record, Decision(reason, fallback=True))
 
     def sparse(
-        self,
-        record: LayerRecord,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ctx: Context,
-        spans: Sequence[Span] | None = None,
-        dense: Callable[[], object] | None = None,
-        decided: TokenLayout | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
+        dense: Callable[[], object] | None = None, decided: TokenLayout | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Sparse attention of one call, or None where the host must run its own dense attention; counted either way.
 
         Args:
@@ -172,17 +165,13 @@ class Session:
             results.append(None if short else self._attend(record, *span.cut(q, k, v), own))
         if not any(results):
             return None
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
-        for span, own, done in zip(spans, contexts, results, strict=True):
-            if done is None:
-                one, two = dense_attention(*span.cut(q, k, v), own)
-            else:
-                one, two = done.out, done.lse
-            rows = span.row_index
-            out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
         record.count_sparse([done for done in results if done is not None])
-        return out, lse
+        # One by one: dense outputs are not kept beside one another.
+        parts = (
+            dense_attention(*span.cut(q, k, v), own) if done is None else done[:2]
+            for span, own, done in zip(spans, contexts, results, strict=True)
+        )
+        return gathered(q, v, spans, parts)
 
     def _attend(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
@@ -218,3 +207,15 @@ class Session:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.
         return Done(*done, sum(densities), gain)
+
+
+def gathered(
+    q: Tensor, v: Tensor, spans: Iterable[Span], parts: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a batch with queries `q` and values `v` from those of its sequences; 0 outside."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    for span, (one, two) in zip(spans, parts, strict=True):
+        rows = span.row_index
+        out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
+    return out, lse

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from hf_sparse_attn.backend_choice import auto_order
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench.kernels import random_pattern
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.timing import clock

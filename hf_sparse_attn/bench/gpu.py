@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_sparse_attn.backend_choice import auto_order
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench.kernels import DENSE, kernel_point
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import patterns

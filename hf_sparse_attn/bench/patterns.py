@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_sparse_attn.backend_choice import BackendUnavailable
+from hf_sparse_attn.backend import BackendUnavailable
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, summary, timed

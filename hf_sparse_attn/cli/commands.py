@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
-    from hf_sparse_attn.backend_choice import BackendUnavailable
+    from hf_sparse_attn.backend import BackendUnavailable
     from hf_sparse_attn.session import DenseFallback
 
     # A package that is missing is an ImportError, a training that diverged a FloatingPointError.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.backend_choice import BackendUnavailable, auto_order, choose_backend
+from hf_sparse_attn.backend import BackendUnavailable, auto_order, choose_backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.method import Method

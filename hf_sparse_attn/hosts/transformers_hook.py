@@ -148,15 +148,9 @@ def _named(config: Any, name: str) -> Iterator[None]:
 
 
 def attend_sparse(
-    state: LayerState,
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Any,
-    kwargs: dict[str, Any],
+    state: LayerState, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any],
     tokens: Tokens | None = None,
-) -> Output | None:
+) -> Output | None:  # fmt: skip
     """Sparse attention of one layer, or None where it must run dense; counted either way.
 
     Raises:

@@ -30,12 +30,8 @@ class LayerCall:
     """One call of a patched attention module, as the rules see it.
 
     Args:
-        state: of the module.
-        module: the attention module.
-        q: [batch, heads, q_len, dim].
-        k, v: [batch, kv_heads, kv_len, dim].
-        mask: what the model hands over as the mask.
-        kwargs: the other arguments of the attention function.
+        state, module: the layer.
+        q, k, v, mask, kwargs: what transformers hands to an attention function.
         tokens: what the tokens are, where the family tells.
         kept: what was kept of the layer for a method that reads it, or None.
     """
@@ -54,11 +50,6 @@ class LayerCall:
     def session(self) -> Session:
         """The session of the patch."""
         return self.state.session
-
-    @property
-    def before(self) -> Decision:
-        """Whether the patch runs the model as it was."""
-        return as_before(self.session)
 
     @cached_property
     def known(self) -> Decision:
@@ -207,7 +198,7 @@ def _unknown_tokens(call: LayerCall) -> bool:
 # In the order in which they are asked. What is known of a shape comes before a look at the mask: decoding and short
 # texts are to pay nothing for the patch.
 RULES = (
-    Rule("patch", lambda c: c.before.reason is not None, lambda c: c.before, fallback=False, noted=False),
+    Rule("patch", lambda c: as_before(c.session).reason is not None, lambda c: as_before(c.session), noted=False),
     Rule("context parallelism", _share_of_a_rank, "", traced=False),
     Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
          lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),

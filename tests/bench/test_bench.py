@@ -11,7 +11,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import machine
-from hf_sparse_attn.backend_choice import auto_order
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench import gpu as bench_gpu
 from hf_sparse_attn.bench import harness as bench
 from hf_sparse_attn.bench import kernels as bench_kernels
@@ -474,7 +474,7 @@ def test_mixed_heads_are_compared_at_one_density():
 
 
 def test_mixed_heads_that_no_backend_runs_say_why(monkeypatch):
-    from hf_sparse_attn.backend_choice import BackendUnavailable
+    from hf_sparse_attn.backend import BackendUnavailable
     from hf_sparse_attn.bench import mixed as bench_mixed
 
     def fails(*args):

@@ -10,7 +10,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Method, Segment, TokenLayout
-from hf_sparse_attn.backend_choice import auto_order, choose_backend
+from hf_sparse_attn.backend import auto_order, choose_backend
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
