@@ -42,12 +42,12 @@ class Session:
     """What the layers of one patch share: the method, the policy, the backend and the records."""
 
     def __init__(self, method: Method, policy: Policy, backend: str, strict: bool) -> None:
-        self.method = method
-        self.policy = policy
+        self.method: Method = method
+        self.policy: Policy = policy
         self.backend = backend
         self.strict = strict
         # Fields of LayerInputs that the hooks fill in.
-        self.reads = method.reads
+        self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
         self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
