@@ -155,6 +155,8 @@ def test_a_short_sequence_among_long_ones_is_dense_by_itself() -> None:
     assert (out.transpose(1, 2)[~inside] == 0).all() and (lse.transpose(1, 2)[~inside] == -torch.inf).all()
     assert session.sparse(record, q, k, v, ctx, [spans[1]] * 2) is None
     assert record.dense_reasons == {"decoding: fewer than 16 queries": 3} and record.sparse_calls == 1
+    alone, _ = session.sparse(record, q, k, v, ctx, spans[:1])
+    assert torch.equal(alone[0], out[0]) and (alone[1] == 0).all()
 
 
 def test_what_the_host_has_asked_by_shape_is_not_asked_again_but_for_other_tokens() -> None:
@@ -267,17 +269,27 @@ def test_a_pattern_that_keeps_too_much_makes_the_case_dense() -> None:
     assert run(judged(pays=True)[0]) is not None
 
 
+def test_a_call_is_asked_for_its_bound_where_the_shape_was_not() -> None:
+    session, judge = judged(bound=False)
+    assert run(session) is None and session.records["layer"].losses == {
+        (TOO_DENSE_AT_BEST, "assumed"): (1, judge.predicted)
+    }
+    assert run(session, decided=at(60).layout) is not None and judge.asked.count("bound") == 1
+
+
 def test_a_timed_run_is_sparse_whatever_is_predicted() -> None:
     session, judge = judged()
     record = session.record("layer", 0)
-    record.to_measure, runs = 1, []
+    record.to_measure, runs, seen = 1, [], []
+    session.watcher = lambda *given: seen.append(given)
 
     def dense() -> None:
         judge.best, judge.predicted = Loss(TOO_DENSE_AT_BEST, judge.predicted), Prediction(9.0, 1.0, 0.5)
         runs.append(1)
 
     assert run(session, dense=dense) is not None
-    assert runs and len(record.measured) == 1 and record.sparse_calls == 1 and not record.losses
+    assert len(record.measured) == record.sparse_calls == len(seen) == 1 and not record.losses
+    assert record.to_measure == 0 and judge.asked.count("found") == 1 + len(runs) > 2
 
 
 # ------------------------------------------------------------------ what holds for a shape
@@ -302,7 +314,10 @@ def test_a_pause_lasts_as_many_calls_as_the_judge_says_and_is_not_for_training()
     assert [ask(session, grad=True).reason, ask(session).reason] == [None, PAUSED]
     judge.pause = 0
     assert [ask(session, grad=True).reason, ask(session).reason, ask(session).reason] == [None, PAUSED, None]
-    assert judge.asked.count("take_pause") == 2
+    judge.pause = 1
+    assert ask(session).reason == PAUSED
+    judge.pause = 0
+    assert ask(session).reason is None and judge.asked.count("take_pause") == 4
 
 
 def test_a_session_without_auto_takes_no_pause() -> None:
