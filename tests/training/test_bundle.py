@@ -26,7 +26,7 @@ from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing import gates
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training import adapter_task, rope_scaling
+from hf_sparse_attn.training import rope_scaling, sparse
 from hf_sparse_attn.training.bundle import bundle
 from hf_sparse_attn.training.bundle import file as bundle_file
 from hf_sparse_attn.training.bundle.card import card
@@ -455,7 +455,7 @@ def test_an_exception_on_the_way_leaves_the_model(stage: str, tmp_path: Path, mo
         "compare": (bundle, "_check_model"),
         "adapter": (lora_file, "add_lora"),
         "weights": (lora_file, "_fill"),
-        "patch": (adapter_task, "patch"),
+        "patch": (sparse, "patch"),
     }[stage]
     original, calls = getattr(owner, name), []
 
