@@ -12,14 +12,14 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.recipe import Run, read_recipe
-from hf_sparse_attn.recipes import moving_wan
 from hf_sparse_attn.recipes.reports import moving_wan_report
+from hf_sparse_attn.recipes.shipped import moving_wan
 from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon, _orthogonal
 from hf_sparse_attn.shipped import moving
 from hf_sparse_attn.shipped.moving import DIRECTIONS, SceneClass, check_motion, moving_clips, scene_classes
 from hf_sparse_attn.training.loop import train
 
-YAML = Path(__file__).parents[2] / "recipes" / "moving_wan.yaml"
+YAML = Path(__file__).parents[2] / "recipes" / "shipped" / "moving_wan.yaml"
 SOME = SceneClass("disc", "red", "down-right")
 
 
