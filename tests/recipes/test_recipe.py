@@ -145,9 +145,7 @@ def test_recipes_that_only_the_repository_has_say_so(monkeypatch: pytest.MonkeyP
     assert not set(recipe._IN_REPOSITORY) & set(shipped_recipes())
     (tmp_path / "a.yaml").write_text("recipe: byte_llama\n")
     for source in ("byte_llama", tmp_path / "a.yaml"):
-        with pytest.raises(
-            ValueError, match=r"recipe 'byte_llama' made a model .* in the repository alone"
-        ):
+        with pytest.raises(ValueError, match=r"recipe 'byte_llama' made a model .* in the repository alone"):
             read_recipe(source)
 
 
