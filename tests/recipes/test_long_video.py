@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipes import video_models
 from hf_sparse_attn.recipes.hunyuan_long_video import HunyuanLongVideo
 from hf_sparse_attn.recipes.reports import page, wan_long_video_report
@@ -24,6 +24,7 @@ from hf_sparse_attn.settings import plain
 from hf_sparse_attn.shipped import moving
 from hf_sparse_attn.shipped.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
 from hf_sparse_attn.training.flow_matching import noise_levels, sample_seed
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video import material as video_material
 from hf_sparse_attn.training.video.data import VideoSettings
 from hf_sparse_attn.training.video.latents import LatentSample, write_latents

@@ -14,9 +14,10 @@ from hf_sparse_attn import recipe
 from hf_sparse_attn.cli import commands as cli
 from hf_sparse_attn.cli import train as train_command
 from hf_sparse_attn.extras import MissingExtra
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Recipe, SparseSettings, read_recipe, shipped_recipes
+from hf_sparse_attn.recipe import OptimizerSettings, Recipe, SparseSettings, read_recipe, shipped_recipes
 from hf_sparse_attn.recipes.shipped.moving_wan import MovingWan
 from hf_sparse_attn.settings import build_config, plain, read_yaml
+from hf_sparse_attn.training.lora.settings import LoraSettings
 
 
 @dataclass(frozen=True)
