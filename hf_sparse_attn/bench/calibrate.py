@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from hf_sparse_attn import machine
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench.kernels import random_pattern
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.timing import clock
-from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.sharing.files import replace_file

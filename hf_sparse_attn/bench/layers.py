@@ -74,7 +74,7 @@ class _Contestant:
                 known = self.before.session
                 made.session.judge = known.judge
                 for name, record in made.session.records.items():
-                    record.always_dense = known.records[name].always_dense
+                    record.by_shape = known.records[name].by_shape
             self.before = made
             seconds = self._forward()
             self.report = made.report()

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
-    from hf_sparse_attn.dispatch import BackendUnavailable
-    from hf_sparse_attn.patching import DenseFallback
+    from hf_sparse_attn.backend import BackendUnavailable
+    from hf_sparse_attn.session import DenseFallback
 
     # A package that is missing is an ImportError, a training that diverged a FloatingPointError.
     return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback

@@ -12,6 +12,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import machine
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench import gpu as bench_gpu
 from hf_sparse_attn.bench import harness as bench
 from hf_sparse_attn.bench import kernels as bench_kernels
@@ -22,7 +23,6 @@ from hf_sparse_attn.bench import tables as bench_tables
 from hf_sparse_attn.bench.options import SUITES, make_options
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.cost import timing
-from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.registry import BACKENDS
 
 SMALL = ["--tokens", "256", "--heads", "2", "--block", "32", "--densities", "0.25,0.5", "--repeats", "1"]
@@ -508,7 +508,7 @@ def test_heads_of_two_kinds_are_the_same_in_one_launch_and_in_two(causal):
 
 
 def test_heads_of_two_kinds_that_no_backend_runs_say_why(monkeypatch):
-    from hf_sparse_attn.dispatch import BackendUnavailable
+    from hf_sparse_attn.backend import BackendUnavailable
 
     def fails(*args):
         raise BackendUnavailable("nothing here")
