@@ -13,7 +13,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import NO_SCHEDULE
 from hf_sparse_attn.hosts.diffusers_model import NAME, NUMBER, Asked, Call, Layer
-from hf_sparse_attn.hosts.diffusers_state import Forwards, Running
+from hf_sparse_attn.hosts.diffusers_state import Forwards, Running, innermost
 from hf_sparse_attn.hosts.padding import Trim, trim
 from hf_sparse_attn.hosts.sdpa_hook import Answer
 from hf_sparse_attn.method import Decline
@@ -91,11 +91,14 @@ class Attention:
 
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""
-        running = self.forwards.called(attention)
+        running, here = self.forwards.called(attention), innermost()
         if running is None:
             return None
 
         def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            # A model that is called inside of the processor asks for itself.
+            if innermost() is not here:
+                return func(*args, **kwargs)
             given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
             q, k, v, mask = (given.pop(name, None) for name in _ARGUMENTS[:4])
 

@@ -70,9 +70,14 @@ class Running:
 _RUNNING: ContextVar[Running | None] = ContextVar("hf_sparse_attn_running", default=None)
 
 
+def innermost() -> Running | None:
+    """The innermost module at work, of any patch."""
+    return _RUNNING.get()
+
+
 def _around(module: nn.Module) -> Running | None:
     """What a module runs inside of; where it does not run, what runs."""
-    top = at = _RUNNING.get()
+    top = at = innermost()
     while at is not None:
         if at.module is module:
             return at.outer
@@ -265,7 +270,7 @@ class Forwards:
 
     def _innermost(self, layers: bool = True) -> Running | None:
         """The innermost module at work that is of this patch, and no layer where these are not asked for."""
-        running = _RUNNING.get()
+        running = innermost()
         while running is not None and (running.forwards is not self or not (layers or running.layer is None)):
             running = running.outer
         return running
