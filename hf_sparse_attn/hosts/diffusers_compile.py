@@ -13,7 +13,7 @@ from hf_sparse_attn.hosts.diffusers_model import Asked, Layer, Tokens
 from hf_sparse_attn.hosts.diffusers_run import Attention
 from hf_sparse_attn.hosts.diffusers_state import Forwards
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import LayerRecord
+from hf_sparse_attn.record import LayerRecord
 
 
 def trained_weights(method: Method) -> bool:

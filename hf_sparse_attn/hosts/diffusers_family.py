@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts.diffusers_model import Place, Tokens
 from hf_sparse_attn.hosts.padding import key_padding
-from hf_sparse_attn.patching import Session
+from hf_sparse_attn.session import Session
 
 
 class DiffusersFamily(ABC):

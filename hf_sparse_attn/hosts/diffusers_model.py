@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs, Segment, TokenLayout
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import LayerRecord, Patch
+from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.record import LayerRecord
 
 log = logging.getLogger(__name__)
 
