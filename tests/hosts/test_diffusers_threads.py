@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.cost.judge import Loss, Prediction
+from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.hosts import diffusers_state
 from hf_sparse_attn.hosts.diffusers_model import self_attentions
 from hf_sparse_attn.record import Done, LayerRecord
@@ -293,8 +294,8 @@ def test_no_count_is_lost() -> None:
     def count() -> None:
         for _ in range(times):
             record.count_sparse([Done(torch.zeros(()), torch.zeros(()), density, 2.0) for density in (0.25, 0.75)])
-            record.count_dense("short")
-            record.count_dense(Loss("predicted", Prediction(1.0, 2.0, 3.0)))
+            record.count_dense(Decision("short"))
+            record.count_dense(Decision(Loss("predicted", Prediction(1.0, 2.0, 3.0))))
             record.count_exact(3, 1, "fused")
 
     in_threads([count] * THREADS)
