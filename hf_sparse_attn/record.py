@@ -91,7 +91,7 @@ class LayerRecord:
     def report(self, requested: float | None) -> LayerReport:
         """The record as it stands."""
         reasons = dict(self.dense_reasons)
-        for (kind, origin), (n, sums) in self.losses.items():
+        for (kind, origin), (n, sums) in self.losses.copy().items():
             reasons[describe(kind, Prediction(*(x / n for x in sums)), origin)] = n
         sparse, dense = (sum(times) for times in zip(*self.measured, strict=True)) if self.measured else (0.0, 0.0)
         calls = self.sparse_calls

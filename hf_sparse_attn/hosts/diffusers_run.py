@@ -80,14 +80,15 @@ class Attention:
 
             inputs = None if running is None else running.inputs
             return self.of(running, Asked(q, k, v, attn_mask, scale, odd, dense, inputs)).transpose(1, 2)
+        attention = self.forwards.thread.traced.attention
         if running is None or odd:
             if running is not None:
-                opaque.note(self.session.number, getattr(running.module, NAME), _not_supported(odd))
+                opaque.note(self.session.number, getattr(attention, NAME), _not_supported(odd))
             return own(query, key, value, attn_mask)
         hidden = None if running.inputs is None else running.inputs.hidden
         extra = {"ticket": self.forwards.thread.traced.ticket, "mask": attn_mask, "hidden": hidden}
         factor, learns = query.shape[3] ** -0.5 if scale is None else scale, int(torch.is_grad_enabled())
-        return opaque.attend(getattr(running.module, NUMBER), q, k, v, extra, [learns], [factor])
+        return opaque.attend(getattr(attention, NUMBER), q, k, v, extra, [learns], [factor])
 
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""

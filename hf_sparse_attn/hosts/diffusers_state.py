@@ -24,6 +24,7 @@ from hf_sparse_attn.patching import Patch
 
 log = logging.getLogger(__name__)
 
+_NUMBERS = itertools.count()
 _TICKETS = itertools.count()
 _MOST_TICKETS = 256
 # What no call of attention has.
@@ -34,8 +35,11 @@ _NO_SIZES = -1, -1
 class Running:
     """A module at work: a transformer, a block that backward runs again, or an attention layer.
 
+    It keeps no model alive, for an interrupt, or an error in backward, leaves it behind: torch calls no hook then.
+
     Args:
-        forwards: those it is one of, or a part of one of.
+        owner: number of the Forwards it belongs to.
+        module: its id.
         call: what its forward is; None where nobody knows, as in a copy of a patched model.
         ticket: of a transformer, by which compiled layers find the call.
         layer: of an attention; while torch.compile traces it is not asked.
@@ -44,8 +48,8 @@ class Running:
         outer: what it runs inside of, of any patch.
     """
 
-    forwards: Forwards
-    module: nn.Module
+    owner: int
+    module: int
     call: Call | None = None
     ticket: Tensor | None = None
     layer: Layer | None = None
@@ -79,19 +83,15 @@ def _around(module: nn.Module) -> Running | None:
     """What a module runs inside of; where it does not run, what runs."""
     top = at = innermost()
     while at is not None:
-        if at.module is module:
+        if at.module == id(module):
             return at.outer
         at = at.outer
     return top
 
 
-def _enter(running: Running) -> None:
-    # An interrupt, after which torch calls no hook, leaves modules behind that run no more: they are dropped here.
-    outer = _around(running.module)
-    # No layer runs inside of one; the end of one that backward stopped in the middle goes unnoticed.
-    while running.layer is not None and outer is not None and outer.layer is not None:
-        outer = outer.outer
-    running.outer = outer
+def _enter(module: nn.Module, running: Running) -> None:
+    # Around it, not in what runs: the same module was left behind where it seems to run inside of itself.
+    running.outer = _around(module)
     _RUNNING.set(running)
 
 
@@ -104,6 +104,7 @@ class Traced:
 
     def __init__(self) -> None:
         self.ticket = opaque.ticket(-1)
+        self.attention: nn.Module | None = None
         self.layer: Running | None = None
         # Whether a forward runs whose beginning is part of a graph.
         self.began = False
@@ -137,6 +138,7 @@ class Forwards:
         # Backward may recompute a layer in a thread of its own, long after its forward or after another one: its
         # rotary tensor, which checkpointing hands over unchanged and every forward makes anew, says which it was.
         self.calls = WeakTensorKeyDictionary()
+        self.number = next(_NUMBERS)
         self.warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
@@ -159,11 +161,11 @@ class Forwards:
             return
         if transformer not in self.attentions:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
-            _enter(Running(self, transformer))
+            _enter(transformer, self._running(transformer))
             return
         number, call = self.begin(transformer, time, self.family.tokens(transformer, inputs))
         ticket = self.thread.traced.ticket = opaque.ticket(number)
-        _enter(Running(self, transformer, call, ticket))
+        _enter(transformer, self._running(transformer, call, ticket=ticket))
 
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
@@ -201,7 +203,7 @@ class Forwards:
         tensors, call = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], self.call
         if call is None:
             call = next((known for t in tensors if (known := self.calls.get(t)) is not None), None)
-            _enter(Running(self, block, call))
+            _enter(block, self._running(block, call))
         else:
             for tensor in tensors:
                 self.calls[tensor] = call
@@ -215,23 +217,24 @@ class Forwards:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
         given = self.by_name(attention, args, kwargs)
         inputs = self.family.layer_inputs(given) if self.session.reads else None
-        running = Running(self, attention, inputs=inputs, text=self.family.text_keys(given))
+        text = self.family.text_keys(given)
         if torch.compiler.is_compiling():
-            self.thread.traced.layer = running
+            traced = self.thread.traced
+            traced.attention, traced.layer = attention, Running(self.number, 0, inputs=inputs, text=text)
             return
-        running.layer, running.call, rotary = self.layers.get(attention), self.call, rotary_table(args, kwargs)
-        if running.layer is None:
+        layer, call, rotary = self.layers.get(attention), self.call, rotary_table(args, kwargs)
+        if layer is None:
             return
-        if rotary is not None and running.call is None:
-            running.call = self.calls.get(rotary)
+        if rotary is not None and call is None:
+            call = self.calls.get(rotary)
         elif rotary is not None:
-            self.calls[rotary] = running.call
-        _enter(running)
+            self.calls[rotary] = call
+        _enter(attention, self._running(attention, call, layer=layer, inputs=inputs, text=text))
 
     def leave_layer(self, attention: nn.Module, *_: object) -> None:
         """Ends what `enter_layer` began, also where a step cache gave the output and attention was never asked."""
         if torch.compiler.is_compiling():
-            self.thread.traced.layer = None
+            self.thread.traced.attention = self.thread.traced.layer = None
         else:
             _RUNNING.set(_around(attention))
 
@@ -248,12 +251,12 @@ class Forwards:
         layer, running = self.layers.get(attention), self._innermost()
         if layer is None:
             return None
-        if running is not None and running.module is attention:
+        if running is not None and running.module == id(attention):
             return running
         # The hooks before it were part of a graph.
-        traced = self.thread.traced.layer
-        text = traced.text if traced is not None and traced.module is attention else 0
-        return Running(self, attention, self.call, layer=layer, text=text)
+        traced = self.thread.traced
+        text = traced.layer.text if traced.layer is not None and traced.attention is attention else 0
+        return self._running(attention, self.call, layer=layer, text=text)
 
     @property
     def call(self) -> Call | None:
@@ -271,9 +274,12 @@ class Forwards:
     def _innermost(self, layers: bool = True) -> Running | None:
         """The innermost module at work that is of this patch, and no layer where these are not asked for."""
         running = innermost()
-        while running is not None and (running.forwards is not self or not (layers or running.layer is None)):
+        while running is not None and (running.owner != self.number or not (layers or running.layer is None)):
             running = running.outer
         return running
+
+    def _running(self, module: nn.Module, call: Call | None = None, **more: Any) -> Running:
+        return Running(self.number, id(module), call, **more)
 
     def _warn(self, text: str) -> None:
         if text not in self.warned:

@@ -92,7 +92,7 @@ class Observing(Session):
                 if of_sequence(self, own, q.device).reason is None:
                     self._show(_seen(record.name, span.cut(q, k, v), own))
         if isinstance(self.method, _Nothing):
-            record.dense_reasons["observed"] += 1
+            record.count(record.dense_reasons, "observed")
             return None
         return super().sparse(record, q, k, v, ctx, spans, decided=decided)
 
@@ -104,7 +104,7 @@ class Observing(Session):
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None
     ) -> tuple[Tensor, Tensor]:
         """Attention, dense where there is no method, whose gradient is shown when it is known."""
-        record.dense_reasons["observed"] += 1
+        record.count(record.dense_reasons, "observed")
         sequences, parts = _spans(q, k, ctx, spans), []
         for span, own in sequences:
             cut = span.cut(q, k, v)

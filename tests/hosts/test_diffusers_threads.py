@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import hf_sparse_attn as hsa
+from hf_sparse_attn.cost.judge import Loss, Prediction
+from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.hosts import diffusers_state
 from hf_sparse_attn.hosts.diffusers_model import self_attentions
 from hf_sparse_attn.record import Done, LayerRecord
@@ -265,15 +267,23 @@ def test_a_forward_inside_of_a_forward(outer: str, inner: str, place: str) -> No
         assert (counted(first), counted(second)) == expected
 
 
-def test_experts_of_one_patch_inside_of_one_another() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_experts_of_one_patch_inside_of_one_another(compiled: bool) -> None:
     """Two transformers of one pipeline share a patch, but no forward."""
     pipe = tiny_wan.pipeline("experts")
     one, two = tiny_wan.inputs(latents=(3, 6, 10)), tiny_wan.inputs(latents=(5, 4, 6))
     with hsa.patch(pipe, strict=True, **RADIAL):
         want, wanted = run(pipe.transformer, **one), run(pipe.transformer_2, **two)
         found: list[Tensor] = []
-        module = pipe.transformer.blocks[1].attn1
-        handle = module.register_forward_pre_hook(lambda *_: found.append(run(pipe.transformer_2, **two)))
+
+        @torch.compiler.disable
+        def hook(*_: Any) -> None:
+            found.append(run(pipe.transformer_2, **two))
+
+        handle = pipe.transformer.blocks[1].register_forward_pre_hook(hook)
+        if compiled:
+            torch._dynamo.reset()
+            pipe.transformer.compile_repeated_blocks(backend="eager")
         assert torch.equal(run(pipe.transformer, **one), want) and torch.equal(found[0], wanted)
         handle.remove()
 
@@ -284,11 +294,13 @@ def test_no_count_is_lost() -> None:
     def count() -> None:
         for _ in range(times):
             record.count_sparse([Done(torch.zeros(()), torch.zeros(()), density, 2.0) for density in (0.25, 0.75)])
-            record.count_dense("short")
+            record.count_dense(Decision("short"))
+            record.count_dense(Decision(Loss("predicted", Prediction(1.0, 2.0, 3.0))))
             record.count_exact(3, 1, "fused")
 
     in_threads([count] * THREADS)
     calls = times * THREADS
     found = record.report(None)
     assert (found.sparse_calls, found.density, found.predicted_gain) == (calls, 0.5, 2.0)
-    assert (found.reasons, found.exact_calls, found.backends) == ({"short": calls}, calls, {"fused": calls})
+    assert (list(found.reasons.values()), found.exact_calls) == ([calls, calls], calls)
+    assert found.backends == {"fused": calls}
