@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -238,31 +238,6 @@ class SparseSettings:
     dense_layers: int | tuple[int, ...] | None = None
     dense_steps: float | tuple[float, ...] | None = None
     min_tokens: int | Literal["auto"] = "auto"
-
-
-class Stage(Protocol):
-    """A stretch of a training that has several."""
-
-    @property
-    def steps(self) -> int:
-        """How many steps."""
-
-
-AnyStage = TypeVar("AnyStage", bound=Stage)
-
-
-def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:
-    """The stage that the step counted from 0 belongs to.
-
-    Raises:
-        ValueError: there are not so many steps.
-    """
-    left = step
-    for stage in stages:
-        if left < stage.steps:
-            return stage
-        left -= stage.steps
-    raise ValueError(f"`step` must be less than {step - left}, got {step}")
 
 
 # ---------------------------------------------------------------------- finding recipes

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, Task, stage_at
+from hf_sparse_attn.recipe import OptimizerSettings, Run, Task
 from hf_sparse_attn.recipes.shipped.byte_llama_init import CircuitConfig, set_circuit
+from hf_sparse_attn.recipes.shipped.staged import StagedRecipe
 from hf_sparse_attn.shipped.corpus import FIRST_BYTE, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.training.text.data import document_weights
 
@@ -83,7 +84,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByteLlama(Recipe):
+class ByteLlama(StagedRecipe):
     """The model, what it reads, and how long.
 
     Args:
@@ -106,16 +107,6 @@ class ByteLlama(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("schedule_steps", self.schedule_steps, 1)
-        if not self.stages:
-            raise ValueError("`stages` must hold at least one, got none")
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> StageConfig:
-        """The stage that the step counted from 0 belongs to."""
-        return stage_at(self.stages, step)
 
     def task(self, run: Run) -> Task:
         return ByteLlamaTask(self, run)
@@ -175,7 +166,7 @@ def training_batch(config: ByteLlama, step: int) -> tuple[Tensor, Tensor]:
     Returns:
         Token ids and loss weights, both of shape (batch, length).
     """
-    stage = config.stage_at(step)
+    stage: StageConfig = config.stage_at(step)
     rng = np.random.default_rng((config.seed, step))
     length = _length(stage, rng)
     most = max(1, length // stage.bytes_per_needle)

@@ -20,8 +20,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.recipe import Recipe, Run, Task, stage_at
+from hf_sparse_attn.recipe import OptimizerSettings, Run, Task
 from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon
+from hf_sparse_attn.recipes.shipped.staged import StagedRecipe
 from hf_sparse_attn.shipped.moving import (
     CHANNELS_IN,
     CHANNELS_OUT,
@@ -95,18 +96,20 @@ class StageConfig:
                 raise ValueError(f"`{name}` must be even and at least {least} for {self.frames} frames, got {size}")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Muon for the matrices of the blocks, AdamW for the rest; a linear warm-up, then a cosine down to a fraction."""
+@dataclass(frozen=True, kw_only=True)
+class MuonSettings(OptimizerSettings):
+    """Muon at another rate for the matrices of the blocks, AdamW for the rest; see OptimizerSettings."""
 
     matrix_rate: float
-    learning_rate: float
-    warmup_steps: int
-    final_fraction: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    gradient_clip: float
+
+    def make_both(self, model: Any) -> list[torch.optim.Optimizer]:
+        """Both optimizers."""
+        matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        muon = Muon(matrices, lr=self.matrix_rate, weight_decay=self.weight_decay)
+        adam = torch.optim.AdamW(rest, lr=self.learning_rate, betas=(self.beta1, self.beta2), weight_decay=0.0)
+        return [muon, adam]
 
 
 @dataclass(frozen=True)
@@ -118,26 +121,13 @@ class FlowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovingWan(Recipe):
+class MovingWan(StagedRecipe):
     """The model, the clips it sees, and how long."""
 
     model: ModelConfig
-    optimizer: OptimizerConfig
+    optimizer: MuonSettings
     flow: FlowConfig
     stages: tuple[StageConfig, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.stages:
-            raise ValueError("`stages` must hold at least one, got none")
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> StageConfig:
-        """The stage that the step counted from 0 belongs to."""
-        return stage_at(self.stages, step)
 
     def task(self, run: Run) -> Task:
         return MovingWanTask(self, run)
@@ -214,25 +204,6 @@ def _draw(config: MovingWan, stage: StageConfig, seed: int) -> Batch:
     return Batch(given, mix, condition(told), noise - clips)
 
 
-def _rate(config: MovingWan, step: int) -> float:
-    """Share of the peak learning rate at a step."""
-    optimizer, factor = config.optimizer, config.stage_at(step).rate
-    if step < optimizer.warmup_steps:
-        return factor * (step + 1) / optimizer.warmup_steps
-    done = (step - optimizer.warmup_steps) / max(1, config.total_steps - optimizer.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return factor * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
-
-
-def _make_optimizers(model: Any, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay)
-    adam = torch.optim.AdamW(rest, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
-    return [muon, adam]
-
-
 class MovingWanTask(Task):
     """All weights of the model, from the start, and their moving average, which is the result."""
 
@@ -242,16 +213,17 @@ class MovingWanTask(Task):
         self.average = build_model(recipe).to(run.device).eval()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return _make_optimizers(self.module, self.recipe.optimizer)
+        return self.recipe.optimizer.make_both(self.module)
 
     def rate(self, step: int) -> float:
-        return _rate(self.recipe, step)
+        recipe = self.recipe
+        return float(recipe.stage_at(step).rate) * recipe.optimizer.factor(step, recipe.total_steps)
 
     def gradient_clip(self) -> float | None:
         return self.recipe.optimizer.gradient_clip
 
     def samples(self, step: int) -> int:
-        return self.recipe.stage_at(step).clips
+        return int(self.recipe.stage_at(step).clips)
 
     def batch(self, step: int, samples: Sequence[int]) -> Batch:
         # The clips of a step come from one generator: all are drawn, and these taken.
