@@ -97,7 +97,6 @@ def _parser() -> _Parser:
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
-    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every class")
     coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
     coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
 
@@ -211,7 +210,7 @@ def _coverage(args: argparse.Namespace) -> int:
     from hf_sparse_attn.coverage.run import coverage_of, versions
     from hf_sparse_attn.tables import table
 
-    found = coverage_of(args.library, args.verify)
+    found = coverage_of(args.library)
     used = versions(found)
     document = coverage_page.document(found, used)
     written = [] if args.output is None else coverage_page.write(document, args.output)
