@@ -16,10 +16,11 @@ class Family(Protocol):
     """One file in patches/, one class, registered by name. All its functions are static.
 
     `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers;
-    `presets`, where it has some, are what `quality=` of patch() chooses from (presets.py). One with `generic = True`
-    takes what no other family knows. One whose models differ in their layouts has `provided(modules)`, which says it
-    of these modules; `provides` is then all that any of them has. One that hands over what a layer had besides q, k
-    and v has `reads`, the fields of context.LayerInputs that its hooks fill in where the session's method reads them.
+    `presets`, where it brings some, are what `quality=` of patch() chooses from before the table (presets.py). One
+    with `generic = True` takes what no other family knows. One whose models differ in their layouts has
+    `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
+    over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
+    where the session's method reads them.
     """
 
     provides: ClassVar[frozenset[str]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_sparse_attn.coverage.listing import Coverage, Progress, quiet, short
+from hf_sparse_attn.coverage.listing import Coverage, Progress, Way, quiet, short
 from hf_sparse_attn.family import find_family
 
 TASKS = {
@@ -113,7 +113,7 @@ def _of(name: str, task: str, configs: Configs | None) -> Coverage:
     except Exception as error:
         return Coverage(name, "transformers", None, None, short(error), False, False, "transformers", task)
     family, reason, built = _decide(kind, reads_onward(task), configs)
-    way = None if family is None else "interface"
+    way: Way | None = None if family is None else "interface"
     return Coverage(name, file, family, way, reason, built, False, "transformers", task)
 
 
