@@ -264,9 +264,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.profiling.view import report as profile_report
+    from hf_sparse_attn.profiling.view import files
 
-    text, notes = profile_report.main(args, _width())
+    text, notes = files.main(args, _width())
     print(text)
     for note in notes:
         print(note, file=sys.stderr)
@@ -306,7 +306,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from hf_sparse_attn.cli import profile as profile_command
 
-    print(profile_command.main(args))
+    print(profile_command.main(args, _width()))
     return 0
 
 
