@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.method import make_method
 from hf_sparse_attn.presets import QUALITIES, Preset, find_preset, presets_of
-from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.registry import FAMILIES, make_method
 from tests.support import tiny_hunyuan, tiny_wan
 from tests.support.tiny_lm import FAMILIES as MODELS
 

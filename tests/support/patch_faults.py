@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse_attn.patching import LayerRecord, Session
+from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session
 from tests.coverage import trial
 from tests.coverage.trial import Trial
 
