@@ -279,11 +279,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    import torch
-
     from hf_sparse_attn.bench import calibrate
     from hf_sparse_attn.bench.options import Options
     from hf_sparse_attn.cost import table as cost
+    from hf_sparse_attn.cost.timing import threads
 
     own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
@@ -293,12 +292,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     # With --output for the package or another machine, else for this user.
     path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    try:
+    with threads(args.threads):
         found = calibrate.measure(device)
-    finally:
-        torch.set_num_threads(before)
     calibrate.write(found, path)
     if args.json:
         _print_json(found)

@@ -73,12 +73,10 @@ def main(args: argparse.Namespace, width: int) -> str:
 
 
 def _candidates(path: Path) -> list[Any]:
-    from hf_sparse_attn.profiles.measurements import _tuples
-    from hf_sparse_attn.registry import make_method
+    from hf_sparse_attn.profiles.measurements import methods_of
 
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return [make_method(e["method"], _tuples(e.get("params", {}))) for e in entries]
+        return list(methods_of(json.loads(path.read_text(encoding="utf-8"))))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`candidates` must be a JSON list of methods with params, got {path}: {error}") from error
 

@@ -24,7 +24,7 @@ class Coverage:
         family: the family that takes it; None where none does, or where that cannot be asked.
         way: how its self-attention is reached, "both" where its layers differ; None where it cannot be.
         reason: why it cannot be patched, or None.
-        built: whether an instance was asked (without memory for its weights); else the code of the class was read.
+        built: whether an instance was asked (without memory for its weights).
         verified: whether a small instance was run, patched, as it must.
         library: that has it.
         task: what the library lists it for.
@@ -49,7 +49,7 @@ class Coverage:
             return "verified"
         if self.reason is None:
             return "patched"
-        return "declined" if self.built or self.library == "diffusers" else "not built"
+        return "declined" if self.built else "not built"
 
 
 STATUSES: dict[Status, str] = {

@@ -6,15 +6,14 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_sparse_attn.coverage.listing import Coverage, Progress, Way
-from hf_sparse_attn.family import find_family
-from hf_sparse_attn.hosts.diffusers_model import self_attentions, way_of
+from hf_sparse_attn.coverage.listing import Coverage, Progress, Way, short
+from hf_sparse_attn.family import ask_families
+from hf_sparse_attn.hosts.diffusers_model import self_attentions
 
 _LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers", "depth", "n_layers", "num_visual_blocks")
 # What classes cannot be built without where their own default is None, least first.
@@ -74,32 +73,18 @@ def _classes() -> Iterator[type[Any]]:
 def _of(kind: type[Any], sizes: Sizes | None) -> Coverage:
     name, file = kind.__name__, kind.__module__
     model = _without_memory(kind, sizes)
-    if model is None:
-        ways = {way for processor in _processors(kind) if (way := way_of(processor)) is not None}
-        reason = None if ways else f"{name} names no processor that reaches the dispatcher or PyTorch's function"
-        note = None if reason else "no instance of it could be built without arguments"
-        return Coverage(name, file, None, _one(ways), reason, False, False, note=note)
-    try:
-        family = find_family(model)[0]
-    except TypeError as error:
-        return Coverage(name, file, None, None, _own_reason(name, str(error)), True, False)
-    ways = {found.way for found in self_attentions(model) if found.way is not None}
-    return Coverage(name, file, family, _one(ways), None, True, False)
+    if isinstance(model, Exception):
+        return Coverage(name, file, None, None, f"could not be built: {short(model)}", False, False)
+    found, reasons = ask_families(model)
+    if found is None:
+        return Coverage(name, file, None, None, reasons["diffusers"], True, False)
+    ways = {layer.way for layer in self_attentions(model) if layer.way is not None}
+    way: Way | None = "both" if len(ways) > 1 else next(iter(ways), None)
+    return Coverage(name, file, found[0], way, None, True, False)
 
 
-def _one(ways: set[Any]) -> Way | None:
-    return "both" if len(ways) > 1 else next(iter(ways), None)
-
-
-def _own_reason(name: str, text: str) -> str:
-    """The part of find_family's message that is about the class; the other families only say that it is not theirs."""
-    parts = text.partition("(")[2].rstrip(")").split("; ")
-    own = [part.partition(": ")[2] for part in parts if part.startswith("diffusers: ")]
-    return own[0] if own else f"{name}: {text}"
-
-
-def _without_memory(kind: type[Any], sizes: Sizes | None) -> nn.Module | None:
-    """An instance without memory for weights, of few layers or of the class's own sizes; None where it has none."""
+def _without_memory(kind: type[Any], sizes: Sizes | None) -> nn.Module | Exception:
+    """An instance without memory for weights, of few layers or of the class's own sizes; or why there is none."""
     parameters = inspect.signature(kind.__init__).parameters
     few = {name: 1 for name in _LAYERS if name in parameters}
     none = {name for name, parameter in parameters.items() if parameter.default is None}
@@ -109,39 +94,6 @@ def _without_memory(kind: type[Any], sizes: Sizes | None) -> nn.Module | None:
             with torch.device("meta"):
                 model: nn.Module = kind(**arguments)
             return model
-        except Exception:
-            # Whatever a class raises without its sizes: there is no instance to ask.
-            continue
-    return None
-
-
-def _processors(kind: type[Any]) -> list[Any]:
-    """Stand-ins of the processor classes that the code of a class names, directly or through its parts."""
-    seen: set[type[Any]] = set()
-    waiting = [kind]
-    while waiting:
-        current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for member in vars(current).values():
-            if isinstance(member, type) and member.__module__.startswith("diffusers.models"):
-                waiting.append(member)
-            function: Any = inspect.unwrap(member) if callable(member) else None
-            code = getattr(function, "__code__", None)
-            for name in _names(code) if code is not None else ():
-                found = function.__globals__.get(name)
-                if isinstance(found, type) and found.__module__.startswith("diffusers.models"):
-                    waiting.append(found)
-    return [object.__new__(k) for k in sorted(seen, key=lambda k: k.__name__) if _is_processor(k)]
-
-
-def _is_processor(kind: type[Any]) -> bool:
-    return "Processor" in kind.__name__ and not issubclass(kind, nn.Module)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+        except Exception as error:
+            refused = error
+    return refused

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.coverage.listing import Coverage, Progress, Way, quiet, short
-from hf_sparse_attn.family import find_family
+from hf_sparse_attn.family import ask_families
 
 TASKS = {
     "causal LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -130,11 +130,11 @@ def _decide(kind: Any, decoder: bool, configs: Configs | None) -> tuple[str | No
         except Exception as error:
             refused = refused or error
             continue
-        try:
-            return find_family(model)[0], None, True
-        except TypeError as error:
-            # Where only some layers have attention, another instance may have one.
-            reason = reason or _own_reason(str(error), decoder)
+        found, reasons = ask_families(model)
+        if found is not None:
+            return found[0], None, True
+        # Where only some layers have attention, another instance may have one.
+        reason = reason or _own_reason(reasons, decoder)
     return None, reason or f"could not be built: {short(refused)}", reason is not None
 
 
@@ -189,9 +189,7 @@ def fill_rope(found: dict[str, Any]) -> None:
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
-def _own_reason(text: str, decoder: bool) -> str:
-    """The part of find_family's message by the family it is about; the others only say that it is not theirs."""
-    parts = text.partition("(")[2].removesuffix(")").split("; ")
-    said = {name: reason for name, _, reason in (part.partition(": ") for part in parts)}
-    own = said.get("llama" if decoder else "encoder", text)
-    return said.get("encoder", text) if own.startswith("encoder-decoder") else own
+def _own_reason(reasons: Mapping[str, str], decoder: bool) -> str:
+    """The reason of the family that the class is about; the others only say that it is not theirs."""
+    own = reasons["llama" if decoder else "encoder"]
+    return reasons["encoder"] if own.startswith("encoder-decoder") else own
