@@ -91,6 +91,7 @@ def test_a_class_is_declined_with_its_reason(name: str) -> None:
     assert DECLINED[name] in (found.reason or "")
 
 
+@pytest.mark.slow
 def test_every_class_is_listed_with_its_family_or_its_reason(listed: list[Coverage]) -> None:
     assert [c.name for c in listed] == sorted(transformers_tasks())
     for c in listed:
@@ -104,6 +105,7 @@ def test_every_class_is_listed_with_its_family_or_its_reason(listed: list[Covera
         assert row["patched"] >= 0.6 * row["classes"] and row["not built"] <= 0.1 * row["classes"], row
 
 
+@pytest.mark.slow
 def test_counts_add_up_and_one_class_may_count_twice(listed: list[Coverage]) -> None:
     for row in coverage_counts(listed).values():
         assert row["classes"] == sum(row[status] for status in STATUSES)

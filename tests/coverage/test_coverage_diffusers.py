@@ -35,6 +35,7 @@ def kinds() -> dict[str, Any]:
     return diffusers_kinds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERIFIED)
 def test_a_tiny_instance_is_verified(name: str, kinds: dict[str, Any]) -> None:
     if name not in kinds:
