@@ -17,10 +17,11 @@ class Family(Protocol):
     """One file in patches/, one class, registered by name. All its functions are static.
 
     `provides` names the layouts it can describe (keys of method.NEEDS); `models` says in words what it covers;
-    `presets`, where it has some, are what `quality=` of patch() chooses from (presets.py). One with `generic = True`
-    takes what no other family knows. One whose models differ in their layouts has `provided(modules)`, which says it
-    of these modules; `provides` is then all that any of them has. One that hands over what a layer had besides q, k
-    and v has `reads`, the fields of context.LayerInputs that its hooks fill in where the session's method reads them.
+    `presets`, where it brings some, are what `quality=` of patch() chooses from before the table (presets.py). One
+    with `generic = True` takes what no other family knows. One whose models differ in their layouts has
+    `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
+    over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
+    where the session's method reads them.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -39,24 +40,33 @@ class Family(Protocol):
         """A tiny randomly initialised real model of the family and keyword inputs for its forward."""
 
 
-def find_family(model: object) -> tuple[str, type[Family], list[nn.Module]]:
+Found = tuple[str, type[Family], list[nn.Module]]
+
+
+def find_family(model: object) -> Found:
     """Name and class of the family of a model, and the modules to patch.
 
     Raises:
         TypeError: no family knows it; the message gives each family's reason.
     """
+    found, reasons = ask_families(model)
+    if found is None:
+        said = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise TypeError(f"`model` must be a model or pipeline of a known family, got {type(model).__name__} ({said})")
+    return found
+
+
+def ask_families(model: object) -> tuple[Found | None, dict[str, str]]:
+    """What `find_family` gives, or None, and why each family that was asked does not know the model."""
     from hf_sparse_attn.registry import FAMILIES
 
-    reasons = []
+    reasons: dict[str, str] = {}
     for name, family in sorted(FAMILIES.items(), key=lambda item: getattr(item[1], "generic", False)):
         found = family.targets(model)
         if not isinstance(found, Decline):
-            return name, family, found
-        reasons.append(f"{name}: {found.reason}")
-    reasons += [f"{name}: {why}" for name, why in FAMILIES.missing.items()]
-    raise TypeError(
-        f"`model` must be a model or pipeline of a known family, got {type(model).__name__} ({'; '.join(reasons)})"
-    )
+            return (name, family, found), reasons
+        reasons[name] = found.reason
+    return None, {**reasons, **FAMILIES.missing}
 
 
 def install(model: object, found: tuple[str, type[Family], list[nn.Module]], session: Session) -> Patch:

@@ -1,9 +1,17 @@
-"""Presets: parameters of a method for a family in one word, each with where its values come from."""
+"""Presets: parameters of a method for a family in one word, each with where its values come from.
+
+Those of this package are the rows of assets/presets.json. There is none for sliding_window on a video: a frame has
+thousands of tokens and how many depends on the size of the video, so that no number of tokens means the same twice,
+and nobody has published one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,10 +20,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.family import Family
 
 QUALITIES = ("high", "balanced", "fast")
-
-
-def _any_size(modules: Sequence[nn.Module]) -> bool:
-    return True
+_TABLE = Path(__file__).parent / "assets" / "presets.json"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Preset:
         params: parameters of the method that differ from its defaults.
         dense_layers, dense_steps: as in `patch()`.
         size: which models of the family, in words.
-        fits: whether the patched modules are of that size.
+        modules: number of patched modules that tells those models apart; None means any.
     """
 
     method: str
@@ -39,11 +44,29 @@ class Preset:
     dense_layers: int | None = None
     dense_steps: float | None = None
     size: str = "all"
-    fits: Callable[[Sequence[nn.Module]], bool] = _any_size
+    modules: int | None = None
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {self.quality!r}")
+
+    def fits(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the patched modules are of its size."""
+        return self.modules is None or self.modules == len(modules)
+
+
+def presets_of(name: str, family: type[Family]) -> tuple[Preset, ...]:
+    """The presets of a family: those that it brings itself as `presets`, then those of the table."""
+    return (*getattr(family, "presets", ()), *_table().get(name, ()))
+
+
+@cache
+def _table() -> dict[str, list[Preset]]:
+    found: dict[str, list[Preset]] = {}
+    for row in json.loads(_TABLE.read_text(encoding="utf-8")):
+        for name in row.pop("families"):
+            found.setdefault(name, []).append(Preset(**row))
+    return found
 
 
 def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], method: str, quality: str) -> Preset:
@@ -54,7 +77,7 @@ def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], m
     """
     if quality not in QUALITIES:
         raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}")
-    known: Sequence[Preset] = getattr(family, "presets", ())
+    known = presets_of(name, family)
     for preset in known:
         if (preset.method, preset.quality) == (method, quality) and preset.fits(modules):
             return preset
@@ -63,26 +86,3 @@ def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], m
         f"`quality` {quality!r} must be known for method {method!r} in family {name}, which has presets for: "
         f"{methods}. Give the method's parameters instead"
     )
-
-
-_SEARCH = "candidate of the head search of MInference (arXiv 2407.02490)"
-_OURS = "ours, not measured on a trained model: "
-
-# Causal text, whatever the model: the published values are the same for all sizes.
-TEXT_PRESETS: tuple[Preset, ...] = (
-    Preset("vertical_slash", "high", _OURS + "twice the verticals of balanced", {"vertical": 2000, "slash": 6096}),
-    Preset(
-        "vertical_slash", "balanced", "MInference 1.0, heads without a pattern of their own",
-        {"vertical": 1000, "slash": 6096},
-    ),
-    Preset(
-        "vertical_slash", "fast", "MInference, all heads of Llama 3.1 in its second configuration",
-        {"vertical": 512, "slash": 2048},
-    ),
-    Preset("sliding_window", "high", _OURS + "twice the window of balanced", {"window": 8064, "sink": 128}),
-    Preset("sliding_window", "balanced", "A-shape of MInference", {"window": 3968, "sink": 128}),
-    Preset("sliding_window", "fast", _SEARCH, {"window": 800, "sink": 100}),
-    Preset("block_topk", "high", _OURS + "twice the blocks of balanced", {"block_size": 64, "topk": 200}),
-    Preset("block_topk", "balanced", "block-sparse heads of MInference", {"block_size": 64, "topk": 100}),
-    Preset("block_topk", "fast", _OURS + "half the blocks of balanced", {"block_size": 64, "topk": 50}),
-)  # fmt: skip

@@ -17,7 +17,6 @@ from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformer
 from hf_sparse_attn.hosts.padding import key_padding
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.presets import Preset
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.session import Session
 
@@ -36,65 +35,6 @@ _HISTORY = {
 }
 
 
-_OURS = "ours, not measured on a trained model: "
-_STA = "Sliding Tile Attention (arXiv 2502.04507)"
-_RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
-_BANDS = {"decay": 0.95, "variant": "hunyuan"}
-_PRESETS = (
-    Preset(
-        "radial", "high", "ours, not measured on a trained model: more dense layers and steps than balanced",
-        _BANDS, dense_layers=2, dense_steps=0.4,
-    ),
-    Preset(
-        "radial", "balanced", f"{_RADIAL} for HunyuanVideo: 117 frames of 768 x 1280, 12 of 50 steps",
-        _BANDS, dense_layers=0, dense_steps=12 / 50,
-    ),
-    Preset(
-        "radial", "fast", f"{_RADIAL} at four times the trained length, 2 of 50 steps; there with a LoRA for it",
-        _BANDS, dense_layers=2, dense_steps=2 / 50,
-    ),
-    Preset(
-        "block_topk", "high", _OURS + "twice the blocks of balanced, more dense steps",
-        {"density": 0.5}, dense_layers=2, dense_steps=0.4,
-    ),
-    Preset(
-        "block_topk", "balanced", _OURS + "a quarter of the blocks; dense layers and steps as for radial",
-        {"density": 0.25}, dense_layers=0, dense_steps=12 / 50,
-    ),
-    Preset(
-        "block_topk", "fast", _OURS + "an eighth of the blocks, fewer dense steps",
-        {"density": 0.125}, dense_layers=2, dense_steps=0.1,
-    ),
-    Preset(
-        "svg", "high", _OURS + "half of the pairs, more dense steps",
-        {"density": 0.5, "sink": False}, dense_layers=2, dense_steps=0.4,
-    ),
-    Preset(
-        "svg", "balanced", "scripts of Sparse VideoGen (arXiv 2502.01776) for HunyuanVideo at 720p: the first 3 % of "
-        "the layers", {"density": 0.25, "sink": False}, dense_layers=1, dense_steps=0.1,
-    ),
-    Preset(
-        "svg", "fast", "scripts of Sparse VideoGen (arXiv 2502.01776) at 480p",
-        {"density": 0.2, "sink": False}, dense_layers=1, dense_steps=0.04,
-    ),
-    Preset(
-        "sliding_tile", "high", _OURS + "twice the pairs of balanced, more dense steps",
-        {"window": 0.3}, dense_steps=0.4,
-    ),
-    Preset(
-        "sliding_tile", "balanced", f"{_STA} for HunyuanVideo: 15 of 50 steps, windows of about this share of the "
-        "pairs. There each head has one found by search (`hsa.profile` does that), here all have the same",
-        {"window": 0.15}, dense_steps=15 / 50,
-    ),
-    Preset(
-        "sliding_tile", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
-        {"window": 0.1}, dense_steps=0.1,
-    ),
-    # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
-    # no number of tokens means the same twice, and nobody has published one.
-)  # fmt: skip
-
-
 @FAMILIES.register("hunyuan_video")
 class HunyuanVideo(DiffusersFamily):
     """HunyuanVideo transformers of diffusers, bare, wrapped (PEFT, torch.compile) or in a pipeline; see family.Family.
@@ -111,7 +51,6 @@ class HunyuanVideo(DiffusersFamily):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})
-    presets: ClassVar[tuple[Preset, ...]] = _PRESETS
     models: ClassVar[str] = "diffusers: HunyuanVideo (text, image to video), SkyReels V1, FramePack, HunyuanVideo 1.5"
 
     @staticmethod

@@ -10,7 +10,6 @@ from torch import nn
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.presets import TEXT_PRESETS, Preset
 from hf_sparse_attn.registry import FAMILIES
 
 # Decoders that choose their own keys: they cut the mask up inside the model, and have nothing left to make sparse.
@@ -39,7 +38,6 @@ class Llama:
 
     provides: ClassVar[frozenset[str]] = frozenset({"causal"})
     reads: ClassVar[frozenset[str]] = frozenset({"hidden", "q", "k"})
-    presets: ClassVar[tuple[Preset, ...]] = TEXT_PRESETS
     models: ClassVar[str] = "transformers decoders on the attention interface (Llama, Mistral, Qwen2/3, Gemma2/3, ...)"
 
     @staticmethod

@@ -17,7 +17,6 @@ from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_
 from hf_sparse_attn.hosts.vision_segments import Cut, Segments
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.presets import TEXT_PRESETS, Preset
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.session import Session
@@ -53,7 +52,6 @@ class QwenVL:
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"causal", "video grid"})
-    presets: ClassVar[tuple[Preset, ...]] = TEXT_PRESETS
     models: ClassVar[str] = "transformers: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE; vision tower in fewer calls"
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,102 +14,12 @@ from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
 from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.presets import Preset
 from hf_sparse_attn.registry import FAMILIES
 
 _CLASSES = {
     "diffusers.models.transformers.transformer_wan": "WanTransformer3DModel",
     "diffusers.models.transformers.transformer_wan_vace": "WanVACETransformer3DModel",
 }
-
-
-_OURS = "ours, not measured on a trained model: "
-_STA = "Sliding Tile Attention (arXiv 2502.04507)"
-_VSA = "Video Sparse Attention (arXiv 2505.13389)"
-_RADIAL = "scripts of Radial Attention (arXiv 2506.19852)"
-
-
-def _two_experts(modules: Sequence[nn.Module]) -> bool:
-    return len(modules) == 2
-
-
-_PRESETS = (
-    Preset(
-        "radial", "high", "ours, not measured on a trained model: wider bands and more dense steps than balanced",
-        {"decay": 0.95, "block_size": 64}, dense_layers=2, dense_steps=0.4, size="two experts (2.2)",
-        fits=_two_experts,
-    ),
-    Preset(
-        "radial", "balanced", f"{_RADIAL} for Wan 2.2: 77 frames, 11 of 40 steps",
-        {"decay": 0.8, "block_size": 64}, dense_layers=1, dense_steps=11 / 40, size="two experts (2.2)",
-        fits=_two_experts,
-    ),
-    Preset(
-        "radial", "high", "ours, not measured on a trained model: wider bands and more dense steps than balanced",
-        {"decay": 0.5}, dense_layers=2, dense_steps=0.4,
-    ),
-    Preset(
-        "radial", "balanced", f"{_RADIAL} for Wan 2.1 14B: 69 frames of 768 x 1280, 12 of 50 steps",
-        {"decay": 0.2}, dense_layers=1, dense_steps=12 / 50,
-    ),
-    Preset(
-        "radial", "fast", f"{_RADIAL} at twice the trained length, 2 of 50 steps; there with a LoRA for it",
-        {"decay": 0.2}, dense_layers=2, dense_steps=2 / 50,
-    ),
-    Preset(
-        "block_topk", "high", _OURS + "twice the blocks of balanced, more dense steps",
-        {"density": 0.5}, dense_layers=1, dense_steps=0.4,
-    ),
-    Preset(
-        "block_topk", "balanced", _OURS + "a quarter of the blocks; dense layers and steps as for radial",
-        {"density": 0.25}, dense_layers=1, dense_steps=12 / 50,
-    ),
-    Preset(
-        "block_topk", "fast", _OURS + "an eighth of the blocks, fewer dense steps",
-        {"density": 0.125}, dense_layers=1, dense_steps=0.1,
-    ),
-    Preset(
-        "svg", "high", _OURS + "half of the pairs, more dense steps",
-        {"density": 0.5}, dense_layers=1, dense_steps=0.4,
-    ),
-    Preset(
-        "svg", "balanced", "scripts of Sparse VideoGen (arXiv 2502.01776) for Wan at 720p: the first 3 % of "
-        "the layers",
-        {"density": 0.3}, dense_layers=1, dense_steps=0.2,
-    ),
-    Preset(
-        "svg", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
-        {"density": 0.2}, dense_layers=1, dense_steps=0.1,
-    ),
-    Preset(
-        "sliding_tile", "high", _OURS + "twice the pairs of balanced, more dense steps",
-        {"window": 0.3}, dense_steps=0.4,
-    ),
-    Preset(
-        "sliding_tile", "balanced", f"{_STA} for Wan: 12 of 50 steps, windows of about this share of the pairs. There "
-        "each head has one found by search (`hsa.profile` does that), here all have the same",
-        {"window": 0.15}, dense_steps=12 / 50,
-    ),
-    Preset(
-        "sliding_tile", "fast", _OURS + "two thirds of the pairs of balanced, fewer dense steps",
-        {"window": 0.1}, dense_steps=0.1,
-    ),
-    Preset(
-        "vsa", "high", f"{_VSA}: the share of the tiles that its scripts fine-tune with. There the model is trained "
-        "with it, and with gates (recipe vsa_gate); without them not measured",
-        {"density": 0.2}, dense_steps=0.1,
-    ),
-    Preset(
-        "vsa", "balanced", _OURS + "between the shares of high and fast; else as for high",
-        {"density": 0.125}, dense_steps=0.1,
-    ),
-    Preset(
-        "vsa", "fast", f"{_VSA}: the share at which the sparsity of its training schedule ends; else as for high",
-        {"density": 0.1}, dense_steps=0.1,
-    ),
-    # None for sliding_window: a frame has thousands of tokens and how many depends on the size of the video, so that
-    # no number of tokens means the same twice, and nobody has published one.
-)  # fmt: skip
 
 
 @FAMILIES.register("wan")
@@ -127,7 +37,6 @@ class Wan(DiffusersFamily):
 
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})
     reads: ClassVar[frozenset[str]] = frozenset({"hidden"})
-    presets: ClassVar[tuple[Preset, ...]] = _PRESETS
     models: ClassVar[str] = "diffusers: Wan 2.1, Wan 2.2 (two experts), TI2V-5B, VACE; text, image and video to video"
 
     @staticmethod

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.presets import QUALITIES
+from hf_sparse_attn.presets import QUALITIES, presets_of
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.tables import Table
 
@@ -99,7 +99,7 @@ def presets_table() -> Table:
     columns = ("family", "method", "quality", "models", "values", "source")
     found: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
-        for p in getattr(family, "presets", ()) if _is_own(family) else ():
+        for p in presets_of(name, family) if _is_own(family) else ():
             values = [f"{key}={value}" for key, value in p.params.items()]
             values += [f"dense_layers={p.dense_layers}"] if p.dense_layers is not None else []
             values += [f"dense_steps={p.dense_steps:.3g}"] if p.dense_steps is not None else []

@@ -97,7 +97,6 @@ def _parser() -> _Parser:
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
-    coverage.add_argument("--verify", action="store_true", help="also run a tiny instance of every class")
     coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
     coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
 
@@ -216,7 +215,7 @@ def _coverage(args: argparse.Namespace) -> int:
     from hf_sparse_attn.coverage.run import coverage_of, versions
     from hf_sparse_attn.tables import table
 
-    found = coverage_of(args.library, args.verify)
+    found = coverage_of(args.library)
     used = versions(found)
     document = coverage_page.document(found, used)
     written = [] if args.output is None else coverage_page.write(document, args.output)
@@ -270,9 +269,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.profiling.view import report as profile_report
+    from hf_sparse_attn.profiling.view import files
 
-    text, notes = profile_report.main(args, _width())
+    text, notes = files.main(args, _width())
     print(text)
     for note in notes:
         print(note, file=sys.stderr)
@@ -280,11 +279,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    import torch
-
     from hf_sparse_attn.bench import calibrate
     from hf_sparse_attn.bench.options import Options
     from hf_sparse_attn.cost import table as cost
+    from hf_sparse_attn.cost.timing import threads
 
     own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
@@ -294,12 +292,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     # With --output for the package or another machine, else for this user.
     path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    try:
+    with threads(args.threads):
         found = calibrate.measure(device)
-    finally:
-        torch.set_num_threads(before)
     calibrate.write(found, path)
     if args.json:
         _print_json(found)
@@ -312,7 +306,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from hf_sparse_attn.cli import profile as profile_command
 
-    print(profile_command.main(args))
+    print(profile_command.main(args, _width()))
     return 0
 
 

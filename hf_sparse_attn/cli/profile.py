@@ -9,17 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.run import profile
+from hf_sparse_attn.profiling.view.report import render, summary
 from hf_sparse_attn.shipped import SHIPPED
 from hf_sparse_attn.shipped.byte_llama import default_metric
-from hf_sparse_attn.tables import table
 
 _PROMPTS = (
     "a dog runs along the beach, waves behind it",
@@ -31,11 +29,12 @@ _PROMPTS = (
 _NEEDLES = 16
 
 
-def main(args: argparse.Namespace) -> str:
+def main(args: argparse.Namespace, width: int) -> str:
     """Profiles, saves, and returns what to print.
 
     Args:
         args: as profile_arguments.add makes them, and `json`.
+        width: of the terminal.
 
     Raises:
         ValueError: an option that does not fit the model, or a file that is none of what it should be.
@@ -66,67 +65,18 @@ def main(args: argparse.Namespace) -> str:
         source=source,
     )
     found.save_pretrained(args.output)
-    document = summary(found, args.output)
-    return json.dumps(document, indent=2) if args.json else render(document)
-
-
-def summary(found: HeadProfile, folder: Path | str) -> dict[str, Any]:
-    """A profile in plain values: what each method got, and each layer."""
-    choice = np.stack([plan.choice for plan in found.plans])
-    names = [name for name in ("density", "recall", "output_error", "damage") if name in found.figures]
-
-    def means(mask: Any) -> dict[str, float | None]:
-        picked = {name: found.figures[name][mask] for name in names}
-        return {n: None if np.isnan(v).all() else float(f"{np.nanmean(v):.4g}") for n, v in picked.items()}
-
-    methods = [
-        {"method": label, "heads": int((choice == i).sum()), **means(choice == i)}
-        for i, label in enumerate(found.labels())
-        if (choice == i).any()
-    ]
-    layers = []
-    for layer in range(choice.shape[1]):
-        mask = np.zeros(choice.shape, bool)
-        mask[:, layer] = True
-        used = sorted({found.methods[i].name for i in choice[:, layer].flat})
-        layers.append({"layer": layer, **means(mask), "methods": used})
-    return {
-        "model": found.model.model_class,
-        "layers": layers,
-        "heads": found.model.heads,
-        "metric": found.metric,
-        "budget": dict(found.budget),
-        "density": round(found.density, 5),
-        "methods": methods,
-        "steps": [list(plan.steps) for plan in found.plans],
-        "output": str(folder),
-    }
-
-
-def render(document: dict[str, Any]) -> str:
-    """The summary as two tables."""
-
-    def cells(entry: dict[str, Any]) -> list[str]:
-        values = (entry.get(name) for name in ("density", "recall", "output_error", "damage"))
-        return ["-" if value is None else f"{value:.3g}" for value in values]
-
-    columns = ("density", "recall", "output error", f"damage ({document['metric']})")
-    asked = ", ".join(f"{name} {value:g}" for name, value in document["budget"].items())
-    title = f"{document['model']}: mean density {document['density']:.3f} within a budget of {asked}"
-    by_method = [[m["method"], str(m["heads"]), *cells(m)] for m in document["methods"]]
-    by_layer = [[str(e["layer"]), *cells(e), ", ".join(e["methods"])] for e in document["layers"]]
-    first = table(("method", "heads", *columns), by_method, title, width=140)
-    second = table(("layer", *columns, "methods"), by_layer, width=140)
-    return f"{first}\n{second}\nsaved in {document['output']}: hf_sparse_attn.patch(model, {document['output']!r})"
+    document = {**summary(found, worst=0), "output": str(args.output)}
+    if args.json:
+        return json.dumps(document, indent=2)
+    use = f"saved in {args.output}: hf_sparse_attn.patch(model, {str(args.output)!r})"
+    return f"{render(document, width)}\n\n{use}"
 
 
 def _candidates(path: Path) -> list[Any]:
-    from hf_sparse_attn.profiles.measurements import _tuples
-    from hf_sparse_attn.registry import make_method
+    from hf_sparse_attn.profiles.measurements import methods_of
 
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return [make_method(e["method"], _tuples(e.get("params", {}))) for e in entries]
+        return list(methods_of(json.loads(path.read_text(encoding="utf-8"))))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`candidates` must be a JSON list of methods with params, got {path}: {error}") from error
 

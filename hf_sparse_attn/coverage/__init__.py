@@ -6,7 +6,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Coverage": "hf_sparse_attn.coverage.listing",
-        "diffusers_classes": "hf_sparse_attn.coverage.listing",
+        "diffusers_classes": "hf_sparse_attn.coverage.of_diffusers",
         "coverage_table": "hf_sparse_attn.coverage.listing",
         "coverage_counts": "hf_sparse_attn.coverage.listing",
         "coverage_summary": "hf_sparse_attn.coverage.listing",

@@ -55,7 +55,7 @@ def page(document: Document) -> str:
     found = [Coverage(**{k: v for k, v in c.items() if k != "status"}) for c in document["classes"]]
     parts = [
         "# Coverage",
-        "Model classes that can be patched, written by `hf-sparse-attn coverage --verify --output .github`.",
+        "Model classes that can be patched, written by `python -m tests.coverage.verify --output .github`.",
         f"<!-- generated: coverage -->\n{summary(document)}\n<!-- end -->",
         "\n".join(f"- {line}" for line in coverage_summary(found)),
         _VERIFIED,

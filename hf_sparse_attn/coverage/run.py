@@ -4,54 +4,51 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, TypeVar
+from typing import Literal
 
 from tqdm import tqdm
 
-from hf_sparse_attn.coverage.listing import Coverage, diffusers_classes
+from hf_sparse_attn.coverage.listing import Coverage, Progress
+from hf_sparse_attn.coverage.of_diffusers import diffusers_classes
+from hf_sparse_attn.coverage.of_transformers import transformers_classes
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Library = Literal["transformers", "diffusers", "all"]
+LISTS: dict[str, Callable[..., list[Coverage]]] = {
+    "transformers": transformers_classes,
+    "diffusers": diffusers_classes,
+}
 
 
-def coverage_of(library: Library = "all", verify: bool = False) -> list[Coverage]:
-    """The classes of one library or of all that are installed.
-
-    Args:
-        library: "transformers", "diffusers" or "all".
-        verify: also run tiny instances.
+def coverage_of(library: Library = "all") -> list[Coverage]:
+    """The classes of one library or of all that are installed, with progress on stderr.
 
     Raises:
         ValueError: an unknown library, or one that was asked for by name and is not installed.
     """
-    if library not in ("transformers", "diffusers", "all"):
+    if library not in (*LISTS, "all"):
         raise ValueError(f"`library` must be transformers, diffusers or all, got {library!r}")
     found: list[Coverage] = []
-    if library != "diffusers":
-        from hf_sparse_attn.coverage.of_transformers import transformers_classes
-
-        found += transformers_classes(verify, progress=partial(_progress, "transformers"))
-    if library != "transformers":
-        if find_spec("diffusers") is not None:
-            found += diffusers_classes(verify, progress=partial(_progress, "diffusers"))
-        elif library == "diffusers":
-            raise ValueError("`library` must be installed, got 'diffusers'")
+    for name in LISTS if library == "all" else (library,):
+        if find_spec(name) is not None:
+            found += LISTS[name](progress=progress(name))
+        elif library == name:
+            raise ValueError(f"`library` must be installed, got {name!r}")
         else:
-            log.warning("diffusers is not installed: its classes are not listed")
+            log.warning("%s is not installed: its classes are not listed", name)
     return found
+
+
+def progress(library: str) -> Progress:
+    """A bar on a terminal, nothing elsewhere."""
+    return lambda classes: tqdm(list(classes), desc=library, unit="class", file=sys.stderr, disable=None)
 
 
 def versions(found: Sequence[Coverage]) -> dict[str, str]:
     """Package -> version of torch and the libraries in a list."""
-    return {name: str(import_module(name).__version__) for name in ("torch", *sorted({c.library for c in found}))}
-
-
-def _progress(library: str, classes: Iterable[T]) -> Iterable[T]:
-    """A bar on a terminal, nothing elsewhere."""
-    return tqdm(list(classes), desc=library, unit="class", file=sys.stderr, disable=None)
+    names = ("torch", *sorted({c.library for c in found}))
+    return {name: str(import_module(name).__version__) for name in names}

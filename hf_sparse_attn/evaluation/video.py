@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.fidelity import Reference, psnr, ssim
 from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
 from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, within
@@ -23,7 +25,6 @@ from hf_sparse_attn.shipped.moving import (
     SceneClass,
     check_motion,
     draw_classes,
-    frames_to_image,
     load_moving_wan,
     sample,
 )
@@ -112,8 +113,10 @@ def evaluate(
         # One whose dense version is as it should be, where there is one.
         right = [check_motion(clip, scene).right for clip, scene in zip(dense, scenes, strict=True)]
         shown = right.index(True) if any(right) else 0
-        sheets = [(name, density, clips[shown : shown + 1]) for name, density, clips in sheets]
-        contact_sheet(sheets, output / "eval_video_frames.png")
+        drawn = [("", f"{name}\n{density:.3f}", clips[shown : shown + 1]) for name, density, clips in sheets]
+        # What is drawn needs optional packages.
+        with suppress(ImportError):
+            draw_clips(drawn, output / "eval_video_frames.png", height=0.95 * len(drawn) + 0.4, fontsize=9)
     size = "x".join(map(str, calls[0].ctx.layout.parts[0].grid or ()))
     setting = f"shipped Wan of moving scenes, {args.clips} clips of {size} tokens, {STEPS} steps, none of them dense"
     return Result("video", setting, rows, skipped, time.perf_counter() - begin)
@@ -145,26 +148,3 @@ def captured(model: Any, scenes: Sequence[SceneClass], seed: int) -> list[Call]:
 def share_right(clips: Tensor, scenes: Sequence[SceneClass]) -> float:
     """Share of clips whose motion is right."""
     return sum(check_motion(clip, scene).right for clip, scene in zip(clips, scenes, strict=True)) / len(scenes)
-
-
-def contact_sheet(sheets: Sequence[tuple[str, float, Tensor]], file: Path) -> None:
-    """Draws a clip of every run, a line each, under the dense one; nothing where matplotlib is missing.
-
-    Args:
-        sheets: name, density that was kept and clip [1, frames, 3, height, width] of each run; the dense one first.
-        file: PNG to write.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    best = max(len(name) for name, _, _ in sheets)
-    figure = Figure(figsize=(12 + 0.08 * best, 0.95 * len(sheets) + 0.4), layout="constrained")
-    for ax, (name, density, clips) in zip(figure.subplots(len(sheets), 1, squeeze=False)[:, 0], sheets, strict=True):
-        ax.imshow(frames_to_image(clips))
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set_visible(False)
-        ax.set_ylabel(f"{name}\n{density:.3f}", rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle("frames of one clip, dense and sparse from the same seed", fontsize=11)
-    figure.savefig(file, dpi=75)

@@ -146,22 +146,12 @@ class Measurements:
             FileNotFoundError: no such file.
             ValueError: not such a file, or of another version.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise FileNotFoundError(f"`path` must be a file of measurements, got {path}")
-        try:
-            with safe_open(path, "np") as file:
-                header: dict[str, Any] = json.loads((file.metadata() or {}).get("hf_sparse_attn", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`path` must be a file of measurements, got {path}: {error}") from error
-        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-            found = f"{header.get('format')} version {header.get('version')}"
-            raise ValueError(f"`path` must be {FORMAT} version {VERSION}, got {found} in {path}")
+        header, tensors = read_arrays(path, "path", "measurements", (FORMAT, VERSION))
         try:
             return cls(
-                candidates=tuple(make_method(c["method"], _tuples(c["params"])) for c in header["candidates"]),
+                candidates=methods_of(header["candidates"]),
                 layers=tuple(header["layers"]),
                 heads=header["heads"],
                 kv_heads=header["kv_heads"],
@@ -211,6 +201,41 @@ def label_of(method: Method) -> str:
     return f"{method.name}({params})" if params else method.name
 
 
-def _tuples(params: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists alone; parameters are hashable."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in params.items()}
+def methods_of(entries: Sequence[Mapping[str, Any]]) -> tuple[Method, ...]:
+    """Methods from JSON: [{"method": name, "params": {...}}, ...]."""
+
+    def hashable(value: Any) -> Any:
+        # JSON knows lists alone.
+        return tuple(value) if isinstance(value, list) else value
+
+    return tuple(
+        make_method(entry["method"], {name: hashable(v) for name, v in entry.get("params", {}).items()})
+        for entry in entries
+    )
+
+
+def read_arrays(
+    path: Path | str, argument: str, what: str, kind: tuple[str, int]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Header and arrays of a safetensors file of this package.
+
+    Args:
+        path: the file.
+        argument, what: name of the argument that gave it and what it must be of, for errors.
+        kind: format and version that the header must have.
+
+    Raises:
+        ValueError: not such a file, or of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {}).get("hf_sparse_attn", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{argument}` must be a file of {what}, got {path}: {error}") from error
+    if (header.get("format"), header.get("version")) != kind:
+        found = f"{header.get('format')} version {header.get('version')}"
+        raise ValueError(f"`{argument}` must be {kind[0]} version {kind[1]}, got {found} in {path}")
+    return header, arrays

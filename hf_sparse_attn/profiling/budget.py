@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_sparse_attn.profiling.budget_exact import exact, milp
+from hf_sparse_attn.profiling.budget_milp import exact, milp
 from hf_sparse_attn.profiling.budget_problem import MOST_SETS, Floats, Found, Problem, lagrangian
 
 SOLVERS: dict[str, Callable[[Problem, float], Found]] = {"exact": exact, "milp": milp, "lagrangian": lagrangian}
@@ -66,10 +66,10 @@ def choose(
         damage: [units, candidates], 0 or more; infinite where a candidate is not allowed. Candidate 0 is dense.
         cost: [units, candidates], 0 or more, in the unit of `budget`; infinite where a candidate is not allowed.
         budget: largest mean cost per unit.
-        solver: "exact": dynamic programming between Lagrangian bounds, which proves its choice, and "milp" where the
-            partial choices become too many (budget_exact.py says how); "milp": scipy's integer programming (HiGHS),
-            exact to its own tolerances; "lagrangian": the best multiplier and greedy repair, fast, with a bound that
-            tells how good it is.
+        solver: "exact": the Lagrangian's choice where its bound proves it, else integer programming among what the
+            bound leaves (without scipy the Lagrangian's choice, and a warning that says how good it is); "milp":
+            scipy's integer programming (HiGHS) alone, exact to its own tolerances; "lagrangian": the best multiplier
+            and greedy repair, fast, with a bound that tells how good it is.
         layers: int [units], the layer of each unit; needed for `max_plans_per_layer`.
         max_plans_per_layer: largest number of distinct candidates in one layer, dense counted; for "lagrangian" the
             multiplier prices whole sets of candidates, and the greedy steps keep within the limit.
@@ -118,10 +118,8 @@ def choose_elastic(
     Args:
         damage, cost: [lengths, units, candidates]; a candidate is allowed where it is finite at every length.
         budgets: [lengths], largest mean cost per unit at each length.
-        solver: as in `choose`; with several budgets "exact" leaves more to integer programming.
-        layers, max_plans_per_layer, groups: as in `choose`.
+        solver, layers, max_plans_per_layer, groups, time_limit: as in `choose`.
         floor: largest damage allowed for a unit at any length: a number, [lengths, 1] or [lengths, units].
-        time_limit: as in `choose`.
 
     Raises:
         BudgetError, ValueError, MissingExtra: as in `choose`.

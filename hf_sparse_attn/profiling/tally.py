@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.profiles.measurements import Case, Measurements, _tuples
-from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.profiles.measurements import Case, Measurements, methods_of, read_arrays
+from hf_sparse_attn.sharing.files import replace_file
 
 FORMAT = "hf_sparse_attn.profile_state"
 VERSION = 1
@@ -139,12 +138,8 @@ class Tally:
             "declined": self.declined,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-        try:
-            save_file(tensors, fresh, metadata={"hf_sparse_attn": json.dumps(header)})
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        metadata = {"hf_sparse_attn": json.dumps(header)}
+        replace_file(path, lambda file: save_file(tensors, file, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path, about: Mapping[str, Any], candidates: Sequence[Method] | None) -> Tally:
@@ -158,24 +153,14 @@ class Tally:
         Raises:
             ValueError: not such a file, or of another model, other settings or other candidates, which are named.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "np") as file:
-                header: dict[str, Any] = json.loads((file.metadata() or {}).get("hf_sparse_attn", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`state` must be a file of an unfinished profile, got {path}: {error}") from error
-        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-            found = f"{header.get('format')} version {header.get('version')}"
-            raise ValueError(f"`state` must be {FORMAT} version {VERSION}, got {found} in {path}")
+        header, tensors = read_arrays(path, "state", "an unfinished profile", (FORMAT, VERSION))
         for name, value in json.loads(json.dumps(dict(about))).items():
             if header["about"].get(name) != value:
                 raise ValueError(
                     f"`state` must be of the same {name}: {value} here, {header['about'].get(name)} in {path}; "
                     "give another file to begin anew"
                 )
-        kept = tuple(make_method(c["method"], _tuples(c["params"])) for c in header["candidates"])
+        kept = methods_of(header["candidates"])
         if candidates is not None and tuple(candidates) != kept:
             raise ValueError(f"`state` must be of the same candidates, got {path} with {', '.join(map(str, kept))}")
         made = cls(kept, [(a, b) for a, b in header["steps"]])

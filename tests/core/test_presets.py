@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.presets import QUALITIES, Preset
+from hf_sparse_attn.presets import QUALITIES, Preset, find_preset, presets_of
 from hf_sparse_attn.registry import FAMILIES, make_method
 from tests.support import tiny_hunyuan, tiny_wan
 from tests.support.tiny_lm import FAMILIES as MODELS
 
-ALL = [(name, p) for name, family in FAMILIES.items() for p in getattr(family, "presets", ())]
+ALL = [(name, p) for name, family in FAMILIES.items() for p in presets_of(name, family)]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,12 @@ def test_bad_words_are_named_and_nothing_is_patched(method, quality, error, mess
 def test_a_preset_of_an_unknown_quality_cannot_be_made() -> None:
     with pytest.raises(ValueError, match="`quality` must be one of high, balanced, fast; got 'best'"):
         Preset("radial", "best", "nowhere")
+
+
+def test_presets_that_a_family_brings_go_before_the_table() -> None:
+    own = Preset("radial", "fast", "a paper", {"decay": 0.9}, size="three of them", modules=3)
+    family = type("Own", (), {"presets": (own,)})
+    assert find_preset("own", family, [torch.nn.Identity()] * 3, "radial", "fast") is own
+    with pytest.raises(ValueError, match="in family own, which has presets for: radial"):
+        find_preset("own", family, [torch.nn.Identity()], "radial", "fast")
+    assert presets_of("wan", family) == (own, *presets_of("wan", FAMILIES.get("wan")))

@@ -13,10 +13,13 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.coverage import of_transformers as coverage_transformers
 from hf_sparse_attn.coverage import run as coverage_run
-from hf_sparse_attn.coverage import tiny_transformers as coverage_tiny
 from hf_sparse_attn.coverage.listing import STATUSES, Coverage, coverage_counts, coverage_summary, coverage_table
 from hf_sparse_attn.coverage.of_transformers import transformers_classes, transformers_tasks
-from hf_sparse_attn.session import Session
+from tests.coverage import trial, verify
+from tests.coverage.trial import listed as asked
+from tests.coverage.trial import verified
+from tests.support import patch_faults
+from tests.support import tiny_transformers as tiny
 from tests.support.tiny_lm import one_thread  # noqa: F401
 
 LLAMA = "LlamaForCausalLM"
@@ -61,6 +64,10 @@ def here(*names: str) -> list[str]:
     return [name for name in names if name in transformers_tasks()]
 
 
+def tried(name: str, **options: Any) -> Coverage:
+    return verified(asked("transformers", names=[name])[0], **options)
+
+
 @pytest.fixture(scope="module")
 def listed() -> list[Coverage]:
     return transformers_classes()
@@ -70,7 +77,7 @@ def listed() -> list[Coverage]:
 def test_a_tiny_instance_is_verified(name: str) -> None:
     if not here(name):
         pytest.skip("not in this transformers")
-    found = transformers_classes(verify=True, names=[name])[0]
+    found = tried(name)
     assert (found.status, found.note, found.reason) == ("verified", None, None)
     assert (found.family, found.way, found.built) == (KINDS[name], "interface", True)
 
@@ -79,11 +86,12 @@ def test_a_tiny_instance_is_verified(name: str) -> None:
 def test_a_class_is_declined_with_its_reason(name: str) -> None:
     if not here(name):
         pytest.skip("not in this transformers")
-    found = transformers_classes(verify=True, names=[name])[0]
+    found = transformers_classes(names=[name])[0]
     assert found.status == "declined" and found.family is None
     assert DECLINED[name] in (found.reason or "")
 
 
+@pytest.mark.slow
 def test_every_class_is_listed_with_its_family_or_its_reason(listed: list[Coverage]) -> None:
     assert [c.name for c in listed] == sorted(transformers_tasks())
     for c in listed:
@@ -97,6 +105,7 @@ def test_every_class_is_listed_with_its_family_or_its_reason(listed: list[Covera
         assert row["patched"] >= 0.6 * row["classes"] and row["not built"] <= 0.1 * row["classes"], row
 
 
+@pytest.mark.slow
 def test_counts_add_up_and_one_class_may_count_twice(listed: list[Coverage]) -> None:
     for row in coverage_counts(listed).values():
         assert row["classes"] == sum(row[status] for status in STATUSES)
@@ -122,98 +131,26 @@ def test_what_the_model_was_is_left_alone() -> None:
     from transformers.utils import logging
 
     before, state = logging.get_verbosity(), torch.get_rng_state()
-    assert transformers_classes(verify=True, names=[LLAMA])[0].verified
+    assert tried(LLAMA).status == "verified"
     assert logging.get_verbosity() == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class _Faults:
-    """Ways in which a patch could go wrong, by what is said of it then."""
-
-    @staticmethod
-    def wrong(patch: pytest.MonkeyPatch) -> None:
-        sparse = Session.sparse
-
-        def off(self: Session, *args: Any, **kwargs: Any) -> Any:
-            done = sparse(self, *args, **kwargs)
-            return None if done is None else (done[0] * 1.001, done[1])
-
-        patch.setattr(Session, "sparse", off)
-
-    @staticmethod
-    def dense(patch: pytest.MonkeyPatch) -> None:
-        def never(self: Session, record: Any, *args: Any, **kwargs: Any) -> None:
-            record.dense_reasons["because"] += 1
-
-        patch.setattr(Session, "sparse", never)
-
-    @staticmethod
-    def left(patch: pytest.MonkeyPatch) -> None:
-        """The output changes with every forward after the first patch was removed."""
-        run, seen = coverage_transformers._run, [0]
-
-        def changing(model: Any, inputs: Any, state: str) -> Any:
-            out = run(model, inputs, state)
-            seen[0] += state == "sparse"
-            return out + 1.0 if state == "unpatched" and seen[0] else out
-
-        patch.setattr(coverage_transformers, "_run", changing)
-
-    @staticmethod
-    def restless(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_transformers._run
-        patch.setattr(coverage_transformers, "_run", lambda *a: (out := run(*a)) + torch.rand(out.shape))
-
-    @staticmethod
-    def bits(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_transformers._run
-        patch.setattr(coverage_transformers, "_run", lambda m, i, s: run(m, i, s) + (1e-4 if s == "dense" else 0.0))
-
-    @staticmethod
-    def nothing(patch: pytest.MonkeyPatch) -> None:
-        """A short window that is none."""
-        patch.setattr(coverage_transformers, "_LITTLE", coverage_transformers._EVERYTHING)
-
-    @staticmethod
-    def infinite(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_transformers._run
-        patch.setattr(coverage_transformers, "_run", lambda *a: run(*a) / 0)
-
-    @staticmethod
-    def large(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(coverage_transformers, "_MOST_WEIGHTS", 1000)
-
-    @staticmethod
-    def crash(patch: pytest.MonkeyPatch) -> None:
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("no\n  such kernel")
-
-        patch.setattr(Session, "sparse", refuse)
-
-
-@pytest.mark.parametrize(
-    "fault, said",
-    [
-        ("wrong", "with every key kept its output is off by"),
-        ("dense", "no call ran sparse: because"),
-        ("left", "after the patch was removed its output differs"),
-        ("restless", "its output differs from run to run"),
-        ("bits", "patched with method dense its output differs"),
-        ("nothing", "attention has no part in its output"),
-        ("infinite", "its output is not finite"),
-        ("large", "million weights"),
-        ("crash", "a forward of input_ids alone fails, sparse: RuntimeError: no such kernel"),
-    ],
-)
-def test_a_faulty_patch_is_not_verified(fault: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    getattr(_Faults, fault)(monkeypatch)
-    found = transformers_classes(verify=True, names=[LLAMA])[0]
+@pytest.mark.parametrize("fault, said", patch_faults.FAULTS.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_a_faulty_patch_is_not_verified(fault: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    found = tried(LLAMA)
     assert found.status == "patched" and found.family == "llama"
     assert said in (found.note or "")
 
 
+def test_a_large_instance_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MOST_WEIGHTS", 1000)
+    assert "million weights" in (tried(LLAMA).note or "")
+
+
 def test_a_slow_forward_ends_the_trial() -> None:
-    found = transformers_classes(verify=True, names=[LLAMA], seconds=1e-9)[0]
+    found = tried(LLAMA, seconds=1e-9)
     assert found.note == "one forward takes more than 1e-09 s"
 
 
@@ -224,22 +161,21 @@ def test_a_class_that_cannot_be_built_is_said(monkeypatch: pytest.MonkeyPatch) -
         raise ImportError("needs a package")
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", refuse)
-    found = transformers_classes(verify=True, names=[LLAMA, "MistralForCausalLM"])
+    found = transformers_classes(names=[LLAMA, "MistralForCausalLM"])
     assert found[0].status == "not built" and found[0].reason == "could not be built: ImportError: needs a package"
-    assert found[1].status == "verified"
+    assert found[1].status == "patched"
+    assert verified(found[0]) == found[0]
 
 
 def test_guards() -> None:
     with pytest.raises(ValueError, match="`names` must be classes that transformers lists, got Nothing"):
         transformers_classes(names=["Nothing"])
-    with pytest.raises(ValueError, match="`seconds` must be positive, got 0"):
-        transformers_classes(seconds=0)
     with pytest.raises(ValueError, match="`library` must be transformers, diffusers or all, got 'timm'"):
         coverage_run.coverage_of("timm")  # type: ignore[arg-type]
 
 
 def test_a_shrunk_configuration_keeps_kinds_of_layers_and_its_sums() -> None:
-    sizes = coverage_tiny._shrunk(
+    sizes = tiny._shrunk(
         {
             "num_hidden_layers": 9,
             "hidden_size": 48,
@@ -257,7 +193,7 @@ def test_a_shrunk_configuration_keeps_kinds_of_layers_and_its_sums() -> None:
     )
     assert sizes["layer_types"] == ["linear", "full_attention"] and sizes["num_hidden_layers"] == 2
     # Never larger than it was, and ids inside the vocabulary.
-    assert sizes["hidden_size"] == 48 and sizes["image_token_id"] < sizes["vocab_size"] == coverage_tiny.VOCAB
+    assert sizes["hidden_size"] == 48 and sizes["image_token_id"] < sizes["vocab_size"] == tiny.VOCAB
     assert sum(sizes["rope_parameters"]["mrope_section"]) == 48 // 4 // 2
     assert sizes["vision_config"] == {"depth": 2, "num_heads": 4}
     assert (sizes["num_kv_shared_layers"], sizes["eos_token_id"], sizes["tie"]) == (0, 2, True)
@@ -272,12 +208,12 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_command_prints_a_table_and_counts(few: None, capsys: Any) -> None:
-    assert main(["coverage", "--library", "transformers", "--verify"]) == 0
+    assert main(["coverage", "--library", "transformers"]) == 0
     out = capsys.readouterr().out
-    assert LLAMA in out and "verified" in out and "no causal self-attention" in out
+    assert LLAMA in out and "patched" in out and "no causal self-attention" in out
     last = out.strip().splitlines()[-3:]
-    assert last[0].startswith("transformers causal LM: 2 classes: 1 verified, 0 can be patched, not verified, 1 decl")
-    assert last[1].startswith("transformers image-text: 1 classes: 1 verified") and torch.__version__ in last[2]
+    assert last[0].startswith("transformers causal LM: 2 classes: 0 verified, 1 can be patched, not verified, 1 decl")
+    assert last[1].startswith("transformers image-text: 1 classes: 0 verified, 1 can") and torch.__version__ in last[2]
 
 
 def test_command_prints_json(few: None, capsys: Any) -> None:
@@ -295,6 +231,20 @@ def test_command_prints_markdown(few: None, capsys: Any) -> None:
     assert lines[0] == "# Coverage" and "| transformers causal LM | 2 | 1 | 0 | 1 | 0 |" in lines
     assert any(line.startswith("| class | listed for | status |") for line in lines)
     assert any(line.startswith("- transformers causal LM: 2 classes") for line in lines)
+
+
+def test_verify_writes_the_list(few: None, capsys: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["verify", "--library", "transformers", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    verify.main()
+    assert "| transformers causal LM | 2 | 1 | 1 | 1 | 0 |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "coverage.json").read_text())
+    assert {c["name"]: c["status"] for c in written["classes"]} == {
+        LLAMA: "verified",
+        "MambaForCausalLM": "declined",
+        "LlavaForConditionalGeneration": "verified",
+    }
+    assert (tmp_path / "coverage.md").read_text().startswith("# Coverage")
 
 
 def test_command_without_diffusers(few: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +271,8 @@ def test_a_model_of_text_alone_with_an_indexer_is_refused() -> None:
     class SomeIndexer(torch.nn.Module):
         pass
 
-    config = next(iter(coverage_tiny.tiny_configs(transformers.LlamaForCausalLM)))
-    model = coverage_tiny.tiny_model(transformers.LlamaForCausalLM, config)
+    config = next(iter(tiny.tiny_configs(transformers.LlamaForCausalLM)))
+    model = tiny.tiny_model(transformers.LlamaForCausalLM, config)
     model.model.layers[0].self_attn.indexer = SomeIndexer()
     with pytest.raises(TypeError, match="attention of llama is sparse by itself"):
         hsa.patch(model, "dense")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,13 @@ import pytest
 import torch
 from packaging.version import Version
 
-from hf_sparse_attn.coverage import listing as coverage
-from hf_sparse_attn.coverage import of_diffusers as coverage_diffusers
 from hf_sparse_attn.coverage import page as coverage_page
-from hf_sparse_attn.coverage.of_diffusers import Failed, verify
-from hf_sparse_attn.coverage.rules_diffusers import Tiny
-from hf_sparse_attn.coverage.table_diffusers import TABLE
-from hf_sparse_attn.coverage.tiny_diffusers import tiny_inputs, tiny_model, tiny_sizes
-from hf_sparse_attn.session import Session
+from hf_sparse_attn.coverage.listing import STATUSES
+from hf_sparse_attn.coverage.of_diffusers import diffusers_classes, diffusers_kinds
+from tests.coverage import trial
+from tests.coverage.trial import Failed, listed, try_diffusers, verified
+from tests.support import patch_faults
+from tests.support.tiny_diffusers import TABLE, Tiny, tiny_inputs, tiny_model, tiny_sizes
 from tests.support.tiny_wan import one_thread  # noqa: F401
 
 diffusers = pytest.importorskip("diffusers")
@@ -31,21 +32,22 @@ LTX = "LTXVideoTransformer3DModel"
 
 @pytest.fixture(scope="module")
 def kinds() -> dict[str, Any]:
-    return {kind.__name__: kind for kind in coverage._classes()}
+    return diffusers_kinds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERIFIED)
 def test_a_tiny_instance_is_verified(name: str, kinds: dict[str, Any]) -> None:
     if name not in kinds:
         pytest.skip("not in this diffusers")
     if name == "ZImageTransformer2DModel" and Version(diffusers.__version__) < Version("0.37"):
         pytest.skip("rounding alone moves the output of a tiny instance of it by more than a per cent")
-    verify(kinds[name])
+    try_diffusers(kinds[name])
 
 
 def test_the_list_is_that_of_these_libraries(kinds: dict[str, Any]) -> None:
     """Families, ways and reasons; nothing that can be patched is left unverified."""
-    found = {c.name: c for c in coverage.diffusers_classes()}
+    found = {c.name: c for c in diffusers_classes()}
     assert all(c.built for c in found.values())
     for name in set(found) & set(CLASSES):
         c, said = found[name], CLASSES[name]
@@ -61,7 +63,7 @@ def test_the_table_names_classes_and_arguments_that_exist(kinds: dict[str, Any])
         pytest.skip("the table is of the newest diffusers")
     for name, tiny in TABLE.items():
         kind = kinds[name]
-        built, run = coverage.inspect.signature(kind.__init__), coverage.inspect.signature(kind.forward)
+        built, run = inspect.signature(kind.__init__), inspect.signature(kind.forward)
         assert set(tiny.sizes) <= set(built.parameters) and set(tiny.inputs) <= set(run.parameters), name
 
 
@@ -72,156 +74,63 @@ def test_an_instance_is_drawn_without_touching_the_random_state() -> None:
     assert all(torch.equal(a, b) and a.any() for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert torch.equal(tiny_inputs(kind)["hidden_states"], tiny_inputs(kind)["hidden_states"])
     assert tiny_sizes(kind)["num_layers"] == 2 and tiny_sizes(kind)["attention_head_dim"] == 24
-    verify(kind)
+    try_diffusers(kind)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class _Faults:
-    """Ways in which a patch could go wrong, by what is said of it then."""
+def rough(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trial, "MOST_ROUNDING", 0.0)
 
-    @staticmethod
-    def wrong(patch: pytest.MonkeyPatch) -> None:
-        sparse = Session.sparse
 
-        def off(self: Session, *args: Any, **kwargs: Any) -> Any:
-            done = sparse(self, *args, **kwargs)
-            return None if done is None else (done[0] * 1.001, done[1])
+def sizes(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(TABLE, LTX, Tiny({"num_layers": "many"}))
 
-        patch.setattr(Session, "sparse", off)
 
-    @staticmethod
-    def dense(patch: pytest.MonkeyPatch) -> None:
-        def never(self: Session, record: Any, *args: Any, **kwargs: Any) -> None:
-            record.dense_reasons["because"] += 1
-
-        patch.setattr(Session, "sparse", never)
-
-    @staticmethod
-    def half(patch: pytest.MonkeyPatch) -> None:
-        sparse = Session.sparse
-
-        def first(self: Session, record: Any, *args: Any, **kwargs: Any) -> Any:
-            if record.index:
-                record.dense_reasons["because"] += 1
-                return None
-            return sparse(self, record, *args, **kwargs)
-
-        patch.setattr(Session, "sparse", first)
-
-    @staticmethod
-    def idle(patch: pytest.MonkeyPatch) -> None:
-        found = coverage_diffusers._all_sparse
-
-        def with_another(layers: Any, dense: str) -> None:
-            from hf_sparse_attn.record import LayerRecord
-
-            found([*layers, LayerRecord("other", 9).report(None)], dense)
-
-        patch.setattr(coverage_diffusers, "_all_sparse", with_another)
-
-    @staticmethod
-    def left(patch: pytest.MonkeyPatch) -> None:
-        run, seen = coverage_diffusers._run, [0]
-
-        def changing(model: Any, inputs: Any, state: str) -> Any:
-            out = run(model, inputs, state)
-            seen[0] += state == "sparse"
-            return out + 1.0 if state == "unpatched" and seen[0] else out
-
-        patch.setattr(coverage_diffusers, "_run", changing)
-
-    @staticmethod
-    def restless(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_diffusers._run
-        patch.setattr(coverage_diffusers, "_run", lambda *a: (out := run(*a)) + torch.rand(out.shape))
-
-    @staticmethod
-    def bits(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_diffusers._run
-        patch.setattr(coverage_diffusers, "_run", lambda m, i, s: run(m, i, s) + (1e-4 if s == "dense" else 0.0))
-
-    @staticmethod
-    def nothing(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(coverage_diffusers, "_LITTLE", coverage_diffusers._EVERYTHING["sliding_window"])
-
-    @staticmethod
-    def infinite(patch: pytest.MonkeyPatch) -> None:
-        run = coverage_diffusers._run
-        patch.setattr(coverage_diffusers, "_run", lambda *a: run(*a) / 0)
-
-    @staticmethod
-    def rough(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(coverage_diffusers, "_MOST_ROUNDING", 0.0)
-
-    @staticmethod
-    def crash(patch: pytest.MonkeyPatch) -> None:
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("no\n  such kernel")
-
-        patch.setattr(Session, "sparse", refuse)
-
-    @staticmethod
-    def sizes(patch: pytest.MonkeyPatch) -> None:
-        patch.setitem(TABLE, LTX, Tiny({"num_layers": "many"}))
-
-    @staticmethod
-    def empty(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(coverage_diffusers, "_tensors", lambda out: iter(()))
+OWN_FAULTS = {
+    patch_faults.half: "not all layers ran sparse: because (transformer.transformer_blocks.1.attn1)",
+    patch_faults.idle: "layers that were not called: other",
+    rough: "rounding alone moves its output by",
+    sizes: "no tiny instance is known: TypeError",
+}
 
 
 @pytest.mark.parametrize(
-    "fault, said",
-    [
-        ("wrong", "sliding_window of every key: its output is off by"),
-        ("dense", "no call ran sparse: because"),
-        ("half", r"not all layers ran sparse: because \(transformer.transformer_blocks.1.attn1\)"),
-        ("idle", "layers that were not called: other"),
-        ("left", "after the patch was removed its output differs"),
-        ("restless", "its output differs from run to run"),
-        ("bits", "patched with method dense its output differs"),
-        ("nothing", "attention has no part in its output"),
-        ("infinite", "its output is not finite"),
-        ("rough", "rounding alone moves its output by"),
-        ("crash", "a forward fails, sparse: RuntimeError: no such kernel"),
-        ("sizes", "no tiny instance is known: TypeError"),
-        ("empty", "its output holds no tensor"),
-    ],
+    "fault, said", {**patch_faults.FAULTS, **OWN_FAULTS}.items(), ids=lambda x: getattr(x, "__name__", "")
 )
-def test_a_faulty_patch_is_not_verified(fault: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    getattr(_Faults, fault)(monkeypatch)
-    with pytest.raises(Failed, match=said):
-        verify(diffusers.LTXVideoTransformer3DModel)
+def test_a_faulty_patch_is_not_verified(fault: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(Failed, match=re.escape(said)):
+        try_diffusers(diffusers.LTXVideoTransformer3DModel)
 
 
 def test_a_slow_forward_ends_the_trial() -> None:
     with pytest.raises(Failed, match="one forward takes more than 1e-09 s"):
-        verify(diffusers.LTXVideoTransformer3DModel, seconds=1e-9)
+        try_diffusers(diffusers.LTXVideoTransformer3DModel, seconds=1e-9)
 
 
 def test_what_fails_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    _Faults.bits(monkeypatch)
-    found = coverage.diffusers_classes(verify=True, names=[LTX, "SanaTransformer2DModel"])
+    patch_faults.bits(monkeypatch)
+    found = [verified(c) for c in listed("diffusers", names=[LTX, "SanaTransformer2DModel"])]
     assert [(c.status, c.note) for c in found] == [
         ("patched", "patched with method dense its output differs"),
         ("declined", None),
     ]
 
 
-def test_a_class_that_cannot_be_built_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_cannot_be_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ImportError("needs a package")
 
-    # A part of it: what the class itself names is read.
     module = sys.modules[diffusers.LTXVideoTransformer3DModel.__module__]
     monkeypatch.setattr(module.LTXVideoRotaryPosEmbed, "__init__", refuse)
-    found = coverage.diffusers_classes(verify=True, names=[LTX])[0]
-    assert (found.built, found.status, found.way) == (False, "patched", "dispatcher")
-    assert found.note == "no instance of it could be built without arguments"
+    found = verified(diffusers_classes(names=[LTX])[0])
+    assert (found.status, found.way) == ("not built", None)
+    assert found.reason == "could not be built: ImportError: needs a package"
 
 
 def test_guards() -> None:
     with pytest.raises(ValueError, match="`names` must be transformer classes of diffusers, got Nothing"):
-        coverage.diffusers_classes(names=["Nothing"])
+        diffusers_classes(names=["Nothing"])
 
 
 def test_the_page_is_that_of_the_document() -> None:
@@ -230,12 +139,12 @@ def test_the_page_is_that_of_the_document() -> None:
     counts: dict[str, dict[str, int]] = LISTED["counts"]
     for kind, row in counts.items():
         of_kind = [c for c in LISTED["classes"] if kind in {f"{c['library']} {t}" for t in c["task"].split(", ")}]
-        for status in coverage.STATUSES:
+        for status in STATUSES:
             assert row[status] == sum(c["status"] == status for c in of_kind)
 
 
 def test_the_document_is_written_as_it_is_read(tmp_path: Path) -> None:
-    found = coverage.diffusers_classes(names=[LTX, "SanaTransformer2DModel"])
+    found = diffusers_classes(names=[LTX, "SanaTransformer2DModel"])
     document = coverage_page.document(found, {"diffusers": "0"})
     paths = coverage_page.write(document, tmp_path / "new")
     assert [p.name for p in paths] == ["coverage.json", "coverage.md"]

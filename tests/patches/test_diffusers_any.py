@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.coverage import listing as coverage
-from hf_sparse_attn.coverage import tiny_diffusers as coverage_diffusers_tiny
+from hf_sparse_attn.coverage.of_diffusers import diffusers_classes
 from hf_sparse_attn.hosts.diffusers_model import self_attentions
 from hf_sparse_attn.patches.diffusers_any import TOKENS
 from hf_sparse_attn.registry import FAMILIES
@@ -29,7 +28,7 @@ diffusers = pytest.importorskip("diffusers")
 
 WINDOW: dict[str, Any] = {"window": 20, "sink": 3, "block_size": 16}
 SPARSE: dict[str, Any] = {"backend": "torch_reference", "min_tokens": 0, **WINDOW}
-WITH_GRID = [name for name, known in tiny.CLASSES.items() if known.grid is not None]
+WITH_GRID = [name for name, known in tiny.TABLE.items() if known.grid is not None]
 # Every second layer attends over the three frames alone, which is dense by policy.
 SHORT = ("LatteTransformer3DModel",)
 # The text has a part in the embedding of the timestep.
@@ -166,7 +165,7 @@ def test_compiled(name: str, whole: bool) -> None:
 def test_the_order_of_tokens(name: str) -> None:
     """Latents of one cell of the grid move the queries of that token in the first layer, and those of no other."""
     model, given = tiny.build(name)
-    known = tiny.CLASSES[name]
+    known = tiny.TABLE[name]
     patch, seen = spy(model)
     first: list[torch.Tensor] = []
     attention = patch.session.method.__class__.attention
@@ -233,7 +232,7 @@ def test_a_grid_is_needed_and_not_known() -> None:
         ("FluxTransformer2DModel", lambda g: {**g, "img_ids": g["img_ids"] + torch.tensor([1.0, 0, 0])}),
         ("FluxTransformer2DModel", lambda g: {**g, "img_ids": g["img_ids"].flip(0)}),
         ("LTXVideoTransformer3DModel", lambda g: {**g, "hidden_states": torch.randn(1, 106, 4), "video_coords": None}),
-        ("QwenImageTransformer2DModel", lambda g: {**g, "img_shapes": [[(1, 7, 5), (1, 7, 4)]]}),
+        ("QwenImageTransformer2DModel", lambda g: {**g, "img_shapes": [[(1, 5, 4), (1, 5, 3)]]}),
     ],
     ids=["other image", "other order", "more tokens", "two images"],
 )
@@ -272,7 +271,7 @@ def test_padded_text_between_others_is_cut_away(lengths: tuple[int, ...]) -> Non
     assert torch.equal(run(model, garbage), got)
     rounding = max((own - exact).abs().max(), torch.finfo(torch.float32).eps * exact.abs().max())
     assert (got - exact).abs().max() <= 4 * rounding
-    assert {c.layout for c in seen} == {hsa.TokenLayout.video(1, 7, 9, text_before=n) for n in lengths}
+    assert {c.layout for c in seen} == {hsa.TokenLayout.video(1, 5, 7, text_before=n) for n in lengths}
     patch.remove()
     with hsa.patch(model, "sliding_window", dense_layers=5, **SPARSE):
         assert (run(model, given) - exact).abs().max() <= 4 * rounding
@@ -361,7 +360,7 @@ def test_checkpointed_layers_are_recomputed_as_they_were(name: str) -> None:
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     calls = [given, {**given, "timestep": torch.tensor([100.0])}]
-    calls[1][tiny.CLASSES[name].latents] = given[tiny.CLASSES[name].latents] + 1
+    calls[1]["hidden_states"] = given["hidden_states"] + 1
     with hsa.patch(model, "sliding_window", strict=True, **SPARSE):
         plain = gradients(calls)
         model.enable_gradient_checkpointing()
@@ -418,15 +417,7 @@ def test_what_cannot_be_patched_is_refused(make: Any, reason: str) -> None:
 def test_attention_that_is_not_among_all_tokens_is_refused(name: str, reason: str) -> None:
     """Every call of theirs would run dense: one that could never be sparse is not called patched."""
     with pytest.raises(TypeError, match=f"{name}: {reason}"):
-        hsa.patch(own_tiny(name)[0], "dense")
-
-
-def own_tiny(name: str) -> tuple[Any, dict[str, Any]]:
-    """An instance of the package's own trial, and its inputs."""
-    kind = getattr(diffusers, name, None) or getattr(diffusers.models.transformers, name, None)
-    if kind is None:
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    return coverage_diffusers_tiny.tiny_model(kind), coverage_diffusers_tiny.tiny_inputs(kind)
+        hsa.patch(tiny.build(name)[0], "dense")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +433,7 @@ def own_tiny(name: str) -> tuple[Any, dict[str, Any]]:
 )
 def test_layers_that_are_patched_and_how_often_they_ask(name: str, layers: str, calls: int) -> None:
     """All calls of a layer are sparse by its pattern, and what is no self-attention of the main tokens is left out."""
-    model, given = own_tiny(name)
+    model, given = tiny.build(name)
     recorder = Recorder(inner=hsa.get_method("sliding_window")(**WINDOW))
     with hsa.patch(model, recorder, backend="torch_reference", min_tokens=0, strict=True) as patch:
         got = run(model, given)
@@ -458,7 +449,7 @@ def test_layers_that_are_patched_and_how_often_they_ask(name: str, layers: str, 
 
 
 def test_two_calls_of_a_compiled_layer() -> None:
-    model, given = own_tiny("StableAudio3DiTModel")
+    model, given = tiny.build("StableAudio3DiTModel")
     torch._dynamo.reset()
     with hsa.patch(model, "sliding_window", strict=True, **SPARSE) as patch:
         sparse = run(model, given)
@@ -471,7 +462,7 @@ def test_two_calls_of_a_compiled_layer() -> None:
 
 
 def test_packed_segments_stay_dense() -> None:
-    model, given = own_tiny("Ideogram4Transformer2DModel")
+    model, given = tiny.build("Ideogram4Transformer2DModel")
     given["segment_ids"] = given["segment_ids"].clone()
     given["segment_ids"][:, :20] = 1
     own = run(model, given)
@@ -481,7 +472,7 @@ def test_packed_segments_stay_dense() -> None:
 
 
 def test_coverage_lists_every_class_with_its_way_or_its_reason() -> None:
-    found = {c.name: c for c in coverage.diffusers_classes()}
+    found = {c.name: c for c in diffusers_classes()}
     assert len(found) >= 45 and list(found) == sorted(found)
     assert all((c.way is None) == (c.reason is not None) for c in found.values())
     assert {c.family for c in found.values()} == {None, "wan", "hunyuan_video", "diffusers"}

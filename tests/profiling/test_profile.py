@@ -473,7 +473,8 @@ def test_the_function_is_not_hidden_by_a_module() -> None:
     assert callable(hsa.profile) and hsa.profile is profiling.profile
 
 
-def test_the_command_profiles_and_saves(tmp_path, capsys) -> None:
+def test_the_command_profiles_and_saves(tmp_path, capsys, monkeypatch) -> None:
+    from hf_sparse_attn.cli import profile as command
     from hf_sparse_attn.cli.commands import main
 
     methods = [{"method": "sliding_window", "params": {"window": 64, "sink": 8, "block_size": 32}}]
@@ -483,6 +484,13 @@ def test_the_command_profiles_and_saves(tmp_path, capsys) -> None:
     assert main(["profile", "byte_llama", *options, "--budget", "0.5", "--output", folder, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["density"] <= 0.5 and sum(m["heads"] for m in said["methods"]) == 24
-    assert hsa.HeadProfile.from_pretrained(folder).density == pytest.approx(said["density"], rel=1e-3)
+    saved = hsa.HeadProfile.from_pretrained(folder)
+    assert saved.density == pytest.approx(said["density"], rel=1e-3) and said["output"] == folder
+    monkeypatch.setattr(command, "profile", lambda *args, **options: saved)
+    assert main(["profile", "byte_llama", "--output", folder]) == 0
+    shown = capsys.readouterr().out
+    assert "budget: density 0.5" in shown and shown.endswith(f"hf_sparse_attn.patch(model, {folder!r})\n")
+    assert main(["report", folder, "--worst", "0"]) == 0
+    assert shown.startswith(capsys.readouterr().out)
     assert main(["profile", "byte_llama", "--call", "{}", "--output", folder]) == 2
     assert "--call must be left out for byte_llama" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The pictures of a head profile: maps of layers and heads, what a budget buys, attention and what is kept of it."""
+"""How a profile is drawn: one picture, the styles of methods, and maps of all layers and heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.words import short_labels, words
@@ -23,7 +22,6 @@ _UNKNOWN = "#F7F7F7"
 _INK = "#22262B"
 _FAINT = "#6B7280"
 _DPI = 140
-_MOST_PLANS = 12
 # A cell needs this many inches to hold a letter, and a number.
 _LETTER, _NUMBER = 0.17, 0.42
 
@@ -68,31 +66,6 @@ def method_styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
     return styles
 
 
-def pictures(profile: HeadProfile) -> list[Picture]:
-    """All pictures there is data for.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("the page", "matplotlib", "report") from error
-    from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture
-
-    drawn = []
-    for at, plan in enumerate(profile.plans[:_MOST_PLANS]):
-        many = len(profile.plans) > 1
-        name, where = (f"_{at}", f", steps {plan.steps[0]:g} to {plan.steps[1]:g}") if many else ("", "")
-        drawn.append(_method_map(profile, plan.choice, f"methods{name}", f"Method of each head{where}"))
-        for figure in ("density", "damage"):
-            if figure in profile.figures and not np.isnan(profile.figures[figure][at]).all():
-                title = f"{words(figure).capitalize()} of each head{where}"
-                drawn.append(_figure_map(profile, figure, at, f"{figure}{name}", title))
-    drawn += [p for p in (pareto_picture(profile), attention_picture(profile)) if p is not None]
-    return drawn
-
-
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of that many inches, which no other drawing of the process sees."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -114,7 +87,8 @@ def finish(figure: Any, name: str, title: str, caption: str) -> Picture:
     return Picture(name, title, caption, buffer.getvalue(), round(96 * figure.get_size_inches()[0]))
 
 
-def _method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, title: str) -> Picture:
+def method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, title: str) -> Picture:
+    """The method of every head, [layers, heads]."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -143,7 +117,8 @@ def _method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, titl
     return finish(figure, name, title, caption)
 
 
-def _figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, title: str) -> Picture:
+def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, title: str) -> Picture:
+    """A figure of every head in one of the plans."""
     from matplotlib.colors import Normalize, PowerNorm
 
     values = profile.figures[figure_name][plan].astype(np.float64)

@@ -1,11 +1,8 @@
-"""What a head profile says: tables for the terminal, plain values for programs, one page and its pictures."""
+"""What a head profile says: tables for the terminal, plain values for programs."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,6 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage, words
 from hf_sparse_attn.tables import table
 
-PAGE = "report.html"
 _WORST = ("damage", "output_error_p95", "output_error")
 
 
@@ -126,49 +122,6 @@ def worst_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for head in document["worst"]
     ]
     return columns, rows
-
-
-def write(profile: HeadProfile, folder: Path | str, worst: int = 10) -> list[Path]:
-    """Writes the page (one file that needs no other), its pictures as PNG, and `report.json`.
-
-    Args:
-        profile: the profile; without measurements the page says which parts need them.
-        folder: made if it is not there.
-        worst: heads in the table.
-
-    Returns:
-        the files, the page first.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        OSError: the folder cannot be written.
-    """
-    from hf_sparse_attn.profiling.view.page import page
-    from hf_sparse_attn.profiling.view.plots import pictures
-
-    document = summary(profile, worst)
-    drawn = pictures(profile)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {PAGE: page(profile, document, drawn).encode(), **{f"{p.name}.png": p.png for p in drawn}}
-    files["report.json"] = (json.dumps(document, indent=2) + "\n").encode()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return [folder / name for name in files]
-
-
-def main(args: argparse.Namespace, width: int) -> tuple[str, list[str]]:
-    """`hf-sparse-attn report`: what to print, and a line about each file.
-
-    Args:
-        args: profile (folder or Hub id), output (folder or None), worst (int), json (bool).
-        width: of the terminal.
-    """
-    profile = HeadProfile.from_pretrained(args.profile)
-    files = [] if args.output is None else write(profile, args.output, args.worst)
-    document = summary(profile, args.worst)
-    text = json.dumps({**document, "files": list(map(str, files))}, indent=2) if args.json else render(document, width)
-    return text, [f"wrote {file}" for file in files]
 
 
 def _figure_names(document: dict[str, Any]) -> set[str]:

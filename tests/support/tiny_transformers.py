@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.coverage.of_transformers import ROPE, UNSET, own_fields
+
 VOCAB, TOKENS, WIDTH, HEADS, HEAD_DIM = 128, 40, 64, 4, 16
 # Ids of special tokens lie from here on, those of texts below.
 _SPECIAL = 100
@@ -47,31 +49,6 @@ _RULES: tuple[tuple[str, int | None], ...] = (
     (r"(mamba_)?(d_state|ssm_state_size|state_size)|.*_d_state", 16),
     (r"(max|n)_(position_embeddings|positions|target_positions|source_positions|ctx)|seq_length|max_seq_len", 512),
 )
-# What stands for None where a class cannot be built without.
-_FILL: dict[str, Callable[[int], Any]] = {
-    "attn_layer_indices": lambda layers: [layers - 1],
-    "default_language": lambda layers: "en_XX",
-    "indexer_n_heads": lambda layers: 4,
-    "indexer_kv_heads": lambda layers: 1,
-    "indexer_head_dim": lambda layers: 2 * HEAD_DIM,
-    "indexer_budget": lambda layers: 8,
-    "indexer_compress_ratio": lambda layers: 4,
-    "n_routed_experts": lambda layers: 4,
-    "n_shared_experts": lambda layers: 1,
-    "num_experts": lambda layers: 4,
-    "num_experts_per_tok": lambda layers: 2,
-    "sliding_window": lambda layers: 512,
-    "spatial_target_layers": lambda layers: [],
-    "top_k_experts": lambda layers: 2,
-    "head_dim": lambda layers: HEAD_DIM,
-    "layer_types": lambda layers: ["full_attention"] * layers,
-    "mlp_layer_types": lambda layers: ["dense"] * layers,
-    "moe_intermediate_size": lambda layers: 32,
-    "vocabulary_map": lambda layers: {"<image>": _SPECIAL},
-    "deepstack_layer_map": lambda layers: [],
-    "num_key_value_heads": lambda layers: 2,
-}
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _COMPILED = tuple((re.compile(pattern), limit) for pattern, limit in _RULES)
 
 
@@ -89,7 +66,7 @@ def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8), decoder: bool = Tr
     Raises:
         Exception: whatever the last one was refused with, where all are.
     """
-    whole = _defaults(kind, decoder)
+    whole = own_fields(kind, decoder)
     refused: Exception | None = None
     tried: list[dict[str, Any]] = []
     made = 0
@@ -108,14 +85,6 @@ def tiny_configs(kind: Any, layers: tuple[int, ...] = (2, 8), decoder: bool = Tr
             yield config
     if not made and refused is not None:
         raise refused
-
-
-def _defaults(kind: Any, decoder: bool) -> dict[str, Any]:
-    whole: dict[str, Any] = kind.config_class().to_dict()
-    if decoder and "is_decoder" in whole:
-        # BERT and its like read both ways unless told otherwise; a class for causal language is asked as one.
-        whole["is_decoder"] = True
-    return whole
 
 
 def _shrunk(given: Mapping[str, Any], layers: int, filled: bool) -> dict[str, Any]:
@@ -138,8 +107,8 @@ def _shrunk(given: Mapping[str, Any], layers: int, filled: bool) -> dict[str, An
             found[name] = [min(v, layers - 1) for v in value]
         elif isinstance(value, list) and len(value) in counts:
             found[name] = _some(value, layers)
-        elif value is None and filled and name in _FILL:
-            found[name] = _FILL[name](layers)
+        elif value is None and filled and name in UNSET:
+            found[name] = UNSET[name](layers)
         elif isinstance(value, bool) or not isinstance(value, int):
             found[name] = value
         elif re.fullmatch(r".*token_(id|index)|.*_token_id_.*", name):
@@ -193,7 +162,7 @@ def _fit_rope(found: dict[str, Any], filled: bool) -> None:
     kinds = [kind for kind in dict.fromkeys(found.get("layer_types") or ()) if "attention" in kind]
     rope = found.get("rope_parameters")
     if not rope and filled and kinds and "rope_parameters" in found:
-        found["rope_parameters"] = {kind: dict(_ROPE) for kind in kinds}
+        found["rope_parameters"] = {kind: dict(ROPE) for kind in kinds}
     if not rope or not isinstance(rope, dict):
         return
     share = rope.get("partial_rotary_factor", found.get("partial_rotary_factor")) or 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_sparse_attn.coverage.rules_diffusers import (
+from tests.support.tiny_diffusers_rules import (
     CHANNELS,
     FRAMES,
     HEAD_DIM,
@@ -24,6 +24,7 @@ from hf_sparse_attn.coverage.rules_diffusers import (
 _INNER = HEADS * HEAD_DIM
 _ROWS, _COLUMNS = HEIGHT // 2, WIDE // 2
 _IMAGE, _VIDEO = _ROWS * _COLUMNS, FRAMES * _ROWS * _COLUMNS
+_VIDEO_GRID, _IMAGE_GRID = (FRAMES, _ROWS, _COLUMNS), (1, _ROWS, _COLUMNS)
 _HALF = torch.tensor([0.5])
 _FOUR_AXES = (6, 6, 6, 6)
 # Text of which six tokens are valid.
@@ -47,6 +48,7 @@ TABLE: dict[str, Tiny] = {
             "attention_mask": torch.ones(1, FRAMES, HEIGHT, WIDE),
             "image_rotary_emb": lambda random: axial_rotary(),
         },
+        grid=_VIDEO_GRID,
     ),
     "AnyFlowTransformer3DModel": Tiny(
         {},
@@ -75,11 +77,19 @@ TABLE: dict[str, Tiny] = {
     ),
     "BriaTransformer2DModel": Tiny({}, {"timestep": _HALF}),
     "ChromaTransformer2DModel": Tiny(
-        {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}, {"timestep": _HALF}
+        {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
+        {"timestep": _HALF},
+        grid=_IMAGE_GRID,
+        before=TEXT,
+        axes=(1,),
     ),
+    "ChronoEditTransformer3DModel": Tiny(grid=_VIDEO_GRID),
     "CogVideoXTransformer3DModel": Tiny(
         {"sample_width": WIDE, "sample_height": HEIGHT, "sample_frames": 9, "max_text_seq_length": TEXT},
         {"hidden_states": (FRAMES, CHANNELS, HEIGHT, WIDE)},
+        grid=_VIDEO_GRID,
+        before=TEXT,
+        axes=(1, 3, 4),
     ),
     "CogView3PlusTransformer2DModel": Tiny({"pos_embed_max_size": 16, "sample_size": 16}),
     "CogView4Transformer2DModel": Tiny({"pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (8, 8)}),
@@ -90,6 +100,7 @@ TABLE: dict[str, Tiny] = {
     "CosmosTransformer3DModel": Tiny(
         {"adaln_lora_dim": 4, "max_size": (4, 32, 32), "extra_pos_embed_type": None, "concat_padding_mask": False},
         {"attention_mask": torch.ones(1, TEXT).bool(), "fps": 30},
+        grid=_VIDEO_GRID,
     ),
     "DiTTransformer2DModel": Tiny(
         {"sample_size": 16, "num_embeds_ada_norm": 1000},
@@ -113,7 +124,13 @@ TABLE: dict[str, Tiny] = {
         {"axes_dims_rope": _FOUR_AXES, "cond_in_channels": CHANNELS},
         {"timestep": _HALF, "img_ids": image_ids(axes=4), "txt_ids": torch.zeros(TEXT, 4)},
     ),
-    "FluxTransformer2DModel": Tiny({}, {"timestep": _HALF}),
+    "FluxTransformer2DModel": Tiny(
+        {},
+        {"timestep": _HALF},
+        grid=_IMAGE_GRID,
+        before=TEXT,
+        axes=(1,),
+    ),
     "GlmImageTransformer2DModel": Tiny(
         {"prior_vq_quantizer_codebook_size": 32},
         {
@@ -172,6 +189,10 @@ TABLE: dict[str, Tiny] = {
             "encoder_attention_mask": _SIX.long(),
             "hidden_states": (CHANNELS, _ROWS, _COLUMNS),
         },
+        grid=_IMAGE_GRID,
+        after=6,
+        axes=(2, 3),
+        patch=(1, 1, 1),
     ),
     "HunyuanVideo15Transformer3DModel": Tiny(
         {"text_embed_2_dim": 6, "image_embed_dim": 10, "patch_size": None},
@@ -223,6 +244,8 @@ TABLE: dict[str, Tiny] = {
             "visual_rope_pos": (torch.arange(FRAMES), torch.arange(_ROWS), torch.arange(_COLUMNS)),
             "text_rope_pos": torch.arange(TEXT),
         },
+        grid=_VIDEO_GRID,
+        axes=(1, 2, 3),
     ),
     "Kandinsky6Transformer3DModel": Tiny(
         {"time_dim": 16, "in_audio_dim": CHANNELS, "out_audio_dim": CHANNELS},
@@ -257,8 +280,10 @@ TABLE: dict[str, Tiny] = {
             "audio_num_frames": 20,
             "fps": 25.0,
         },
+        grid=_VIDEO_GRID,
+        axes=(1,),
     ),
-    "LTXVideoTransformer3DModel": Tiny({}, {"hidden_states": (_VIDEO, CHANNELS)}),
+    "LTXVideoTransformer3DModel": Tiny({}, {"hidden_states": (_VIDEO, CHANNELS)}, grid=_VIDEO_GRID, axes=(1,)),
     "LatteTransformer3DModel": Tiny(
         {
             "sample_size": 16,
@@ -308,14 +333,20 @@ TABLE: dict[str, Tiny] = {
         {"rotary_dim": 8, "fourier_embedding_dim": 16},
         {"hidden_states": (CHANNELS, 70), "timestep": _HALF, "encoder_hidden_states": (70, 16)},
     ),
-    "MochiTransformer3DModel": Tiny({"max_sequence_length": TEXT}, {"encoder_attention_mask": _SIX}),
+    "MochiTransformer3DModel": Tiny(
+        {"max_sequence_length": TEXT}, {"encoder_attention_mask": _SIX}, grid=_VIDEO_GRID, after=6
+    ),
     "OvisImageTransformer2DModel": Tiny({}, {"timestep": _HALF}),
     "PixArtTransformer2DModel": Tiny(
         {"sample_size": 16},
         {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "encoder_attention_mask": None},
     ),
-    "QwenImageTransformer2DModel": Tiny({"out_channels": 1}, {"timestep": _HALF}),
-    "SD3Transformer2DModel": Tiny({"sample_size": 18, "pos_embed_max_size": 16}),
+    "QwenImageTransformer2DModel": Tiny(
+        {"out_channels": 1}, {"timestep": _HALF}, grid=_IMAGE_GRID, before=TEXT, axes=(1,)
+    ),
+    "SD3Transformer2DModel": Tiny(
+        {"sample_size": 18, "pos_embed_max_size": 16}, grid=_IMAGE_GRID, after=TEXT, axes=(2, 3)
+    ),
     "SanaWMLTX2RefinerTransformer3DModel": Tiny(
         {},
         {
@@ -324,6 +355,7 @@ TABLE: dict[str, Tiny] = {
             "video_rotary_emb": tuple(t[None] for t in rotary(_VIDEO, _INNER)),
         },
     ),
+    "SkyReelsV2Transformer3DModel": Tiny(grid=_VIDEO_GRID),
     "StableAudio3DiTModel": Tiny(
         {"num_memory_tokens": 4, "local_add_cond_dim": 6},
         {
@@ -383,6 +415,7 @@ TABLE: dict[str, Tiny] = {
             "pose_hidden_states": (CHANNELS, FRAMES, HEIGHT, WIDE),
             "face_pixel_values": (3, 4 * FRAMES - 3, 8, 8),
         },
+        grid=(FRAMES + 1, _ROWS, _COLUMNS),
     ),
     "WanVACETransformer3DModel": Tiny(
         {"vace_in_channels": CHANNELS, "vace_layers": [0]}, {"control_hidden_states": (CHANNELS, FRAMES, HEIGHT, WIDE)}

@@ -23,11 +23,21 @@ class Tiny:
         inputs: arguments of its forward. A tuple of whole numbers is the shape of a random tensor for one sample, a
             function draws by itself, anything else is given as it is; None leaves the argument out.
         dense: pattern of the names of layers that stay dense: few tokens, or a mask of their own.
+        grid: (frames, height, width) in tokens, or None where the order is not known.
+        before, after: text tokens of a sequence.
+        axes: dimensions of `hidden_states` that are frames, height and width; one dimension where tokens come ready
+            made.
+        patch: latents of a token in each direction.
     """
 
     sizes: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     dense: str = "nothing"
+    grid: tuple[int, int, int] | None = None
+    before: int = 0
+    after: int = 0
+    axes: tuple[int, ...] = (2, 3, 4)
+    patch: tuple[int, int, int] = (1, 2, 2)
 
 
 # The first rule whose name matches a parameter of a constructor decides.
