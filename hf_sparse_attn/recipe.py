@@ -26,13 +26,13 @@ class OptimizerSettings:
     """AdamW with a linear warm-up and then a decay of the rate.
 
     Args:
-        learning_rate: the highest.
+        learning_rate: the highest, at least 0.
         schedule: how it falls after the warm-up: not at all, along a line, or along a cosine.
-        warmup_steps: steps over which it rises from near 0.
-        final_fraction: share of it that is left at the last step.
-        weight_decay: of AdamW, on matrices alone.
-        beta1, beta2: of AdamW.
-        gradient_clip: longest gradient, over all weights together; None leaves it as it is.
+        warmup_steps: steps over which it rises from near 0, at least 0.
+        final_fraction: share of it that is left at the last step, at least 0.
+        weight_decay: of AdamW, on matrices alone, at least 0.
+        beta1, beta2: of AdamW, in [0, 1).
+        gradient_clip: longest gradient, over all weights together, more than 0; None leaves it as it is.
     """
 
     learning_rate: float
@@ -229,7 +229,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSettings:
-    """Sparse attention as `hsa.patch` takes it; `method` is a name, or the folder or Hub id of a profile."""
+    """Sparse attention as `hsa.patch` takes it.
+
+    Args:
+        method: a name, or the folder or Hub id of a profile.
+        params: parameters of the method that differ from its defaults.
+        backend: the name of one, or "auto" for the fastest that can run a call.
+        dense_layers: so many first layers stay dense, or those listed.
+        dense_steps: share of the denoising steps at the start that stay dense, or (share at the start, at the end).
+        min_tokens: fewer tokens stay dense; "auto" decides by the predicted time.
+    """
 
     method: str
     params: dict[str, Any] = field(default_factory=dict)
@@ -244,12 +253,12 @@ class LoraSettings:
     """A low-rank adapter (Hu et al. 2021, LoRA, arXiv 2106.09685).
 
     Args:
-        rank: of the added matrices.
-        alpha: the added product is scaled by alpha / rank; None means alpha = rank.
+        rank: of the added matrices, at least 1.
+        alpha: the added product is scaled by alpha / rank, more than 0; None means alpha = rank.
         targets: names, or ends of names, of the linear modules that get one; a single one with a `*` or a `\\` in it
             is a regular expression over whole names.
         trained: ends of names of modules that are trained in full besides (norms, embeddings).
-        dropout: on what the added matrices read; drawn anew in each process and micro-batch.
+        dropout: on what the added matrices read, in [0, 1); drawn anew in each process and micro-batch.
     """
 
     targets: tuple[str, ...]
@@ -310,7 +319,7 @@ def recipe_class(name: object) -> type[Recipe]:
         ValueError: unknown name; the message lists the known ones.
         MissingExtra: a package that the recipe needs is not installed.
     """
-    known = _recipe_names()
+    known = recipe_names()
     if name not in known:
         raise ValueError(f"`recipe` must be one of {', '.join(known)}; got {name!r}")
     try:
@@ -354,7 +363,7 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return build_config(kind, values, kind.name)
 
 
-def _recipe_names() -> list[str]:
+def recipe_names() -> list[str]:
     """Files of the recipes folder that define `RECIPE`, told without importing them."""
     folder = importlib.import_module(_PACKAGE)
     names = []

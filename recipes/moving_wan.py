@@ -42,8 +42,15 @@ _HELD_OUT, _HELD_OUT_CLIPS = 77_000_000, 8
 class ModelConfig:
     """Shape of the transformer; the names are those of `diffusers.WanTransformer3DModel`.
 
-    `gate` is added to the start of the gates of attention and feed-forward; near zero, the usual start, a short run
-    learns more slowly.
+    Args:
+        num_layers: blocks.
+        num_attention_heads: heads.
+        attention_head_dim: width of a head.
+        ffn_dim: width inside a feed-forward layer.
+        freq_dim: width of the embedding of the noise level.
+        rope_max_seq_len: places that rotary positions are made for.
+        gate: is added to the start of the gates of attention and feed-forward; near zero, the usual start, a short
+            run learns more slowly.
     """
 
     num_layers: int
@@ -97,7 +104,17 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon for the matrices of the blocks, AdamW for the rest; a linear warm-up, then a cosine down to a fraction."""
+    """Muon for the matrices of the blocks, AdamW for the rest; a linear warm-up, then a cosine down to a fraction.
+
+    Args:
+        matrix_rate: highest learning rate of Muon.
+        learning_rate: highest learning rate of AdamW.
+        warmup_steps: steps over which they rise.
+        final_fraction: share of them that is left at the last step.
+        weight_decay: of the matrices.
+        beta1, beta2: of AdamW.
+        gradient_clip: longest gradient of a group of weights.
+    """
 
     matrix_rate: float
     learning_rate: float
@@ -111,7 +128,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Share of the clips trained without their class, and decay of the moving average of the weights that is kept."""
+    """What else flow matching takes.
+
+    Args:
+        drop: share of the clips that are trained without their class.
+        average: decay of the moving average of the weights that is kept.
+    """
 
     drop: float
     average: float

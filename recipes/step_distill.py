@@ -100,7 +100,13 @@ class FakeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """The videos that are made of the prompts; see PromptSettings."""
+    """The videos that are made of the prompts; see PromptSettings.
+
+    Args:
+        frames, height, width: of a video, in pixels.
+        tokens: longest prompt; None takes what the pipeline takes when it generates.
+        negative: prompt of the teacher's guidance.
+    """
 
     frames: int
     height: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_sparse_attn.bench.models import UNPATCHED
-from hf_sparse_attn.cli.catalog import Table
+from hf_sparse_attn.tables import Table
 
 TITLES = {
     "kernels": "Kernels: one attention call on random block patterns, against dense attention",

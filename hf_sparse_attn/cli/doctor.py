@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.backend import Backend
-from hf_sparse_attn.cli import catalog
+from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.machine import machine, now, versions
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS

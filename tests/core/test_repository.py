@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.cli import catalog
 from hf_sparse_attn.coverage import page as coverage_page
+from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.tables import markdown
 
 ROOT = Path(__file__).parents[2]
