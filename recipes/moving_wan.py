@@ -141,7 +141,14 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MovingWan(Recipe):
-    """The model, the clips it sees, and how long."""
+    """The model, the clips it sees, and how long.
+
+    Args:
+        model: the shape.
+        optimizer: Muon and AdamW.
+        flow: classes that are left out, and the average of the weights that is kept.
+        stages: what is seen, one after the other.
+    """
 
     model: ModelConfig
     optimizer: OptimizerConfig

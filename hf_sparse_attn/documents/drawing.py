@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ def draw(method: Method) -> str:
     return _picture([(f"head {head}", kept[head], seen) for head in heads], f"{method.name} on {layout}")
 
 
+@lru_cache
 def made_up(layout: TokenLayout, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Queries [1, 4, tokens, 16] and keys [1, 2, tokens, 16] of heads that look around themselves and at landmarks.
 
