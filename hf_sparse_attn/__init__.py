@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_sparse_attn import native
 from hf_sparse_attn.lazy import lazy_names
-
-__version__ = "0.1.0"
+from hf_sparse_attn.version import __version__ as __version__
 
 # In a clone without symbolic links kernels/, patches/ and recipes/ stand beside the package, not in it.
 if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[1] / "kernels").is_dir():
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from hf_sparse_attn.profiles.head_profile import HeadProfile
     from hf_sparse_attn.profiling.run import profile
     from hf_sparse_attn.report import Report
+    from hf_sparse_attn.sharing.gates import GateSet
     from hf_sparse_attn.training.bundle.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
-    from hf_sparse_attn.training.gates import GateSet
 
 _WHERE = {
     "attention": "hf_sparse_attn.api",
@@ -40,7 +39,7 @@ _WHERE = {
     "Segment": "hf_sparse_attn.context",
     "TokenLayout": "hf_sparse_attn.context",
     "BackendUnavailable": "hf_sparse_attn.dispatch",
-    "GateSet": "hf_sparse_attn.training.gates",
+    "GateSet": "hf_sparse_attn.sharing.gates",
     "HeadProfile": "hf_sparse_attn.profiles.head_profile",
     "Decline": "hf_sparse_attn.method",
     "Method": "hf_sparse_attn.method",

@@ -19,10 +19,11 @@ from hf_sparse_attn.bench.patterns import structured
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, summary, timed
 from hf_sparse_attn.dispatch import BackendUnavailable, run_pattern
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile, StepPlan
 from hf_sparse_attn.profiles.profiled_method import _joined, _part
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
 ONE = "one method"

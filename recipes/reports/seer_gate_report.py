@@ -23,14 +23,15 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.evaluation.equal_density import fit_density, mean_density
 from hf_sparse_attn.evaluation.fidelity import CallFidelity, Reference
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.observe import Call, Seen
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.seer_gate import KIND, SeerGate, SeerGateTask, pooled_attention
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.selection import gather_rows, pattern_of_rows, rank_descending
 from hf_sparse_attn.settings import build_config
-from hf_sparse_attn.training.gates import GateSet
+from hf_sparse_attn.sharing.gates import GateSet
 from hf_sparse_attn.training.text.held_out import held_out_figures
 
 _TITLES = ("method", "density", "recall", "output error", "loss", "needles")

@@ -24,8 +24,9 @@ from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import StepPlan
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.sharing import gates
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training import adapter_task, gates, rope_scaling
+from hf_sparse_attn.training import adapter_task, rope_scaling
 from hf_sparse_attn.training.bundle import bundle
 from hf_sparse_attn.training.bundle import file as bundle_file
 from hf_sparse_attn.training.bundle.card import card
@@ -225,7 +226,7 @@ class Gates:
 
 @pytest.mark.parametrize("how", ["named", "given", "live"])
 def test_gates_are_in_the_bundle(how: str, gated: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "hf_sparse_attn.training.gates", types.SimpleNamespace(GateSet=Gates))
+    monkeypatch.setitem(sys.modules, "hf_sparse_attn.sharing.gates", types.SimpleNamespace(GateSet=Gates))
     model = llama()
     gates = Gates(Fingerprint.of(model), 7)
     gates.save(tmp_path / "elsewhere")

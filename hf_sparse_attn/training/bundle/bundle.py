@@ -225,7 +225,7 @@ def _put_on(
         from hf_sparse_attn.training.sparse import make_patch
 
         if bundle.has_gates:
-            from hf_sparse_attn.training.gates import GateSet
+            from hf_sparse_attn.sharing.gates import GateSet
 
             GateSet.load(folder / GATES).check(target)
         loaded.patch = make_patch(patched, settings)
@@ -241,7 +241,7 @@ def _own_parts(
     params = dict(sparse.params)
     given = params.pop("gates", None)
     if gates is None and given:
-        from hf_sparse_attn.training.gates import GateSet
+        from hf_sparse_attn.sharing.gates import GateSet
 
         gates = given if isinstance(given, GateSet) else GateSet.load(given)
     profile = find_profile(sparse.method) if profile is None else profile

@@ -21,8 +21,8 @@ from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.profiling.observe import observing
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.gates import find_gates, gate_of
 from hf_sparse_attn.span import Span
-from hf_sparse_attn.training.gates import find_gates, gate_of
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
 from tests.support.tiny_lm import one_thread as one_thread
 
@@ -134,7 +134,7 @@ def test_gates_of_a_bundle_on_the_hub_are_asked_for_once(folder: Path, monkeypat
         return str(folder.parent / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("hf_sparse_attn.training.gates._DOWNLOADED", {})
+    monkeypatch.setattr("hf_sparse_attn.sharing.gates._DOWNLOADED", {})
     found = find_gates("somebody/bundle", KIND)
     assert torch.equal(found.layers[0].key, GateSet(KIND, MODEL, SETTINGS, seed=3).layers[0].key)
     assert find_gates("somebody/bundle", KIND) is found

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hf_sparse_attn
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import check_format, shortened
+from hf_sparse_attn.version import __version__
 
 FORMAT = "hf_sparse_attn.gates"
 VERSION = 1
@@ -91,7 +91,7 @@ class GateSet(nn.Module):
         for name, weight in weights.items():
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"gates must have finite weights to be saved, got others in {name}")
-        versions = {"hf_sparse_attn": hf_sparse_attn.__version__, "torch": torch.__version__}
+        versions = {"hf_sparse_attn": __version__, "torch": torch.__version__}
         value = {
             "format": FORMAT, "version": VERSION, "kind": self.kind, "model": asdict(self.model),
             "settings": self.settings, "versions": versions,
