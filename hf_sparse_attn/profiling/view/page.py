@@ -53,8 +53,8 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
 
     Args:
         profile: what it shows.
-        document: `profile_report.summary` of it.
-        pictures: `profile_plots.pictures` of it.
+        document: `report.summary` of it.
+        pictures: `plots.pictures` of it.
     """
     model = profile.model
     size = f"{model.layers} layers × {model.heads} heads"

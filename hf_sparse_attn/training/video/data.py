@@ -36,8 +36,8 @@ class VideoSettings:
     """Where videos come from, and what is taken of each.
 
     Args:
-        source: a folder of video files or of folders of frames, with captions (see `video_source.find_clips`); or a
-            folder of latents, as `train_latents.write_latents` leaves it.
+        source: a folder of video files or of folders of frames, with captions (see training/video/source.py); or a
+            folder of latents, as training/video/latents.py leaves it.
         frames, height, width: of a sample, in pixels; a video is scaled to cover the size and cut around its centre.
         fps: frames a second to take from a video; None takes every frame. Either way the first ones are taken.
         tokens: longest caption; None takes what the pipeline takes when it generates.
