@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hf_sparse_attn.cost.judge import PAUSED, Loss, Prediction, describe
+from hf_sparse_attn.cost.judge import Prediction, describe
+from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.report import LayerReport
-
-# Shapes of calls that are kept in mind.
-KEPT_SHAPES = 256
 
 
 class Done(NamedTuple):
@@ -41,10 +39,8 @@ class LayerRecord:
     gain_sum: float = 0.0
     # Calls that are dense by prediction: number and sums of what was predicted, by kind and origin of the table.
     losses: dict[tuple[str, str], tuple[int, Prediction]] = field(default_factory=dict)
-    # Shapes at which every call is dense, and why: where the host knows nothing else, that is all there is to decide.
-    always_dense: dict[Any, tuple[str | Loss, str]] = field(default_factory=dict)
-    # Shapes at which the method is not asked in the next calls, and in how many.
-    paused: dict[Any, int] = field(default_factory=dict)
+    # What was decided for all calls of a shape, and for how many more; see decision.by_shape.
+    by_shape: dict[Any, tuple[Decision, float]] = field(default_factory=dict)
     # Sparse calls that are still to be measured, and what was measured: seconds sparse and dense.
     to_measure: int = 0
     measured: list[tuple[float, float]] = field(default_factory=list)
@@ -67,26 +63,15 @@ class LayerRecord:
         self.density_sum = self.density_sum + sum(d.density for d in done) / len(done)
         self.gain_sum += sum(d.gain for d in done) / len(done)
 
-    def dense_at_once(self, shape: Any, steady: bool = False) -> bool:
-        """Whether a call of this shape is known to be dense; it is then counted. Pauses are not for `steady` calls."""
-        known = self.always_dense.get(shape)
-        if known is None:
-            left = 0 if steady else self.paused.get(shape, 0)
-            if not left:
-                return False
-            self.paused[shape] = left - 1
-            known = PAUSED, ""
-        self.count_dense(*known)
-        return True
-
-    def count_dense(self, reason: str | Loss, origin: str = "") -> None:
+    def count_dense(self, decision: Decision) -> None:
         """Counts one dense call; those by prediction are counted together, whatever their numbers."""
+        reason = decision.reason
         if isinstance(reason, str):
             self.dense_reasons[reason] += 1
-            return
-        key = reason.kind, origin
-        n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
-        self.losses[key] = n + 1, Prediction(*(a + b for a, b in zip(sums, reason.prediction, strict=True)))
+        elif reason is not None:
+            key = reason.kind, decision.origin
+            n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
+            self.losses[key] = n + 1, Prediction(*(a + b for a, b in zip(sums, reason.prediction, strict=True)))
 
     def report(self, requested: float | None) -> LayerReport:
         """The record as it stands."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hf_sparse_attn.method import Method
@@ -79,6 +82,16 @@ class Registry(Generic[T]):
         """All names, sorted."""
         self.discover()
         return sorted(self._entries)
+
+    def known(self) -> list[str]:
+        """All names, those in files whose package is missing here included, read from their text."""
+        found = set(self.names())
+        for file in self.missing:
+            spec = find_spec(f"{self.package}.{file}")
+            if spec is not None and spec.origin is not None:
+                text = Path(spec.origin).read_text(encoding="utf-8")
+                found.update(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M))
+        return sorted(found)
 
     def items(self) -> Iterator[tuple[str, T]]:
         """(name, entry) pairs, sorted by name."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
 from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.presets import Preset
 from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.session import Session
 
 _FILES = "diffusers.models.transformers.transformer_"
 _CLASSES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.documents.docstrings import dataclasses_in, default_text, fields_of, read, type_text
-from hf_sparse_attn.recipe import recipe_class, recipe_names
+from hf_sparse_attn.recipe import recipe_class, recipe_modules
 from hf_sparse_attn.tables import markdown
 
 _COLUMNS = ("key", "type", "default", "meaning")
@@ -22,7 +22,7 @@ def recipe_keys() -> str:
         files.setdefault(kind, []).append(f"- `{record['recipe']}`: {record['summary']}")
     parts: list[str] = []
     groups: dict[str, type[Any]] = {}
-    for name in recipe_names():
+    for name in recipe_modules():
         recipe = recipe_class(name)
         doc = read(recipe.__doc__)
         parts += [f"### {name}", doc.summary, *doc.paragraphs, "Files:", "\n".join(files.get(name, ["- none"]))]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs
-from hf_sparse_attn.patching import SESSIONS
+from hf_sparse_attn.session import SESSIONS
 
 
 class Layer(Protocol):

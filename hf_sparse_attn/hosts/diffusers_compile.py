@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts.diffusers_model import Asked, Layer, Tokens
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import LayerRecord
+from hf_sparse_attn.record import LayerRecord
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks

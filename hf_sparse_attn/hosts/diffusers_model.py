@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs, Segment, TokenLayout
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import LayerRecord
+from hf_sparse_attn.record import LayerRecord
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.documents import catalog, drawing, figures, pages
 from hf_sparse_attn.documents.docstrings import fields_of, read, type_text
-from hf_sparse_attn.recipe import recipe_class, recipe_names, shipped_recipes
+from hf_sparse_attn.recipe import recipe_class, recipe_modules, shipped_recipes
 from hf_sparse_attn.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_every_family_backend_preset_and_recipe_is_told() -> None:
     for page, names in {
         "families.md": [record["name"] for record in catalog.families()],
         "backends.md": [record["name"] for record in catalog.backends()],
-        "recipes.md": [*shipped_recipes(), *recipe_names()],
+        "recipes.md": [*shipped_recipes(), *recipe_modules()],
         "presets.md": [row[1] for row in catalog.presets_table()[1]],
     }.items():
         text = (DOCS / page).read_text()
@@ -86,7 +86,7 @@ def test_every_family_backend_preset_and_recipe_is_told() -> None:
 
 
 def test_every_key_of_every_recipe_has_a_meaning() -> None:
-    for name in recipe_names():
+    for name in recipe_modules():
         assert all(said for _, _, said in fields_of(recipe_class(name))), name
     silent = re.findall(r"^\| `\w+` \|.*\|  \|$", (DOCS / "recipes.md").read_text(), re.M)
     assert not silent

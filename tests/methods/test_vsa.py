@@ -16,8 +16,8 @@ from hf_sparse_attn.context import LayerInputs, Segment
 from hf_sparse_attn.method import MethodDoesNotApply
 from hf_sparse_attn.methods import vsa as file
 from hf_sparse_attn.methods.vsa import Vsa
-from hf_sparse_attn.patching import Session
 from hf_sparse_attn.pattern.video_tiles import cut_video, video_tiles
+from hf_sparse_attn.session import Session
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.gates import GateSet
 from tests.support import tiny_wan

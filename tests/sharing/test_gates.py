@@ -169,6 +169,9 @@ def change_weights(change) -> Any:
 
 DAMAGES = {
     "no_json": (lambda f: (f / "gates.json").write_text("{"), "gates.json must be a JSON file"),
+    "twice": (lambda f: (f / "gates.json").write_text('{"kind": 1, "kind": 2}'), "given once, got 'kind' twice"),
+    "infinite": (lambda f: edit(f, settings__hidden=float("inf")), "numbers must be finite, got Infinity"),
+    "no_object": (lambda f: edit(f, settings=[]), "`settings` must be an object"),
     "list": (lambda f: (f / "gates.json").write_text("[]"), "must be a JSON object"),
     "version": (lambda f: edit(f, version=2), "version 1, got .*2"),
     "key": (lambda f: edit(f, other=1), "must have the keys"),

@@ -26,13 +26,12 @@ from hf_sparse_attn.training.bundle.file import (
     PROFILE,
     Bundle,
     as_json,
-    fetch,
     files_in,
     to_json,
     write,
 )
-from hf_sparse_attn.training.bundle.hub import push_bundle
-from hf_sparse_attn.training.lora.adapter import Adapter
+from hf_sparse_attn.training.bundle.hub import fetch, push_bundle
+from hf_sparse_attn.training.lora.adapter import Adapter, load_lora
 
 __all__ = ["LoadedBundle", "load_bundle", "push_bundle", "save_bundle"]
 
@@ -215,9 +214,7 @@ def _put_on(
         loaded._undo.append(scale_rope(target, bundle.rope))
         _check_model(target, bundle)
     if bundle.has_adapter:
-        from hf_sparse_attn.training.lora.file import load
-
-        loaded.adapter = load(target, folder)
+        loaded.adapter = load_lora(target, folder)
         loaded._undo.append(loaded.adapter.remove)
         for parameter in loaded.adapter.parameters().values():
             parameter.requires_grad_(False)
