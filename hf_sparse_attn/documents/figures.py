@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def figures(folder: Path) -> dict[str, str]:
     Args:
         folder: where `coverage.json` and the folders `bench`, `eval` and `train` are (.github of the repository).
     """
-    known = {
+    known: dict[str, tuple[str, Callable[[Any], Table | str]]] = {
         "kernels": ("bench/cpu_kernels.json", kernels),
         "layers": ("bench/cpu_auto.json", layers),
         "quality": ("eval/eval.json", quality),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.documents.docstrings import read
@@ -113,7 +114,7 @@ def _methods_linked() -> Table:
     return columns, [(f"[{row[0]}](methods/{row[0]}.md)", *row[1:-1], linked(row[-1])) for row in rows]
 
 
-def _notes(registry: Registry[object]) -> str:
+def _notes(registry: Registry[Any]) -> str:
     """A section for each entry, with its docstring."""
     parts = []
     for name, text in catalog.docstrings(registry).items():
