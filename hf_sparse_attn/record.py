@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from torch import Tensor
 from hf_sparse_attn.cost.judge import Prediction, describe
 from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.report import LayerReport
+
+# Threads that run one model count in one record, and what they add must not get lost between reading and writing.
+_COUNTING = threading.Lock()
 
 
 class Done(NamedTuple):
@@ -51,27 +55,38 @@ class LayerRecord:
     exact_calls: int = 0
     segments: int = 0
 
+    @staticmethod
+    def count(counter: Counter[str], name: str, times: int = 1) -> None:
+        """Counts in one of the counters of a record."""
+        with _COUNTING:
+            counter[name] += times
+
     def count_exact(self, segments: int, runs: int, backend: str) -> None:
         """Counts one call whose `segments` of tokens, which never saw one another, ran in `runs` of `backend`."""
-        self.exact_calls += 1
-        self.segments += segments
-        self.backends[backend] += runs
+        with _COUNTING:
+            self.exact_calls += 1
+            self.segments += segments
+            self.backends[backend] += runs
 
     def count_sparse(self, done: Sequence[Done]) -> None:
         """Counts one sparse call; its density and predicted gain are the means over its sequences."""
-        self.sparse_calls += 1
-        self.density_sum = self.density_sum + sum(d.density for d in done) / len(done)
-        self.gain_sum += sum(d.gain for d in done) / len(done)
+        density, gain = (sum(values) / len(done) for values in zip(*((d.density, d.gain) for d in done), strict=True))
+        with _COUNTING:
+            self.sparse_calls += 1
+            self.density_sum = self.density_sum + density
+            self.gain_sum += gain
 
     def count_dense(self, decision: Decision) -> None:
         """Counts one dense call; those by prediction are counted together, whatever their numbers."""
         reason = decision.reason
         if isinstance(reason, str):
-            self.dense_reasons[reason] += 1
+            self.count(self.dense_reasons, reason)
         elif reason is not None:
             key = reason.kind, decision.origin
-            n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
-            self.losses[key] = n + 1, Prediction(*(a + b for a, b in zip(sums, reason.prediction, strict=True)))
+            with _COUNTING:
+                n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
+                added = (a + b for a, b in zip(sums, reason.prediction, strict=True))
+                self.losses[key] = n + 1, Prediction(*added)
 
     def report(self, requested: float | None) -> LayerReport:
         """The record as it stands."""

@@ -185,7 +185,7 @@ class Session:
         def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
             case.check(pattern, q, k, v)
             out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend, ctx.softcap)
-            record.backends[name] += 1
+            record.count(record.backends, name)
             # A method may run some of the heads by themselves.
             share = q.shape[1] / ctx.num_heads
             densities.append(pattern.density_later(ctx.layout.density_count) * share)
@@ -201,7 +201,7 @@ class Session:
             return None
         for reason in done.reasons if isinstance(done, PartlyDense) else ():
             self._check_strict(record, reason)
-            record.partly_dense[reason] += 1
+            record.count(record.partly_dense, reason)
         gain = case.done()
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
