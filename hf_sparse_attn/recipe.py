@@ -27,13 +27,13 @@ class OptimizerSettings:
     """AdamW with a linear warm-up and then a decay of the rate.
 
     Args:
-        learning_rate: the highest.
+        learning_rate: the highest, at least 0.
         schedule: how it falls after the warm-up: not at all, along a line, or along a cosine.
-        warmup_steps: steps over which it rises from near 0.
-        final_fraction: share of it that is left at the last step.
-        weight_decay: of AdamW, on matrices alone.
-        beta1, beta2: of AdamW.
-        gradient_clip: longest gradient, over all weights together; None leaves it as it is.
+        warmup_steps: steps over which it rises from near 0, at least 0.
+        final_fraction: share of it that is left at the last step, at least 0.
+        weight_decay: of AdamW, on matrices alone, at least 0.
+        beta1, beta2: of AdamW, in [0, 1).
+        gradient_clip: longest gradient, over all weights together, more than 0; None leaves it as it is.
     """
 
     learning_rate: float
@@ -230,7 +230,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSettings:
-    """Sparse attention as `hsa.patch` takes it; `method` is a name, or the folder or Hub id of a profile."""
+    """Sparse attention as `hsa.patch` takes it.
+
+    Args:
+        method: a name, or the folder or Hub id of a profile.
+        params: parameters of the method that differ from its defaults.
+        backend: the name of one, or "auto" for the fastest that can run a call.
+        dense_layers: so many first layers stay dense, or those listed.
+        dense_steps: share of the denoising steps at the start that stay dense, or (share at the start, at the end).
+        min_tokens: fewer tokens stay dense; "auto" decides by the predicted time.
+    """
 
     method: str
     params: dict[str, Any] = field(default_factory=dict)
@@ -256,7 +265,7 @@ def recipe_class(name: object) -> type[Recipe]:
         ValueError: unknown name; the message lists the known ones.
         MissingExtra: a package that the recipe needs is not installed.
     """
-    modules = _recipe_modules()
+    modules = recipe_modules()
     if name not in modules:
         raise ValueError(_unknown(f"`recipe` must be one of {', '.join(modules)}; got {name!r}", name))
     module = modules[str(name)]
@@ -309,7 +318,7 @@ def _folders() -> list[tuple[str, Path]]:
     return [(name, Path(place)) for name, place in found]
 
 
-def _recipe_modules() -> dict[str, str]:
+def recipe_modules() -> dict[str, str]:
     """Files in the folders of recipes that define `RECIPE`, told without importing them: their modules by name."""
     modules = {}
     for package, folder in _folders():

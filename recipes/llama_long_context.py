@@ -42,7 +42,12 @@ How = Literal["sparse", "dense"]
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateSettings:
-    """A method that heads may get, with its parameters."""
+    """A method that heads may get.
+
+    Args:
+        method: its name.
+        params: parameters that differ from its defaults.
+    """
 
     method: str
     params: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,8 @@
-"""The benchmark: suites, options, tables and plots."""
+"""The benchmark: suites, options, tables and plots, and the calibration of a machine.
+
+May import levels 0 to 10 of .github/ARCHITECTURE.md; figures of quality belong to evaluation/, tests of kernels to
+tests/.
+"""
 
 from hf_sparse_attn.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""`hf-sparse-attn`: demo, methods, coverage, doctor, bench, profile, report, train, eval. Tables go to stdout."""
+"""`hf-sparse-attn`: its commands and what each takes. Tables go to stdout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from hf_sparse_attn import __version__
 from hf_sparse_attn.cli import profile_arguments
 
 PROGRAM = "hf-sparse-attn"
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments without the program's name; None means those of the process.
 
     Returns:
-        exit status: 0, 1 where a check of `doctor` failed, 2 for an error of the user.
+        exit status: 0, 1 where a check of `doctor` or `docs` failed, 2 for an error of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
@@ -80,6 +81,7 @@ def _parser() -> _Parser:
     common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -93,7 +95,7 @@ def _parser() -> _Parser:
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
 
     methods = command("methods", _methods, "list the sparse attention methods")
-    methods.add_argument("--markdown", action="store_true", help="the tables of the README")
+    methods.add_argument("--markdown", action="store_true", help="the tables of the documents")
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
@@ -161,6 +163,10 @@ def _parser() -> _Parser:
     report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
     report.add_argument("--output", metavar="DIR", help="write report.html, its pictures and report.json there")
     report.add_argument("--worst", type=int, default=10, metavar="N", help="heads in the table of the worst: 10")
+
+    docs = command("docs", _docs, "write the pages of the documents from the code and the files of measured figures")
+    docs.add_argument("--output", default=".github/docs", metavar="DIR", help="folder of the pages: .github/docs")
+    docs.add_argument("--check", action="store_true", help="write nothing; name the pages that are not current")
     return parser
 
 
@@ -185,7 +191,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.cli import catalog
+    from hf_sparse_attn.documents import catalog
     from hf_sparse_attn.tables import markdown, table
 
     if args.json:
@@ -321,6 +327,18 @@ def _eval(args: argparse.Namespace) -> int:
 
     print(evaluate.main(args))
     return 0
+
+
+def _docs(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.documents import pages
+
+    wanted = pages.pages(Path(args.output), _parser())
+    changed = [str(path) for path in (pages.stale if args.check else pages.write)(wanted)]
+    if args.json:
+        _print_json({"stale" if args.check else "written": changed})
+    else:
+        print("\n".join(f"{'not current:' if args.check else 'wrote'} {path}" for path in changed) or "all current")
+    return 1 if args.check and changed else 0
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.cli import catalog
+from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.recipe import read_recipe
 from hf_sparse_attn.tables import table
 

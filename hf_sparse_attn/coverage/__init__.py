@@ -1,4 +1,7 @@
-"""Which model classes of the installed libraries can be patched."""
+"""Which model classes of the installed libraries can be patched.
+
+May import levels 0 to 10 of .github/ARCHITECTURE.md; running tiny instances of them belongs to tests/.
+"""
 
 from hf_sparse_attn.lazy import lazy_names
 

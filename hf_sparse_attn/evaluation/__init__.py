@@ -1,1 +1,5 @@
-"""Quality at equal density, on real and shipped models."""
+"""Quality at equal density on the shipped models.
+
+May import levels 0 to 11 of .github/ARCHITECTURE.md; choosing a method for each head belongs to profiling/, times of
+kernels to bench/.
+"""

@@ -1,4 +1,7 @@
-"""How the attention of a host library is reached, eager and compiled, and put back."""
+"""How the attention of a host library is reached, eager and compiled, and put back.
+
+May import levels 0 to 5 of .github/ARCHITECTURE.md; what holds for one model family alone belongs to patches/.
+"""
 
 # Before the name of a method: its implementation of attention in transformers, without a patch.
 NATIVE_PREFIX = "hsa:"

@@ -29,6 +29,14 @@ class BlockTopK(Method):
     In chunked prefill the blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the
     whole prompt.
 
+    Formula:
+        score(r, c) = mean(Q_r) . mean(K_c), r a block of queries, c one of keys that it sees
+        keep(r) = {0, own block} and the best others, k in all; k = topk, or round(density * blocks seen)
+
+    When:
+        Take it for video, or for text whose heads look for passages: no dynamic choice costs less. Leave it where
+        single tokens far away matter, for they drown in the mean of their block: vertical_slash finds them.
+
     Args:
         block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
         topk: key blocks kept per query block, at least 1; or

@@ -20,6 +20,12 @@ class Dense(Method):
 
     What to measure others against, and a way to learn shapes and call counts without changing anything. The pattern
     (all keys up to the query where causal) exists for the functional form.
+
+    Formula:
+        keep(i) = all j, and j <= i where causal
+
+    When:
+        Take it to measure others against, or for the layers of a profile that tolerate nothing else.
     """
 
     paper = "Vaswani et al. 2017, Attention Is All You Need"

@@ -45,12 +45,23 @@ class FlexPrefill(Method):
     everything is kept; short prompts need no rule of their own. In chunked prefill the last queries of a chunk
     estimate for it. One head's map of blocks is held at a time, for query-aware heads as float32.
 
+    Formula:
+        P = softmax of the last block of queries, p(c) = mean of P over these queries, added up by key blocks
+        query-aware where sqrt(JSD(softmax(mean(Q_last) . mean(K_c)), p)) < tau
+        query-aware: the best blocks (r, c) by softmax(mean(Q_r) . mean(K_c)) while they hold at most gamma of it
+        else: the best n // unit + 1 columns and diagonals of blocks; n single ones hold gamma of P
+
+    When:
+        Take it for long prompts whose need of keys differs from one to the next: the budget follows the prompt.
+        Leave it where the density must be known ahead, or where many questions stand before the last queries.
+
     Args:
         gamma: share of the estimated attention that is kept, in (0, 1].
         tau: largest distance of a query-aware head, at least 0 (none is); from 0.84 on all are.
         min_budget: tokens of columns, and of diagonals, that every head keeps, at least 1; 1024 in the code, 512 in
             its README.
-        max_budget: tokens of columns, and of diagonals, that a vertical-slash head keeps at most; None for no limit.
+        max_budget: tokens of columns, and of diagonals, that a vertical-slash head keeps at most, not less than
+            `min_budget`; None for no limit.
         block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
         unit: columns or diagonals that count as one block, at least 1; None means `block_size`.
 

@@ -38,6 +38,15 @@ class Radial(Method):
     always kept: both change nothing where T is a multiple of block_size. `decay=inf` keeps everything. Frames too
     small for the rounding to keep anything (T at most a third of block_size) are declined.
 
+    Formula:
+        d = frames apart, g = bit_length(d), P = power of two above T, k and l = places in the two frames
+        keep the pair of frames: P / 2^g >= 128, or d mod int(128 * 2^g / P) = 0
+        keep the tokens: |k - l| <= max(block_size, decay * P / 2^g) for d >= 2; T within a frame
+
+    When:
+        Take it for long clips of Wan and HunyuanVideo, with the presets: nothing is estimated, and its share falls
+        as the clip grows. Leave it for clips of few or small frames, whose bands are as wide as a block.
+
     Args:
         decay: factor on the width of the bands, more than 0; 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for Hunyuan.
         block_size: tokens in a block, a power of two from 16 to 256.

@@ -46,6 +46,14 @@ class SeerAttention(Method):
     of the model's RoPE the gate takes the base alone, no scaling. A part of a prompt whose earlier keys come from a
     cache is dense: a cache holds them with positions.
 
+    Formula:
+        a(r, c) = softmax over c of rope(W_q mean(Q_r)) . rope(W_k [max(K_c), min(K_c), mean(K_c)]) / sqrt(hidden)
+        keep(r) = own block, and the best (1 - sqrt(1 - density)) * n of n blocks, or those with a > threshold
+
+    When:
+        Take it for a decoder that you can spend minutes of training on: its gates choose better than untrained means
+        do. Leave it where there are no gates for the very model, and for prompts continued from a cache.
+
     Args:
         gates: folder or Hub id of trained gates, or a GateSet.
         density: share of the causal blocks of a prompt of n blocks, in (0, 1]: every row keeps its best

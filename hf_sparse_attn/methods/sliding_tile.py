@@ -40,10 +40,19 @@ class SlidingTile(Method):
     it covers the smallest part (the earlier one where equal), as long as no more than the share of all pairs of video
     tokens is kept. So no dimension lags behind, and a larger share keeps all that a smaller one does.
 
+    Formula:
+        keep the tile t for queries in tile s: |t - clamp(s, K // 2, n - 1 - K // 2)| <= K // 2
+        in each of frames, height and width, with n tiles and a window of K
+
+    When:
+        Take it for video models with a window for each head, found by `hsa.profile` or published: nothing is
+        estimated, and whole tiles run at full speed. Leave it where heads look far along one axis only: svg and
+        radial follow these more cheaply.
+
     Args:
-        window: (frames, height, width) in tiles, or a share in (0, 1] as a float, for all heads; or a tuple with one
-            of these for each head.
-        tile: (frames, height, width) of a tile in tokens; larger than the canvas means the canvas.
+        window: (frames, height, width) in tiles, each at least 1, or a share in (0, 1] as a float, for all heads; or
+            a tuple with one of these for each head.
+        tile: (frames, height, width) of a tile in tokens, each at least 1; larger than the canvas means the canvas.
         block_size: tokens in a block of the pattern, a power of two from 16 to 256; does not change what is kept.
             Best where it divides the tokens of a tile.
 

@@ -24,6 +24,14 @@ class SlidingWindow(Method):
     text beside a video is kept whole, by all queries and for all keys.
     Deviation from the papers: positions are not re-assigned (StreamingLLM re-numbers the tokens of its cache).
 
+    Formula:
+        causal: keep j <= i with i - j < window or j < sink
+        bidirectional: keep j with |i - j| < window or j < sink
+
+    When:
+        Take it for fluent text at the least cost, and as the method of the heads of a profile that look around
+        themselves. Leave it where anything outside of the window must be found again: it is gone.
+
     Args:
         window: tokens kept up to and including the query itself (on both sides where bidirectional), at least 1.
         sink: first tokens kept by every query, at least 0.

@@ -27,9 +27,18 @@ class Strided(Method):
 
     Deviations: the heads of a group share one offset and `head_step` counts groups, so that the keys of a group are
     read once (S2-Attention has the option and steps by query heads); blocks in place of the tokens of the Sparse
-    Transformer; `sink` is ours, pretrained models need it. The heads together see all keys only if there are at least
-    `stride` key/value heads. In chunked prefill a row that begins within a key block keeps what the two blocks on
-    which it lies would keep.
+    Transformer; a relative stride counts from the query, that of S2-Attention where bidirectional from the edge of
+    the window (here `offset` = (1 - local) % stride); `sink` is ours, pretrained models need it. The heads together
+    see all keys only if there are at least `stride` key/value heads. In chunked prefill a row that begins within a
+    key block keeps what the two blocks on which it lies would keep.
+
+    Formula:
+        keep(r, c): |r - c| < local, or c < sink, or (x + g * head_step + offset) mod stride = 0
+        x = c, or |r - c| where relative; g = key/value head
+
+    When:
+        Take it for models that are trained with it, whose heads learn to share the work. Leave it for pretrained
+        ones as they are: most of its far blocks are none that a head asked for.
 
     Args:
         local: neighbouring blocks, the row's own included (on both sides where bidirectional), at least 1.

@@ -46,11 +46,20 @@ class Svg(Method):
     empty (there frames of less than half a block leave none); text on either side, or none; without sink the width
     is also rounded up and inclusive (there down and exclusive); at least one block; `density=1` keeps everything.
 
+    Formula:
+        keep(i, j): |p(i) - p(j)| <= w, or p(j) < T; p = place frame by frame (spatial) or patch by patch (temporal)
+        w = N * (1 - sqrt(1 - s)) rounded up to blocks, s = density - 2 * c / N
+        kind = the one with the smaller squared error of the output on num_samples rows
+
+    When:
+        Take it for a video model as it is, without training or profile: no head is forced into the wrong kind.
+        Leave it where choosing must cost nothing (radial, sliding_tile), or after a profile has told the kinds.
+
     Args:
         density: share of all pairs in the band and the text, in (0, 1], before rounding and without the sink.
         kind: "auto" (told at every call), "spatial" or "temporal", for all heads; or a tuple with one for each head.
         num_samples: rows of queries by which a head's kind is told, at least 1.
-        sink: whether the first places are kept by all queries (Wan) or not (HunyuanVideo).
+        sink: True or False: whether the first places are kept by all queries (Wan) or not (HunyuanVideo).
         block_size: tokens in a block, a power of two from 16 to 256.
 
     Raises:

@@ -34,6 +34,14 @@ class VerticalSlash(Method):
     Deviations from the published code: grouped heads and batches are computed at once; any number of tokens; ties go
     to the lower column and the nearer diagonal; in chunked prefill the last queries of a chunk estimate for it.
 
+    Formula:
+        A = attention of the last `last_queries` queries; v(j) = sum over i of A(i, j), s(o) = sum of A(i, i - o)
+        keep(i, j): j among the `vertical` best of v, or i - j among the `slash` best of s, rounded up to blocks
+
+    When:
+        Take it for long prompts that end in a question: what the question needs is what is kept. Leave it where
+        earlier queries need other keys than the last ones, as in training on packed documents.
+
     Args:
         vertical: columns kept, at least 0 (30 are kept in any case).
         slash: diagonals kept, at least 0 (50 are kept in any case).

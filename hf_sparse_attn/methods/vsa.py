@@ -41,9 +41,18 @@ class Vsa(Method):
     Deviations from the published code: k is at least 1 and at most n, as there, but a product that is whole up to
     rounding is not rounded up; any tile; text as told. The log-sum-exp is that of the fine branch.
 
+    Formula:
+        S = q_c k_c^T * scale, with the means q_c, k_c over the tokens of each tile
+        O_f = attention over the ceil(density * n) tiles with the highest S;  O_c = softmax(S) v_c
+        O = G * O_c + O_f
+
+    When:
+        Take it for a Wan model that you train with it (recipe vsa_gate), or that came with its gates. Without gates
+        it is a top-k over tiles, to be measured against block_topk and svg.
+
     Args:
         density: share of the tiles that is kept, in (0, 1]: 1 - sparsity of the published code.
-        tile: (frames, height, width) of a tile in tokens; larger than the canvas means the canvas.
+        tile: (frames, height, width) of a tile in tokens, each at least 1; larger than the canvas means the canvas.
         gates: trained gates: a folder, a Hub id or a GateSet; "" for none. They belong to one transformer: of a
             pipeline with two experts (Wan 2.2) each is patched by itself.
 

@@ -38,9 +38,20 @@ class XAttention(Method):
     before hold the share `threshold`. Text beside a video is kept whole (bidirectional). Ties go to the earlier block.
 
     Deviations from the published code: batches, grouped heads, float32 and any number of tokens (a sum at the end is
-    over the tokens there are; the published code fails where the length is a multiple of its chunks); one threshold
-    for all heads (give heads their own by a profile); at threshold 1 everything is kept. In chunked prefill the
-    blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the whole prompt.
+    over the tokens there are; the published code fails where the length is a multiple of its chunks); the first block
+    never competes for the share (in the first chunk of queries of the published code, commit e379887, it does, so that
+    one or two blocks more are kept per row there); one threshold for all heads (give heads their own by a profile);
+    at threshold 1 everything is kept. In chunked prefill the blocks of queries begin at the chunk: choose chunks of
+    whole blocks to get the blocks of the whole prompt.
+
+    Formula:
+        e(a, b) = sum over t < S of Q[a * S + S - 1 - t] . K[b * S + t] / (S * sqrt(dim)), S = stride
+        score(r, c) = softmax over b of e(a, b), summed over a in r and b in c
+        keep(r) = the first block, its own, and the fewest others so that `threshold` of the score is held
+
+    When:
+        Take it where single columns and diagonals matter and the budget may follow the content. Leave it where the
+        density must be known ahead, or where estimating would cost more than it saves: at short lengths.
 
     Args:
         threshold: share of the estimated attention that is kept, in (0, 1].

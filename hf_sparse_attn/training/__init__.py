@@ -1,4 +1,7 @@
-"""Training: the loop, tasks, losses, and what they read and write."""
+"""Training: the loop, tasks, losses, and what they read and write.
+
+May import levels 0 to 10 of .github/ARCHITECTURE.md; what one recipe alone needs belongs to recipes/.
+"""
 
 from hf_sparse_attn.lazy import lazy_names
 

@@ -33,7 +33,18 @@ _LEAST = 2 * _SHORTEST_PERIOD + 2
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Llama; the names are those of `transformers.LlamaConfig`."""
+    """Shape of the Llama; the names are those of `transformers.LlamaConfig`.
+
+    Args:
+        hidden_size: width of a token.
+        intermediate_size: width inside a feed-forward layer.
+        num_hidden_layers: layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads; divides the query heads.
+        head_dim: width of a head.
+        max_position_embeddings: tokens that the config promises.
+        rope_theta: base of the rotary positions.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -77,7 +88,12 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of a byte's loss: 1 for code, `answer` for answers, `other` for the rest of the needles' lines."""
+    """Weights of a byte's loss; code has 1.
+
+    Args:
+        answer: of the digits of an answer.
+        other: of the rest of the needles' lines.
+    """
 
     answer: float
     other: float

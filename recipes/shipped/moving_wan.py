@@ -43,8 +43,15 @@ _HELD_OUT, _HELD_OUT_CLIPS = 77_000_000, 8
 class ModelConfig:
     """Shape of the transformer; the names are those of `diffusers.WanTransformer3DModel`.
 
-    `gate` is added to the start of the gates of attention and feed-forward; near zero, the usual start, a short run
-    learns more slowly.
+    Args:
+        num_layers: blocks.
+        num_attention_heads: heads.
+        attention_head_dim: width of a head.
+        ffn_dim: width inside a feed-forward layer.
+        freq_dim: width of the embedding of the noise level.
+        rope_max_seq_len: places that rotary positions are made for.
+        gate: is added to the start of the gates of attention and feed-forward; near zero, the usual start, a short
+            run learns more slowly.
     """
 
     num_layers: int
@@ -98,7 +105,11 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings(OptimizerSettings):
-    """Muon at another rate for the matrices of the blocks, AdamW for the rest; see OptimizerSettings."""
+    """Muon at another rate for the matrices of the blocks, AdamW for the rest; see OptimizerSettings.
+
+    Args:
+        matrix_rate: highest learning rate of Muon.
+    """
 
     matrix_rate: float
 
@@ -114,7 +125,12 @@ class MuonSettings(OptimizerSettings):
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Share of the clips trained without their class, and decay of the moving average of the weights that is kept."""
+    """What else flow matching takes.
+
+    Args:
+        drop: share of the clips that are trained without their class.
+        average: decay of the moving average of the weights that is kept.
+    """
 
     drop: float
     average: float
@@ -122,7 +138,14 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MovingWan(StagedRecipe):
-    """The model, the clips it sees, and how long."""
+    """The model, the clips it sees, and how long.
+
+    Args:
+        model: the shape.
+        optimizer: Muon and AdamW.
+        flow: classes that are left out, and the average of the weights that is kept.
+        stages: what is seen, one after the other.
+    """
 
     model: ModelConfig
     optimizer: MuonSettings

@@ -14,8 +14,9 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn import machine
 from hf_sparse_attn.bench import harness as bench
-from hf_sparse_attn.cli import catalog, doctor
+from hf_sparse_attn.cli import doctor
 from hf_sparse_attn.cli.commands import main
+from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS
 from hf_sparse_attn.tables import markdown

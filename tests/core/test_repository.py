@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,16 +13,16 @@ from pathlib import Path
 import pytest
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.cli import catalog
-from hf_sparse_attn.coverage import page as coverage_page
-from hf_sparse_attn.tables import markdown
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "recipes")
 # Folders of recipes that stay in the repository: reports on trainings, and how the models in the package were made.
 LEFT_OUT = ("reports", "shipped")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-TOP = {"pyproject.toml", "README.md", "LICENSE", "hf_sparse_attn", "tests", *LINKED}
+TOP = {"pyproject.toml", "README.md", "LICENSE", "hf_sparse_attn", "tests", "findings", *LINKED}
+# The pages that are read in the repository.
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md")), ROOT / "findings" / "README.md"]
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def tracked() -> list[Path]:
@@ -157,27 +156,38 @@ def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
     assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
 
 
-@pytest.mark.parametrize("name", ["methods", "families", "backends", "presets", "recipes"])
-def test_readme_tables_are_generated(name: str) -> None:
-    columns, rows = getattr(catalog, f"{name}_table")()
-    found = re.search(rf"<!-- generated: {name} -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
-    assert found, f"README.md has no generated table of {name}"
-    assert found[1].strip() == markdown(columns, rows).strip()
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_readme_coverage_is_that_of_the_list() -> None:
-    document = json.loads((ROOT / ".github" / "coverage.json").read_text())
-    found = re.search(r"<!-- generated: coverage -->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), re.S)
-    assert found and found[1].strip() == coverage_page.summary(document).strip()
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in _LINK.findall(text) if not link.startswith("https://")]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("number", range(len(readme_blocks())))
-def test_readme_code_runs_and_prints_what_it_says(number: int, tmp_path: Path) -> None:
-    block = readme_blocks()[number]
+def python_blocks() -> list[object]:
+    """The Python of every page, to be run."""
+    return [
+        pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in DOCUMENTS
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    ]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_code_of_the_documents_runs_and_prints_what_it_says(block: str, tmp_path: Path) -> None:
     # Predicted gains are those of the shipped table, on two threads.
     printed = run_python(block, cwd=tmp_path, HF_HOME=str(tmp_path), OMP_NUM_THREADS="2")
     said = [line[2:] for line in block.splitlines() if line.startswith("# ")]

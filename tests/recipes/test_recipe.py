@@ -155,7 +155,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         raise ImportError("no diffusers", name="diffusers")
 
     monkeypatch.setattr(recipe.importlib, "import_module", lambda name: absent(name) if "moving" in name else recipe)
-    monkeypatch.setattr(recipe, "_recipe_modules", lambda: {"moving_wan": "a.moving_wan"})
+    monkeypatch.setattr(recipe, "recipe_modules", lambda: {"moving_wan": "a.moving_wan"})
     with pytest.raises(MissingExtra, match=r"recipe 'moving_wan' needs diffusers .*hf-sparse-attn\[diffusers\]"):
         recipe.recipe_class("moving_wan")
 

@@ -1,1 +1,4 @@
-"""Profiles as tables, plots and HTML pages."""
+"""Profiles as tables, plots and HTML pages.
+
+May import what profiling/ may, and profiling/ itself; nothing is measured or chosen here.
+"""

@@ -15,12 +15,12 @@ class LoraSettings:
     """A low-rank adapter (Hu et al. 2021, LoRA, arXiv 2106.09685).
 
     Args:
-        rank: of the added matrices.
-        alpha: the added product is scaled by alpha / rank; None means alpha = rank.
+        rank: of the added matrices, at least 1.
+        alpha: the added product is scaled by alpha / rank, more than 0; None means alpha = rank.
         targets: names, or ends of names, of the linear modules that get one; a single one with a `*` or a `\\` in it
             is a regular expression over whole names.
         trained: ends of names of modules that are trained in full besides (norms, embeddings).
-        dropout: on what the added matrices read; drawn anew in each process and micro-batch.
+        dropout: on what the added matrices read, in [0, 1); drawn anew in each process and micro-batch.
     """
 
     targets: tuple[str, ...]

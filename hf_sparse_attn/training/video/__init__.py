@@ -1,1 +1,4 @@
-"""Videos, latents and prompts to train on."""
+"""Videos, latents, scenes and prompts to train on.
+
+May import what training/ may; what one family of models needs belongs to recipes/.
+"""

@@ -57,8 +57,8 @@ class VideoSettings(VideoSize):
     """Where videos come from, and what is taken of each: it is scaled to cover the size and cut around its centre.
 
     Args:
-        source: a folder of video files or of folders of frames, with captions (see `video_source.find_clips`); or a
-            folder of latents, as `train_latents.write_latents` leaves it.
+        source: a folder of video files or of folders of frames, with captions (see training/video/source.py); or a
+            folder of latents, as training/video/latents.py leaves it.
         fps: frames a second to take from a video; None takes every frame. Either way the first ones are taken.
         skip_short: whether a video with too few frames is left out, with a warning, or refused.
     """

@@ -1,6 +1,6 @@
 """Video models as the recipes know them: samples by number, noise on them, and what a model is given.
 
-What differs between families stands in recipes/video_models.py; the small model of moving scenes in video_scenes.py.
+What differs between families stands in recipes/video_models.py; the small model of moving scenes in scenes.py.
 """
 
 from __future__ import annotations

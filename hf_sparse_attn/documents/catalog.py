@@ -1,4 +1,4 @@
-"""What the registries hold, as plain records and as the tables of the README and of `hf-sparse-attn methods`."""
+"""What the registries hold, as plain records and as the tables of the documents and of `hf-sparse-attn methods`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def methods(third_party: bool = True) -> list[dict[str, Any]]:
             "paper": cls.paper,
         }
         for name, cls in METHODS.items()
-        if third_party or _is_own(cls)
+        if third_party or is_own(cls)
     ]
 
 
@@ -44,7 +44,7 @@ def families() -> list[dict[str, Any]]:
             "summary": _summary(family.__doc__),
         }
         for name, family in FAMILIES.items()
-        if _is_own(family)
+        if is_own(family)
     ]
     return sorted(known + _unread(FAMILIES, {"models": "", "provides": []}), key=lambda r: str(r["name"]))
 
@@ -57,7 +57,7 @@ def backends() -> list[dict[str, Any]]:
     known = [
         {"name": n, "summary": _summary(b.__doc__), "auto_rank": dict(b.auto_rank)}
         for n, b in BACKENDS.items()
-        if _is_own(b)
+        if is_own(b)
     ]
     return sorted(known + _unread(BACKENDS, {"auto_rank": {}}), key=lambda r: str(r["name"]))
 
@@ -99,7 +99,7 @@ def presets_table() -> Table:
     columns = ("family", "method", "quality", "models", "values", "source")
     found: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
-        for p in presets_of(name, family) if _is_own(family) else ():
+        for p in presets_of(name, family) if is_own(family) else ():
             values = [f"{key}={value}" for key, value in p.params.items()]
             values += [f"dense_layers={p.dense_layers}"] if p.dense_layers is not None else []
             values += [f"dense_steps={p.dense_steps:.3g}"] if p.dense_steps is not None else []
@@ -120,7 +120,8 @@ def recipes_table() -> Table:
     return ("recipe", "what it does"), [(r["recipe"], r["summary"]) for r in recipes()]
 
 
-def _is_own(entry: object) -> bool:
+def is_own(entry: object) -> bool:
+    """Whether an entry of a registry comes with this package."""
     owner = entry if isinstance(entry, type) else type(entry)
     return owner.__module__.startswith("hf_sparse_attn.")
 
@@ -129,15 +130,25 @@ def _summary(doc: str | None) -> str:
     return (doc or "").strip().partition("\n")[0].strip()
 
 
+def recipe_of(path: Path) -> str:
+    """The recipe that a file of settings is for."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("recipe:")), path.stem)
+
+
+def docstrings(registry: Registry[Any]) -> dict[str, str]:
+    """The docstrings of this package's entries by name, those that cannot be imported here included."""
+    known = {name: entry.__doc__ or "" for name, entry in registry.items() if is_own(entry)}
+    unread = {name: ast.get_docstring(node) or "" for name, node in _unimported(registry)}
+    return dict(sorted({**known, **unread}.items()))
+
+
 def _purpose(path: Path) -> str:
     """What a recipe file is for: its comment in front, or else the first line of the module that it names."""
     text = path.read_text(encoding="utf-8")
     if text.startswith("# For: "):
         return text.partition("\n")[0].removeprefix("# For: ")
-    name = next(
-        (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("recipe:")), path.stem
-    )
-    module = path.with_name(f"{name}.py")
+    module = path.with_name(f"{recipe_of(path)}.py")
     return _summary(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))) if module.is_file() else ""
 
 
@@ -154,16 +165,26 @@ def _unread(registry: Registry[Any], constants: dict[str, Any]) -> list[dict[str
         registry: whose files.
         constants: class attributes to read, with what stands for one that is not a plain value.
     """
+    return [
+        {
+            "name": name,
+            "summary": _summary(ast.get_docstring(node)),
+            **{n: _constant(node, n, other) for n, other in constants.items()},
+        }
+        for name, node in _unimported(registry)
+    ]
+
+
+def _unimported(registry: Registry[Any]) -> list[tuple[str, ast.ClassDef]]:
+    """Names and classes in the files of a registry whose package is missing here."""
+    registry.discover()
     found = []
     for file in registry.missing:
         spec = find_spec(f"{registry.package}.{file}")
         if spec is None or spec.origin is None:
             continue
         for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-            for name in _registered(node):
-                assert isinstance(node, ast.ClassDef)
-                plain = {n: _constant(node, n, other) for n, other in constants.items()}
-                found.append({"name": name, "summary": _summary(ast.get_docstring(node)), **plain})
+            found += [(name, node) for name in _registered(node) if isinstance(node, ast.ClassDef)]
     return found
 
 
