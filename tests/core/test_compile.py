@@ -14,12 +14,7 @@ from hf_sparse_attn import compiled
 from hf_sparse_attn.kernels.torch_gather import TorchGather
 from tests.support.patterns import random_inputs, random_pattern
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def case(n: int, kv_len: int | None = None, seed: int = 0, **inputs):

@@ -15,7 +15,8 @@ from hf_sparse_attn import native
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
 from tests.support.tiny_lm import FAMILIES, padded, tiny_vl, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 native.install()
 

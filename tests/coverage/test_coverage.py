@@ -17,7 +17,8 @@ from hf_sparse_attn.coverage import tiny_transformers as coverage_tiny
 from hf_sparse_attn.coverage.listing import STATUSES, Coverage, coverage_counts, coverage_summary, coverage_table
 from hf_sparse_attn.coverage.of_transformers import transformers_classes, transformers_tasks
 from hf_sparse_attn.patching import Session
-from tests.support.tiny_lm import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = "LlamaForCausalLM"
 # One of each kind: grouped heads, learnt positions, a mixture, soft caps, sinks, latent attention, state-space layers

@@ -19,9 +19,10 @@ from hf_sparse_attn.coverage.rules_diffusers import Tiny
 from hf_sparse_attn.coverage.table_diffusers import TABLE
 from hf_sparse_attn.coverage.tiny_diffusers import tiny_inputs, tiny_model, tiny_sizes
 from hf_sparse_attn.patching import Session
-from tests.support.tiny_wan import one_thread  # noqa: F401
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LISTED: dict[str, Any] = json.loads((Path(__file__).parents[2] / ".github" / "coverage.json").read_text())
 CLASSES = {c["name"]: c for c in LISTED["classes"] if c["library"] == "diffusers"}

@@ -7,7 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hf_sparse_attn as hsa
-from tests.support.tiny_lm import FAMILIES, one_thread, padded, positions, tokens  # noqa: F401
+from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 WINDOW = dict(method="sliding_window", window=24, sink=3, block_size=16, min_tokens=0)
 SLASH = dict(method="vertical_slash", vertical=12, slash=20, block_size=16, min_tokens=0)
@@ -21,13 +23,6 @@ def build(family: str, **changes):
     # The loop over experts that these models have by default is one that no compiler takes whole.
     model.config._experts_implementation = "batched_mm"
     return model
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def counts(patch) -> list[tuple[int, dict[str, int]]]:

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import hf_sparse_attn as hsa
 from tests.support import tiny_hunyuan, tiny_wan
-from tests.support.tiny_lm import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 WINDOW = dict(method="sliding_window", window=40, sink=0, block_size=16, min_tokens=0)
 RADIAL = dict(method="radial", block_size=16, min_tokens=0)
@@ -26,13 +27,6 @@ def build(kind: str, layers: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
         return tiny_wan.transformer(num_layers=layers), tiny_wan.inputs()
     name = "1.5" if kind.endswith("1.5") else "t2v"
     return tiny_hunyuan.transformer(name, num_layers=layers), tiny_hunyuan.inputs(name)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def counts(patch: hsa.Patch) -> set[tuple[int, int]]:

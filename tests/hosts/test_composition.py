@@ -18,11 +18,12 @@ from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE
 from tests.patches.test_llama import WINDOWED, assert_same_state, sparse_share, state_of
 from tests.support.tiny_lm import FAMILIES, padded, tokens
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_qwen import prompt, tiny_qwen
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("llama", "qwen2_5_vl")
 FULL = {"method": "sliding_window", "min_tokens": 0, **hsa.get_method("sliding_window").full_budget()}

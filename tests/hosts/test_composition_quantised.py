@@ -13,7 +13,8 @@ import hf_sparse_attn as hsa
 from tests.hosts import test_composition as text
 from tests.hosts import test_composition_video as video
 from tests.patches.test_llama import WINDOWED, sparse_share
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The methods of both modules, and what plays, checks and looks for traces in the models of each.
 KINDS = {"llama": text, "qwen2_5_vl": text, "wan": video, "hunyuan_video": video}

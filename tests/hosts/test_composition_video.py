@@ -14,11 +14,13 @@ import torch.nn.functional as F
 
 import hf_sparse_attn as hsa
 from tests.support import tiny_hunyuan, tiny_wan
-from tests.support.tiny_wan import assert_same, one_thread, run, state  # noqa: F401
+from tests.support.tiny_wan import assert_same, run, state
 
 diffusers = pytest.importorskip("diffusers")
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = {"method": "sliding_window", "backend": "torch_reference", "min_tokens": 0, "strict": True, "block_size": 32}
 WINDOW = {**SPARSE, "window": 60, "sink": 5}

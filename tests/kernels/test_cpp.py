@@ -23,8 +23,10 @@ from hf_sparse_attn.dispatch import auto_order, run_pattern
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
 from hf_sparse_attn.kernels.cpp_block_sparse import CppBlockSparse
 from hf_sparse_attn.kernels.torch_reference import TorchReference
-from tests.kernels.test_gather import SHAPES, case, check
+from tests.support.backends import SHAPES, case, check
 from tests.support.patterns import FEATURES, Largest, expected, random_inputs, random_pattern
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ROOT = Path(__file__).parents[2]
 HALVES = [torch.bfloat16, torch.float16]
@@ -37,15 +39,6 @@ def compiled() -> None:
     reason = build.why_not(torch.float32)
     if reason is not None:
         pytest.skip(reason)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN, so that a place nobody wrote shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

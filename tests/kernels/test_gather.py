@@ -11,48 +11,10 @@ from hf_sparse_attn import BlockPattern
 from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.kernels import torch_gather
 from hf_sparse_attn.kernels.torch_gather import TorchGather
+from tests.support.backends import SHAPES, case, check
 from tests.support.patterns import FEATURES, Largest, expected, random_inputs, random_pattern
 
-SHAPES = {
-    "one_token": {"q_len": 1, "kv_len": 1, "heads": 1, "kv_heads": 1, "dim": 16},
-    "odd": {"q_len": 63, "kv_len": 111, "heads": 4, "kv_heads": 2, "dim": 40},
-    "batch": {"q_len": 130, "kv_len": 130, "heads": 2, "kv_heads": 1, "dim": 24, "batch": 2},
-    "wide_value": {"q_len": 65, "kv_len": 64, "heads": 2, "kv_heads": 2, "dim": 16, "value_dim": 40},
-    "narrow_value": {"q_len": 64, "kv_len": 200, "heads": 8, "kv_heads": 1, "dim": 48, "value_dim": 8},
-}
-
-
-def case(shape: str, feature: str, dtype: torch.dtype, per_head: bool = True):
-    sizes = dict(SHAPES[shape])
-    q_len, kv_len, batch = sizes.pop("q_len"), sizes.pop("kv_len"), sizes.get("batch", 1)
-    lead = {"batch": batch, "heads": sizes["heads"]} if per_head else {}
-    if not per_head and FEATURES[feature].get("kv_range"):
-        lead = {"batch": batch}
-    empty = tuple(r for r in FEATURES[feature].get("empty_rows", ()) if r < -(-q_len // 32))
-    pattern = random_pattern(q_len, kv_len, **{**FEATURES[feature], **lead, "empty_rows": empty, "seed": 7})
-    return pattern, random_inputs(pattern, dtype=dtype, **{**sizes, "batch": batch})
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
-    """Fresh memory is NaN, so that a place nobody wrote shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def check(q, k, v, pattern, out, lse) -> None:
-    """Against the reference; the log-sum-exp may be as far off as that of PyTorch's own dense operator.
-
-    In half precision that operator takes a faster, coarser exponential than the float32 reference behind `expected`.
-    """
-    want = expected(q, k, v, pattern, 0.3)
-    x, y = torch.randn(2, 1, 1, 64, q.shape[3]).to(q.dtype)
-    dense = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, y, y, scale=0.3)[1]
-    exact = (x.double() @ y.double().mT * 0.3).logsumexp(-1)
-    error = float((dense - exact).abs().max())
-    want._replace(lse_tolerance=max(want.lse_tolerance, 3 * error)).check(out, lse)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

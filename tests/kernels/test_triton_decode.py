@@ -21,13 +21,21 @@ from tests.support.patterns import FEATURES, expected, random_inputs, random_pat
 pytest.importorskip("triton", reason="needs the package triton")
 from hf_sparse_attn.kernels import triton_common as common
 from hf_sparse_attn.kernels import triton_decode as kernel
-from tests.support.triton_testing import TARGETS, Recorder, compile_for, equal, expected_capped, poisoned
+from tests.support.triton_testing import (
+    TARGETS,
+    Recorder,
+    compile_for,
+    equal,
+    expected_capped,
+    gpu,
+    make,
+    no_gpu,
+    poisoned,
+    unread,
+)
 
 Outputs = tuple[Tensor, Tensor]
 Attention = Callable[..., Outputs]
-
-gpu = pytest.mark.gpu
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 
 _EIGHT_TO_ONE = {"heads": 8, "kv_heads": 1}
 # Arguments of random_pattern() and, under "inputs", of random_inputs().
@@ -62,14 +70,6 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"q_len": 20, "kv_len": 70, "block_q": 16, **FEATURES["all"], "inputs": {"dtype": torch.bfloat16}},
     "bfloat16_unaligned": {"q_len": 5, "kv_len": 70, "inputs": {"dtype": torch.bfloat16}},
 }  # fmt: skip
-
-
-def make(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, BlockPattern]:
-    """q, k, v and the pattern of a case."""
-    case = dict(case)
-    inputs = {"heads": 2, "kv_heads": 1, "dim": 32, **case.pop("inputs", {})}
-    pattern = random_pattern(**case)
-    return *random_inputs(pattern, **inputs), pattern
 
 
 def _run_in_worker(payload: bytes) -> bytes:
@@ -177,12 +177,6 @@ def test_offsets_beyond_32_bits(interpreter: ProcessPoolExecutor) -> None:
     assert found == "equal"
 
 
-def unread(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tensor:
-    """Bool [batch, kv_heads, kv_len]: keys that no query of the group reads."""
-    read = pattern.to_dense().any(2).expand(q.shape[0], q.shape[1], -1)
-    return ~read.unflatten(1, (k.shape[1], -1)).any(2)
-
-
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("name", ["tiles", "columns", "all", "padded_batch_in_order", "rows_of_three"])
 def test_unread_keys_do_not_matter(name: str, poison: float, interpreted: Attention) -> None:
@@ -217,11 +211,6 @@ def tiny(
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None = None, grad: bool = False) -> str | None:
     return kernel.TritonDecode.why_not(pattern, q, k, v, grad)
-
-
-@pytest.fixture
-def as_if_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "runs_interpreted", lambda: True)
 
 
 def test_refuses_the_cpu_where_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,11 @@ from hf_sparse_attn.patches.diffusers_any import TOKENS
 from hf_sparse_attn.registry import FAMILIES
 from tests.support import tiny_diffusers as tiny
 from tests.support.tiny_hunyuan import Recorder
-from tests.support.tiny_wan import assert_same, one_thread, spy, state  # noqa: F401
+from tests.support.tiny_wan import assert_same, spy, state
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW: dict[str, Any] = {"window": 20, "sink": 3, "block_size": 16}
 SPARSE: dict[str, Any] = {"backend": "torch_reference", "min_tokens": 0, **WINDOW}

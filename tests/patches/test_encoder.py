@@ -22,8 +22,9 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.registry import FAMILIES, METHODS
 from tests.patches.test_llama import assert_same_state, state_of
 from tests.support.tiny_encoders import CLIP, ENCODERS, GRID, LENGTH, SPECIAL, TEXT, WINDOW, inputs, output
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_lm import padded, positions, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWED: dict[str, Any] = dict(method="sliding_window", window=9, sink=2, block_size=16, min_tokens=0)
 WHOLE: dict[str, Any] = dict(method="sliding_window", window=1 << 20, sink=0, block_size=16, min_tokens=0)
@@ -305,13 +306,6 @@ def test_gradients_equal_those_under_the_mask_with_and_without_checkpointing() -
         if p.grad is not None:
             assert torch.equal(one, two), name
             assert (one - p.grad).abs().max() <= tolerance("bert") * scale, name
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

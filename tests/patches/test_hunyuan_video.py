@@ -13,9 +13,11 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.registry import FAMILIES
 from tests.support import tiny_hunyuan as tiny
 from tests.support.patterns import Largest
-from tests.support.tiny_wan import assert_same, one_thread, run, spy, state  # noqa: F401
+from tests.support.tiny_wan import assert_same, run, spy, state
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = tiny.KINDS
 WINDOW: dict[str, Any] = {"window": 60, "sink": 5, "block_size": 32}

@@ -18,7 +18,8 @@ from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE, active_patch
 from tests.support.tiny_lm import EAGER_ONLY, FAMILIES, padded, positions, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = dict(min_tokens=0)
 WINDOWED = dict(method="sliding_window", window=24, sink=3, block_size=32, **SPARSE)

@@ -18,7 +18,8 @@ from hf_sparse_attn.method import Decline
 from hf_sparse_attn.registry import FAMILIES as REGISTERED
 from hf_sparse_attn.span import Span
 from tests.support.tiny_lm import FAMILIES, WINDOW, padded, positions, tiny_vl, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE: dict[str, Any] = dict(method="sliding_window", window=1 << 20, block_size=32, min_tokens=0)
 

@@ -23,8 +23,9 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.patching import DenseFallback, active_patch
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.selection import pattern_from_rule
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_qwen import KINDS, left_padded, prompt, tiny_qwen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = dict(min_tokens=0)
 WINDOWED = dict(method="sliding_window", window=24, sink=3, block_size=32, **SPARSE)

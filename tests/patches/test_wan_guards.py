@@ -20,9 +20,11 @@ from torch import nn
 import hf_sparse_attn as hsa
 from hf_sparse_attn.method import Method
 from tests.support import tiny_wan
-from tests.support.tiny_wan import assert_same, one_thread, run, spy, state, window_mask  # noqa: F401
+from tests.support.tiny_wan import assert_same, run, spy, state, window_mask
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = {"backend": "torch_reference", "min_tokens": 0, "window": 60, "sink": 5, "block_size": 32}
 

@@ -25,8 +25,9 @@ from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import is_hub_id
 from tests.support.tiny_lm import FAMILIES as LMS
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_lm import tiny_vl, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 METHODS = (

@@ -19,11 +19,12 @@ from hf_sparse_attn.recipe import read_recipe
 from hf_sparse_attn.shipped.byte_llama import load_model
 from hf_sparse_attn.shipped.moving import load_moving_wan
 from hf_sparse_attn.training.loop import train
-from tests.support.tiny_lm import one_thread as one_thread
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("yaml")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW = "sparse={method: sliding_window, params: {window: 96, sink: 16, block_size: 32}, min_tokens: 0}"
 SCENES = "scenes={frames: 4, height: 12, width: 12, turn: 3, clips: 0}"

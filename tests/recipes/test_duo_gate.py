@@ -19,7 +19,8 @@ from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, read_rec
 from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads, PasskeyData
 from hf_sparse_attn.training.text.data import TextSettings
 from hf_sparse_attn.training.text.model import load_language_model
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = TextSettings(source="needles", length=256, needles=3)
 

@@ -19,7 +19,8 @@ from hf_sparse_attn.recipes.seer_gate import SeerGate, gate_divergence, pooled_a
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.training.text.data import TextSettings
 from tests.support.tiny_lm import FAMILIES
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 16
 DATA = TextSettings(source="needles", length=256, needles=3)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 VOCAB = 97
@@ -79,15 +78,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 }
 # Their classes refuse "sdpa": it has neither a soft cap nor sinks.
 EAGER_ONLY = frozenset({"gemma2", "gpt_oss"})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread for the modules that import this: with tiny tensors more of them only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

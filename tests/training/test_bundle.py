@@ -34,7 +34,8 @@ from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
 from hf_sparse_attn.training.sparse import make_patch
 from tests.support import tiny_lm, tiny_wan
 from tests.support.lora_cases import CASES, assert_same, shake, snapshot
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_model = pytest.mark.parametrize("name", CASES)
 WINDOW = SparseSettings(
