@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from hf_sparse_attn.kernels.cpp_block_sparse import CppBlockSparse
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from tests.support.backends import SHAPES, case, check
 from tests.support.patterns import FEATURES, Largest, expected, random_inputs, random_pattern
+from tests.support.processes import run_code
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -443,7 +441,6 @@ def test_a_home_that_cannot_be_written(forgotten: None, tmp_path: Path, monkeypa
 
 def test_importing_compiles_nothing(tmp_path: Path) -> None:
     code = "from hf_sparse_attn.registry import BACKENDS; print(BACKENDS.names())"
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_code(code, HOME=str(tmp_path))
     assert "cpp_block_sparse" in done.stdout, done.stderr
     assert not (tmp_path / ".cache" / "hf_sparse_attn").exists()

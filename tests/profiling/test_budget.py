@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from hf_sparse_attn.profiling import budget_exact
 from hf_sparse_attn.profiling.budget import BudgetError, choose, choose_elastic, pareto
 from hf_sparse_attn.profiling.budget_problem import SLACK
+from tests.support.processes import run_code
 
 SOLVERS = ("exact", "milp", "lagrangian")
 # HiGHS works to 1e-6 of numbers that are scaled to 1e4.
@@ -428,7 +427,7 @@ def test_without_scipy_only_integer_programming_is_missing() -> None:
         "try: choose([[0, .5]], [[1, .2]], .5, solver='milp')\n"
         "except ImportError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_code(code)
     assert done.stdout.splitlines() == [
         "[0, 1]",
         "integer programming needs scipy (pip install 'hf-sparse-attn[report]')",

@@ -131,3 +131,20 @@ def tiny_vl(implementation: str) -> tuple[Any, dict[str, Any]]:
         pixel_values_videos=torch.randn(2 * 8 * 12, 96, generator=torch.Generator().manual_seed(0)),
         video_grid_thw=torch.tensor([[2, 8, 12]]),
     )
+
+
+def mask_spec(function: Any = None, q: int = 20, kv: int = 20, q_offset: int = 0, kv_offset: int = 0,
+              padding: torch.Tensor | None = None, batch: int = 2) -> Any:  # fmt: skip
+    """What transformers asks a mask for, causal where no `function` is given."""
+    from transformers import masking_utils
+
+    from hf_sparse_attn.hosts.transformers_mask import MaskSpec
+
+    function = masking_utils.causal_mask_function if function is None else function
+    return MaskSpec(
+        "sdpa",
+        dict(
+            batch_size=batch, q_length=q, kv_length=kv, q_offset=q_offset, kv_offset=kv_offset, mask_function=function,
+            attention_mask=padding, device="cpu", dtype=torch.float32, allow_is_causal_skip=False,
+        ),
+    )  # fmt: skip
