@@ -64,7 +64,8 @@ def here(*names: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def listed() -> list[Coverage]:
-    return transformers_classes()
+    """Classes of every kind, and some that are declined."""
+    return transformers_classes(names=here(*KINDS, *DECLINED))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -85,7 +86,9 @@ def test_a_class_is_declined_with_its_reason(name: str) -> None:
     assert DECLINED[name] in (found.reason or "")
 
 
-def test_every_class_is_listed_with_its_family_or_its_reason(listed: list[Coverage]) -> None:
+@pytest.mark.slow
+def test_every_class_is_listed_with_its_family_or_its_reason() -> None:
+    listed = transformers_classes()
     assert [c.name for c in listed] == sorted(transformers_tasks())
     for c in listed:
         assert (c.family is None) == (c.reason is not None) == (c.way is None), c

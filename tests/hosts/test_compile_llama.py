@@ -33,7 +33,7 @@ def full(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [WINDOW, SLASH], ids=lambda m: m["method"])
 @torch.no_grad()
 def test_whole_model_is_one_graph(method: dict, backend: str) -> None:
@@ -86,7 +86,14 @@ def test_soft_caps_sinks_and_own_windows(family: str) -> None:
     assert [n for n, _ in counts(patch)] == ([0, 2] if family != "qwen3" else [2, 2])
 
 
-@pytest.mark.parametrize("family, backend", [("llama", "inductor"), ("llama", "aot_eager"), ("gpt_oss", "aot_eager")])
+@pytest.mark.parametrize(
+    "family, backend",
+    [
+        pytest.param("llama", "inductor", marks=pytest.mark.slow),
+        ("llama", "aot_eager"),
+        ("gpt_oss", "aot_eager"),
+    ],
+)
 def test_gradients(family: str, backend: str) -> None:
     model, ids = build(family), tokens(2, 77)
     found = []

@@ -45,11 +45,11 @@ def over_steps(run: Any, model: Any, given: dict[str, torch.Tensor], grad: bool 
     return found
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, backend",
+    [*((kind, "aot_eager") for kind in KINDS), pytest.param("wan", "inductor", marks=pytest.mark.slow)],
+)
 def test_blocks_are_whole_graphs_that_layers_and_steps_share(kind: str, backend: str) -> None:
-    if backend == "inductor" and kind != "wan":
-        pytest.skip("one kind is enough for the slow compiler")
     model, given = build(kind, layers=5)
     counter = CompileCounterWithBackend(backend)
     with hsa.patch(model, dense_steps=0.3, **RADIAL) as patch:

@@ -141,14 +141,14 @@ MORE: dict[str, dict[str, Any]] = {
                                             "q_order": (1, 4), "inputs": {"heads": 4, "kv_heads": 2, "dim": 16}},
     "grouped_one_pattern_an_order_for_each_head": {"q_len": 40, "kv_len": 63, "columns": 5, "kv_order": (1, 4),
                                                    "inputs": {"heads": 4, "kv_heads": 2, "dim": 16}},
-    "rows_of_very_different_lengths": {"q_len": 130, "kv_len": 100, "batch": 2, "heads": 2, "empty_rows": (0, 3),
+    "rows_of_very_different_lengths": {"q_len": 130, "kv_len": 63, "batch": 2, "heads": 2, "empty_rows": (0, 3),
                                        "keep": 0.9, "inputs": {"heads": 2, "kv_heads": 2, "batch": 2, "dim": 16}},
     "padded_batch_of_whole_blocks": {"q_len": 63, "kv_len": 70, "batch": 2, "aligned": True, "tiles": 0, "keep": 1.0,
                                      "kv_range": [(5, 45), (17, 17)], "inputs": {"batch": 2, "dim": 16}},
     "dim_96": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 96, "value_dim": 64}},
     "dim_128": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 128}},
     "dim_256": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 256}},
-    "queries_of_128": {"q_len": 150, "kv_len": 200, "block_q": 128, "keep": 0.9, "columns": 5, "inputs": {"dim": 16}},
+    "queries_of_128": {"q_len": 150, "kv_len": 79, "block_q": 128, "keep": 0.9, "columns": 5, "inputs": {"dim": 16}},
 }  # fmt: skip
 ALL = {**CASES, **MORE}
 
@@ -192,7 +192,7 @@ def test_blocks_cut_into_pieces(pieces: tuple[int, int], name: str, interpreted:
 @pytest.mark.parametrize("name", ["unaligned", "columns"])
 def test_keys_cut_finer_than_blocks_of_64(name: str, interpreted: Run) -> None:
     """An unaligned block overlaps up to five tiles of 16 keys."""
-    p = problem({**CASES[name], "block_q": 64, "block_k": 64, "kv_len": 150})
+    p = problem({**CASES[name], "block_q": 64, "block_k": 64, "kv_len": 100})
     check(interpreted(p, (32, 16)), p)
 
 
@@ -228,7 +228,7 @@ def sweep(number: int) -> Problem:
     return p if p.grad_lse is None else p._replace(grad_lse=p.grad_lse * some)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(8))
 def test_random_sweep(number: int, interpreted: Run) -> None:
     p = sweep(number)
     check(interpreted(p), p)
@@ -237,7 +237,7 @@ def test_random_sweep(number: int, interpreted: Run) -> None:
 # ---- what nobody reads
 
 
-@pytest.mark.parametrize("name", ["tiles", "columns", "kv_order", "kv_range", "all", "padded_batch_in_order"])
+@pytest.mark.parametrize("name", ["tiles", "columns", "all", "padded_batch_in_order"])
 def test_unread_keys_have_no_gradient_and_do_not_matter(name: str, interpreted: Run) -> None:
     p = problem({**CASES[name], "keep": 0.2, "tiles": 2})
     nobody = unread(p.pattern, p.q, p.k)

@@ -115,12 +115,13 @@ def interpreted(interpreter: ProcessPoolExecutor) -> Attention:
 # ---- against the reference
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_reference(case: dict[str, Any], interpreted: Attention) -> None:
-    """Once whole and once in three splits of short steps."""
-    q, k, v, pattern = make(case)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name: str, interpreted: Attention) -> None:
+    """Once whole and once in three splits of short steps; whole, single features are checked in test_backends."""
+    q, k, v, pattern = make(CASES[name])
     want = expected(q, k, v, pattern, 0.3)
-    want.check(*interpreted(q, k, v, pattern, 0.3))
+    if name not in FEATURES:
+        want.check(*interpreted(q, k, v, pattern, 0.3))
     want.check(*interpreted(q, k, v, pattern, 0.3, cut=(16, 3)))
 
 
@@ -177,14 +178,13 @@ def test_offsets_beyond_32_bits(interpreter: ProcessPoolExecutor) -> None:
     assert found == "equal"
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
-@pytest.mark.parametrize("name", ["tiles", "columns", "all", "padded_batch_in_order", "rows_of_three"])
-def test_unread_keys_do_not_matter(name: str, poison: float, interpreted: Attention) -> None:
+@pytest.mark.parametrize("name", ["columns", "all", "padded_batch_in_order", "rows_of_three"])
+def test_unread_keys_need_not_be_finite(name: str, interpreted: Attention) -> None:
     q, k, v, pattern = make({**CASES[name], "keep": 0.2, "tiles": 2})
     nobody = unread(pattern, q, k)[..., None]
     assert nobody.any() and not nobody.all()
     clean = interpreted(q, k, v, pattern, 0.3)
-    dirty = interpreted(q, k.masked_fill(nobody, poison), v.masked_fill(nobody, poison), pattern, 0.3)
+    dirty = interpreted(q, k.masked_fill(nobody, torch.inf), v.masked_fill(nobody, torch.inf), pattern, 0.3)
     assert equal(clean, dirty)
 
 
@@ -360,9 +360,10 @@ _FLAGS = ("HAS_TILES", "HAS_COLUMNS", "HAS_Q_ORDER", "HAS_KV_ORDER", "HAS_RANGE"
 @pytest.mark.skipif(common.runs_interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
     ("target", "dtype", "dim", "block_k", "features"),
-    [("sm_90", "bf16", 128, 64, False), ("sm_80", "fp32", 64, 64, False), ("sm_89", "fp16", 80, 48, True),
-     ("gfx942", "bf16", 64, 16, True)],
-    ids=["h100_bfloat16_plain", "a100_float32_plain", "ada_float16_all_features", "mi300_bfloat16_all_features"],
+    [pytest.param("sm_90", "bf16", 128, 64, False, id="h100_bfloat16_plain"),
+     pytest.param("sm_80", "fp32", 64, 64, False, id="a100_float32_plain", marks=pytest.mark.slow),
+     pytest.param("sm_89", "fp16", 80, 48, True, id="ada_float16_all_features", marks=pytest.mark.slow),
+     pytest.param("gfx942", "bf16", 64, 16, True, id="mi300_bfloat16_all_features", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_compiles_without_a_gpu(target: str, dtype: str, dim: int, block_k: int, features: bool) -> None:
     pad = 128 if dim == 80 else dim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -33,6 +32,7 @@ from hf_sparse_attn.training.video.material import HELD_OUT
 from hf_sparse_attn.training.video.prompts import read_prompts
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from tests.support import tiny_prompts
+from tests.support.processes import run_code
 
 pytest.importorskip("peft")
 
@@ -584,7 +584,3 @@ def test_the_report_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "page" / "step_distill.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="`runs` must hold a finished training, got none in"):
         step_distill_report.main(["--runs", str(tmp_path), "--output", str(tmp_path / "page")])
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

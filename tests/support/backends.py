@@ -18,6 +18,9 @@ SHAPES = {
     "narrow_value": {"q_len": 64, "kv_len": 200, "heads": 8, "kv_heads": 1, "dim": 48, "value_dim": 8},
 }
 
+# A shape with every feature, and every shape with all of them at once.
+PROBLEMS = [("odd", name) for name in FEATURES] + [(name, "all") for name in SHAPES if name != "odd"]
+
 
 def case(
     shape: str, feature: str, dtype: torch.dtype, per_head: bool = True

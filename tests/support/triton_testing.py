@@ -28,16 +28,16 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 # Arguments of random_pattern() and, under "inputs", of random_inputs().
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"q_len": 70, "kv_len": 111, **feature} for name, feature in FEATURES.items()},
+    **{name: {"q_len": 45, "kv_len": 79, **feature} for name, feature in FEATURES.items()},
     "one_token": {"q_len": 1, "kv_len": 1, "keep": 1.0, "tiles": 0, "aligned": True},
     "one_query": {"q_len": 1, "kv_len": 63, "columns": 5},
     "tokens_63": {"q_len": 63, "kv_len": 63, "columns": 5},
-    "chunk_70_of_200": {"q_len": 70, "kv_len": 200, "columns": 5},
-    "more_queries_than_keys": {"q_len": 130, "kv_len": 40, "columns": 5},
+    "chunk_45_of_120": {"q_len": 45, "kv_len": 120, "columns": 5},
+    "more_queries_than_keys": {"q_len": 70, "kv_len": 40, "columns": 5},
     "blocks_16": {"q_len": 63, "kv_len": 63, "block_q": 16, "block_k": 16, "columns": 20},
-    "blocks_64_by_16": {"q_len": 111, "kv_len": 63, "block_q": 64, "block_k": 16, "columns": 5},
-    "blocks_16_by_64": {"q_len": 63, "kv_len": 130, "block_q": 16, "block_k": 64, "columns": 5},
-    "heads_differ": {"q_len": 70, "kv_len": 70, "batch": 2, "heads": 2, "columns": 5, "q_order": (2, 2),
+    "blocks_64_by_16": {"q_len": 70, "kv_len": 63, "block_q": 64, "block_k": 16, "columns": 5},
+    "blocks_16_by_64": {"q_len": 40, "kv_len": 130, "block_q": 16, "block_k": 64, "columns": 5},
+    "heads_differ": {"q_len": 40, "kv_len": 63, "batch": 2, "heads": 2, "columns": 5, "q_order": (2, 2),
                      "kv_order": (2, 2), "inputs": {"batch": 2, "kv_heads": 2}},
     "grouped_4_to_1": {"q_len": 63, "kv_len": 63, "columns": 5, "inputs": {"heads": 4, "kv_heads": 1}},
     "padded_batch": {"q_len": 63, "kv_len": 70, "batch": 2, "columns": 5, "kv_range": [(0, 45), (17, 70)],
@@ -47,10 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dim_40": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 40}},
     "dim_80_value_dim_24": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 80, "value_dim": 24}},
     "dim_7_value_dim_1": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 7, "value_dim": 1}},
-    "float16": {"q_len": 70, "kv_len": 70, **FEATURES["all"], "inputs": {"dtype": torch.float16}},
-    "float16_unaligned": {"q_len": 70, "kv_len": 70, "inputs": {"dtype": torch.float16}},
-    "bfloat16": {"q_len": 70, "kv_len": 70, **FEATURES["all"], "inputs": {"dtype": torch.bfloat16}},
-    "bfloat16_unaligned": {"q_len": 70, "kv_len": 70, "inputs": {"dtype": torch.bfloat16}},
+    "float16": {"q_len": 45, "kv_len": 63, **FEATURES["all"], "inputs": {"dtype": torch.float16}},
+    "float16_unaligned": {"q_len": 45, "kv_len": 63, "inputs": {"dtype": torch.float16}},
+    "bfloat16": {"q_len": 45, "kv_len": 63, **FEATURES["all"], "inputs": {"dtype": torch.bfloat16}},
+    "bfloat16_unaligned": {"q_len": 45, "kv_len": 63, "inputs": {"dtype": torch.bfloat16}},
 }  # fmt: skip
 BIG: dict[str, dict[str, Any]] = {
     "tokens_4096_blocks_128": {"q_len": 4096, "kv_len": 4096, "block_q": 128, "block_k": 128, "keep": 0.2,
