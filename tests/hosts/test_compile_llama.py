@@ -151,7 +151,7 @@ def test_static_cache_prefills_sparse_and_decodes_dense_in_the_graph() -> None:
 def test_dense_steps_compile_too_and_a_removed_patch_is_gone_from_the_graph() -> None:
     model, ids = FAMILIES["llama"]("sdpa"), tokens(1, 70)
     dense = model(**full(ids)).logits
-    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    run = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(run(**full(ids)).logits, dense, **CLOSE)
     with hsa.patch(model, **WINDOW) as patch:
         sparse = model(**full(ids)).logits
@@ -172,7 +172,7 @@ def test_what_a_graph_cannot_tell_is_dense_and_counted_or_raises() -> None:
     mask[..., 5, 5] = True
     with hsa.patch(model, **WINDOW) as patch:
         want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        run = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(run(input_ids=ids, attention_mask=mask, use_cache=False).logits, want, **CLOSE)
         assert counts(patch) == [(0, {"mask given as a Tensor": 1, f"mask given as a Tensor {PER_GRAPH}": 1})] * 2
         # Without a mask transformers cannot see in a graph that nothing is packed.
@@ -180,7 +180,7 @@ def test_what_a_graph_cannot_tell_is_dense_and_counted_or_raises() -> None:
         assert any("give an attention_mask of ones" in reason for reason in counts(patch)[0][1])
     torch._dynamo.reset()
     with hsa.patch(model, strict=True, **WINDOW):
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        run = torch.compile(model, fullgraph=True, backend="eager")
         with pytest.raises(hsa.DenseFallback, match="mask given as a Tensor"):
             run(input_ids=ids, attention_mask=mask, use_cache=False)
 
