@@ -147,6 +147,12 @@ def test_at_most_k_candidates_per_layer(seed: int) -> None:
             assert valid(tuple(choose(damage, cost, 0.5, solver=solver, **options).candidate))
 
 
+def test_dense_is_allowed_whatever_the_floor() -> None:
+    """Its own damage is what the metric leaves of rounding, or a metric in which dense is not 0."""
+    damage, cost = [[0.5, 0.2], [0.05, 0.05]], [[1.0, 0.1], [1.0, 0.1]]
+    assert choose(damage, cost, 1.0, floor=0.1).candidate.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_floor_leaves_dense_where_no_candidate_is_good_enough(seed: int) -> None:
     rng = np.random.default_rng(3000 + seed)
