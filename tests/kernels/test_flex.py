@@ -72,6 +72,7 @@ def test_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         check(random_pattern(77, 77, aligned=True), heads=4, kv_heads=2, dim=32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_batch_heads_and_value_dim_in_bfloat16() -> None:
     pattern = random_pattern(63, 70, aligned=True, batch=2, heads=4, block_q=16, q_order=(2, 4), kv_order=(2, 1))

@@ -7,6 +7,7 @@ import inspect
 import logging
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
@@ -41,11 +42,6 @@ MIXED = [9, (3, 5), 4, (4, 3, 5), 11]
 def text_methods() -> list[str]:
     found = [n for n in hsa.list_methods() if hsa.get_method(n).needs <= {"causal"} and n != "dense"]
     return [n for n in found if not hsa.get_method(n).reads]
-
-
-def examples() -> list[object]:
-    named = [(n, i, p) for n in text_methods() for i, p in enumerate(hsa.get_method(n).examples())]
-    return [pytest.param(n, p, id=f"{n}-{i}") for n, i, p in named if hsa.get_method(n).attention is Method.attention]
 
 
 def logits(model, inputs, **kwargs):
@@ -229,9 +225,12 @@ def test_methods_that_look_ahead_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name, params", examples())
-def test_sparse_equals_masked(name, params, dtype):
-    check_masked("qwen2_5_vl", hsa.get_method(name)(**params), MIXED, dtype)
+@pytest.mark.parametrize("name", [n for n in text_methods() if hsa.get_method(n).attention is Method.attention])
+def test_sparse_equals_masked(name, dtype):
+    """Some examples of a method keep nearly all of so short a prompt, but not all of them."""
+    methods = [hsa.get_method(name)(**params) for params in hsa.get_method(name).examples()]
+    watches = [check_masked("qwen2_5_vl", method, MIXED, dtype) for method in methods]
+    assert any(pattern.density("causal") < 1 for watch in watches for pattern in watch.patterns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -255,9 +254,6 @@ def check_masked(kind, method, pieces, dtype) -> Watch:
     with hsa.patch(model, watch, strict=True, **SPARSE) as patch:
         got = logits(model, inputs)
     assert sparse_share(text_rows(patch)) == 1
-    # Two of the examples keep nearly all of so short a prompt.
-    keeps_all = method.params().get("slash") == 110 or method.params().get("threshold") == 0.9
-    assert keeps_all or any(p.density("causal") < 1 for p in watch.patterns)
     other.set_attn_implementation({"text_config": "test_masked_vl"})
     MASKED[:] = watch.patterns
     want = logits(other, inputs)
@@ -538,10 +534,14 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("order", ["runs", "by_length"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("kind", KINDS)
+# The towers of the mixture and of Qwen3 are one; rounding does not know how images are cut.
+TOWERS = [
+    *product(KINDS[:3], GRIDS, [torch.float32], ["runs", "by_length"]),
+    *product(KINDS, ["odd"], [torch.bfloat16], ["runs"]),
+]
+
+
+@pytest.mark.parametrize("kind, name, dtype, order", TOWERS)
 def test_vision_tower_in_fewer_calls_is_exact(kind, name, dtype, order, monkeypatch):
     """With gradients; within the rounding of the dtype, measured against float64 (here it is equal to the bit)."""
     if order == "by_length":
