@@ -22,6 +22,9 @@ from queue import Queue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)
+from tests.support.processes import Server  # noqa: E402  (found from the root alone)
+
 GUARDS = "tests/core/test_guards.py"
 BUDGET = "tests/profiling/test_budget.py"
 COST = "tests/cost/test_cost.py"
@@ -173,44 +176,49 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def passes(tree: Path, tests: str) -> bool:
-    """Whether tests pass in a tree."""
-    call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests.split()]
-    # Only what stands in the tree is imported, and no byte code of the file before its change.
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(call, cwd=tree, env=env, capture_output=True).returncode == 0
+class Job:
+    """A copy of the tree, and a process to run tests in it without importing torch each time."""
 
+    def __init__(self, folder: Path) -> None:
+        self.tree, self.server = copied(folder), Server()
 
-def fate(mutant: Mutant, tree: Path) -> str:
-    """What becomes of a mutant in a tree, which is as before afterwards."""
-    file = tree / mutant.file
-    before = file.read_text() if file.exists() else ""
-    if before.count(mutant.old) != 1:
-        return f"text found {before.count(mutant.old)} times"
-    file.write_text(before.replace(mutant.old, mutant.new))
-    try:
-        return "SURVIVED" if passes(tree, mutant.tests) else "killed"
-    finally:
-        file.write_text(before)
+    def passes(self, tests: str) -> bool:
+        """Whether tests pass in the tree."""
+        call = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests.split()]
+        # No byte code: a file may change within the second in which it was read.
+        code = f"import sys; sys.dont_write_bytecode = True; import pytest; sys.exit(pytest.main({call!r}))"
+        return self.server.run(code, cwd=self.tree, OMP_NUM_THREADS="1").returncode == 0
+
+    def fate(self, mutant: Mutant) -> str:
+        """What becomes of a mutant; the tree is as before afterwards."""
+        file = self.tree / mutant.file
+        before = file.read_text() if file.exists() else ""
+        if before.count(mutant.old) != 1:
+            return f"text found {before.count(mutant.old)} times"
+        file.write_text(before.replace(mutant.old, mutant.new))
+        try:
+            return "SURVIVED" if self.passes(mutant.tests) else "killed"
+        finally:
+            file.write_text(before)
 
 
 def results(mutants: list[Mutant], jobs: int, folder: Path) -> Iterator[tuple[Mutant, str, float]]:
-    """Mutants with their fates and seconds, in order; each job has a tree of its own."""
-    trees: Queue[Path] = Queue()
+    """Mutants with their fates and seconds, in order."""
+    free: Queue[Job] = Queue()
     for number in range(jobs):
-        trees.put(copied(folder / str(number)))
+        free.put(Job(folder / str(number)))
     for tests in sorted({mutant.tests for mutant in mutants}):
-        tree = trees.get()
-        if not passes(tree, tests):
+        job = free.get()
+        if not job.passes(tests):
             sys.exit(f"{tests} fails without any change")
-        trees.put(tree)
+        free.put(job)
 
     def one(mutant: Mutant) -> tuple[Mutant, str, float]:
-        tree, begin = trees.get(), time.monotonic()
+        job, begin = free.get(), time.monotonic()
         try:
-            return mutant, fate(mutant, tree), time.monotonic() - begin
+            return mutant, job.fate(mutant), time.monotonic() - begin
         finally:
-            trees.put(tree)
+            free.put(job)
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(one, mutants)
