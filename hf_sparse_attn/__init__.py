@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_sparse_attn import native
 from hf_sparse_attn.lazy import lazy_names
-
-__version__ = "0.1.0"
+from hf_sparse_attn.version import __version__ as __version__
 
 # In a clone without symbolic links kernels/, patches/ and recipes/ stand beside the package, not in it.
 if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[1] / "kernels").is_dir():
@@ -17,16 +16,17 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
+    from hf_sparse_attn.backend import BackendUnavailable
     from hf_sparse_attn.context import Context, Segment, TokenLayout
-    from hf_sparse_attn.dispatch import BackendUnavailable
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
-    from hf_sparse_attn.patching import DenseFallback, Patch
+    from hf_sparse_attn.patching import Patch
     from hf_sparse_attn.pattern.block_pattern import BlockPattern
     from hf_sparse_attn.profiles.head_profile import HeadProfile
     from hf_sparse_attn.profiling.run import profile
     from hf_sparse_attn.report import Report
+    from hf_sparse_attn.session import DenseFallback
+    from hf_sparse_attn.sharing.gates import GateSet
     from hf_sparse_attn.training.bundle.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
-    from hf_sparse_attn.training.gates import GateSet
 
 _WHERE = {
     "attention": "hf_sparse_attn.api",
@@ -39,13 +39,13 @@ _WHERE = {
     "Context": "hf_sparse_attn.context",
     "Segment": "hf_sparse_attn.context",
     "TokenLayout": "hf_sparse_attn.context",
-    "BackendUnavailable": "hf_sparse_attn.dispatch",
-    "GateSet": "hf_sparse_attn.training.gates",
+    "BackendUnavailable": "hf_sparse_attn.backend",
+    "GateSet": "hf_sparse_attn.sharing.gates",
     "HeadProfile": "hf_sparse_attn.profiles.head_profile",
     "Decline": "hf_sparse_attn.method",
     "Method": "hf_sparse_attn.method",
     "MethodDoesNotApply": "hf_sparse_attn.method",
-    "DenseFallback": "hf_sparse_attn.patching",
+    "DenseFallback": "hf_sparse_attn.session",
     "Patch": "hf_sparse_attn.patching",
     "BlockPattern": "hf_sparse_attn.pattern.block_pattern",
     "profile": "hf_sparse_attn.profiling.run",

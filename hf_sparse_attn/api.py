@@ -14,14 +14,15 @@ from hf_sparse_attn.autocast import cast_inputs, no_autocast
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.family import check_reads, find_family, install, provided
-from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply, make_method
-from hf_sparse_attn.patching import Patch, Session, active_patch
+from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
+from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.presets import find_preset
 from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
-from hf_sparse_attn.registry import BACKENDS, METHODS
+from hf_sparse_attn.registry import BACKENDS, METHODS, make_method
 from hf_sparse_attn.selection import with_sinks
+from hf_sparse_attn.session import Session
 
 
 def patch(

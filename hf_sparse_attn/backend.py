@@ -1,4 +1,4 @@
-"""What a backend is, and how one with a backward of its own becomes differentiable."""
+"""What a backend is, how one with a backward of its own becomes differentiable, and which one runs a call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
 
 
 class Backend(Protocol):
@@ -115,3 +116,38 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         grads = ctx.backend.backward(grad_out, grad_lse, q, k, v, out, lse, *ctx.rest)
         return (*grads, None, None, None, None)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+def auto_order(device_type: str) -> list[str]:
+    """Names of the backends that backend="auto" tries on a device type, in that order."""
+    ranks = {name: getattr(found, "auto_rank", {}).get(device_type) for name, found in BACKENDS.items()}
+    return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
+
+
+def choose_backend(
+    backend: str, pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
+) -> tuple[str, type[Backend]]:
+    """Name and class of the backend that runs the call.
+
+    Raises:
+        ValueError: unknown backend.
+        BackendUnavailable: the backend asked for cannot run this call, or none can; with the reasons.
+    """
+    if backend != "auto":
+        found = BACKENDS.get(backend)
+        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
+        if reason is not None:
+            raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason}")
+        return backend, found
+    reasons = []
+    for name in auto_order(q.device.type):
+        found = BACKENDS.get(name)
+        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
+        if reason is None:
+            return name, found
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable("no backend can run this call: " + "; ".join(reasons))

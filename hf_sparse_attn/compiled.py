@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_sparse_attn.backend import KernelBackend
-from hf_sparse_attn.dispatch import BackendUnavailable, choose_backend
+from hf_sparse_attn.backend import BackendUnavailable, KernelBackend, choose_backend
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 _Sizes = tuple[int, int, int, int]

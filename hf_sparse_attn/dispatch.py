@@ -1,18 +1,14 @@
-"""Which backend runs a pattern and why; where dense attention is kept instead."""
+"""Runs a pattern on its backend, eagerly or as an operator of the graph that is being traced."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.backend import Backend
+from hf_sparse_attn import compiled
+from hf_sparse_attn.backend import choose_backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.registry import BACKENDS
-
-
-class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot run the call."""
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -44,43 +40,6 @@ def check_pattern(pattern: BlockPattern, q: Tensor, k: Tensor) -> None:
             raise ValueError(f"`pattern` must have {name} 1 or {limit}, got {size}")
 
 
-def auto_order(device_type: str) -> list[str]:
-    """Names of the backends that backend="auto" tries on a device type, in that order."""
-    ranks = {name: getattr(found, "auto_rank", {}).get(device_type) for name, found in BACKENDS.items()}
-    return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
-
-
-def choose_backend(
-    backend: str,
-    pattern: BlockPattern | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    needs_grad: bool,
-    softcap: float = 0.0,
-) -> tuple[str, type[Backend]]:
-    """Name and class of the backend that runs the call.
-
-    Raises:
-        ValueError: unknown backend.
-        BackendUnavailable: the backend asked for cannot run this call, or none can; with the reasons.
-    """
-    if backend != "auto":
-        found = BACKENDS.get(backend)
-        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
-        if reason is not None:
-            raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason}")
-        return backend, found
-    reasons = []
-    for name in auto_order(q.device.type):
-        found = BACKENDS.get(name)
-        reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
-        if reason is None:
-            return name, found
-        reasons.append(f"{name}: {reason}")
-    raise BackendUnavailable("no backend can run this call: " + "; ".join(reasons))
-
-
 def run_pattern(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, backend: str = "auto", softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, str]:
@@ -90,8 +49,6 @@ def run_pattern(
         # A kernel would read numbers of one width as those of another.
         raise ValueError(f"`k` and `v` must be {q.dtype} like `q`, got {k.dtype} and {v.dtype}")
     if torch.compiler.is_compiling():
-        from hf_sparse_attn import compiled
-
         return (*compiled.attend(q, k, v, pattern.to(q.device), scale, softcap, backend), backend)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     pattern = pattern.to(q.device)
@@ -104,9 +61,3 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tens
     """Exact attention: output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len]."""
     whole = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, device=q.device)
     return run_pattern(q, k, v, whole, ctx.softmax_scale, softcap=ctx.softcap)[:2]
-
-
-# ---------------------------------------------------------------------- static patterns
-
-
-# ---------------------------------------------------------------------- policy

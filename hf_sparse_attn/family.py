@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
-from hf_sparse_attn.patching import Patch, Session, active_patch
+from hf_sparse_attn.patching import Patch, active_patch
+from hf_sparse_attn.session import Session
 
 
 class Family(Protocol):

@@ -6,15 +6,20 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import RecentValues
 
 if TYPE_CHECKING:
     from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
+
+# Patterns of static methods.
+_STATIC: RecentValues[BlockPattern | Decline] = RecentValues(64)
 
 NEEDS = {
     "causal": "a causal layout",
@@ -128,12 +133,19 @@ class Method:
 
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """`pattern`, after the stated needs are checked; static patterns come from a cache."""
-        from hf_sparse_attn.pattern.cache import cached_pattern
-
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        return cached_pattern(self, ctx, q.device) if self.static else self.pattern(q, k, ctx)
+        return self.static_pattern(ctx, q.device) if self.static else self.pattern(q, k, ctx)
+
+    def static_pattern(self, ctx: Context, device: torch.device) -> BlockPattern | Decline:
+        """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
+
+        def build() -> BlockPattern | Decline:
+            found = self.pattern(None, None, ctx)
+            return found if isinstance(found, Decline) else found.to(device)
+
+        return _STATIC.get((self, self.cache_key(ctx), device), build)
 
     def why_not(self, ctx: Context) -> str | None:
         """Why the method does not apply to the call, or None where it does."""
@@ -196,28 +208,3 @@ class Method:
     def full_budget(cls) -> dict[str, Any] | None:
         """Parameters with which every key is kept, for a few hundred tokens; None where the method has no budget."""
         return None
-
-
-def make_method(method: str | Method, params: dict[str, Any]) -> Method:
-    """A Method from its name and parameters, or the Method given.
-
-    Raises:
-        TypeError: `method` is neither, or parameters come with a ready Method, or an unknown parameter.
-        ValueError: unknown name; the message lists the known ones.
-    """
-    from hf_sparse_attn.registry import METHODS
-
-    if isinstance(method, Method):
-        if params:
-            raise TypeError(f"`params` must be empty when `method` is a Method, got {', '.join(sorted(params))}")
-        return method
-    if not isinstance(method, str):
-        raise TypeError(f"`method` must be a name or a Method, got {method!r} of type {type(method).__name__}")
-    cls = METHODS.get(method)
-    known = [f.name for f in fields(cls)]
-    unknown = sorted(set(params) - set(known))
-    if unknown:
-        raise TypeError(
-            f"method {method!r} takes the parameters {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
-        )
-    return cls(**params)

@@ -12,10 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+from hf_sparse_attn.hosts import NATIVE_PREFIX
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from hf_sparse_attn.hosts.transformers_hook import LayerState
+    from hf_sparse_attn.hosts.transformers_hook import LayerState, Output
     from hf_sparse_attn.report import Report
 
 log = logging.getLogger(__name__)
@@ -34,11 +36,26 @@ def install() -> None:
 
 def register(name: str) -> None:
     """Adds a method registered later; before transformers is imported nothing, for its import adds them all."""
-    if _AWAITED in sys.modules and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        from hf_sparse_attn.hosts.transformers_hook import NATIVE_PREFIX
-        from hf_sparse_attn.hosts.transformers_hook import register as register_implementation
+    if _AWAITED not in sys.modules or any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        return
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
 
-        register_implementation(f"{NATIVE_PREFIX}{name}", None, _finder(name))
+    find = _finder(name)
+
+    # The hook is imported by the first call: it may be what imports transformers just now.
+    def attention(*args: Any, **kwargs: Any) -> Output:
+        from hf_sparse_attn.hosts.transformers_hook import attend
+
+        return attend(find, None, *args, **kwargs)
+
+    def mask(**wanted: Any) -> Any:
+        from hf_sparse_attn.hosts.transformers_hook import describe_mask
+
+        return describe_mask(None, **wanted)
+
+    AttentionInterface.register(f"{NATIVE_PREFIX}{name}", attention)
+    AttentionMaskInterface.register(f"{NATIVE_PREFIX}{name}", mask)
 
 
 def report(model: nn.Module) -> Report:
@@ -60,10 +77,6 @@ def report(model: nn.Module) -> Report:
 def _register_all() -> None:
     from hf_sparse_attn.registry import METHODS
 
-    hook = sys.modules.get("hf_sparse_attn.hosts.transformers_hook")
-    if hook is not None and not hasattr(hook, "register"):
-        # It is what imports transformers just now, and calls `install` again when it is complete.
-        return
     for name in METHODS.names():
         register(name)
 
@@ -98,9 +111,10 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
     from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
-    from hf_sparse_attn.patching import LayerRecord, Session
     from hf_sparse_attn.policy import Policy
+    from hf_sparse_attn.record import LayerRecord
     from hf_sparse_attn.registry import METHODS
+    from hf_sparse_attn.session import Session
 
     text = is_text_attention(module)
     if not text and (not is_encoder_attention(module) or other_tokens(module)):

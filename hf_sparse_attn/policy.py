@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.context import Context
+from hf_sparse_attn.cost.judge import fewest_keys
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,6 @@ class Policy:
         if ctx.layout.q_len < self.min_queries:
             return f"decoding: fewer than {self.min_queries} queries"
         if self.min_tokens == "auto":
-            from hf_sparse_attn.cost.judge import fewest_keys
-
             fewest = fewest_keys(ctx, device)
         else:
             fewest = int(self.min_tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.settings import build_config, read_yaml
 
-_PACKAGE = "hf_sparse_attn.recipes"
+# Recipes, and those which made the models that come with the package: these are in the repository alone.
+_PACKAGES = ("hf_sparse_attn.recipes", "hf_sparse_attn.recipes.shipped")
+_IN_REPOSITORY = ("byte_llama", "moving_wan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,35 +240,6 @@ class SparseSettings:
     min_tokens: int | Literal["auto"] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """A low-rank adapter (Hu et al. 2021, LoRA, arXiv 2106.09685).
-
-    Args:
-        rank: of the added matrices.
-        alpha: the added product is scaled by alpha / rank; None means alpha = rank.
-        targets: names, or ends of names, of the linear modules that get one; a single one with a `*` or a `\\` in it
-            is a regular expression over whole names.
-        trained: ends of names of modules that are trained in full besides (norms, embeddings).
-        dropout: on what the added matrices read; drawn anew in each process and micro-batch.
-    """
-
-    targets: tuple[str, ...]
-    rank: int = 16
-    alpha: float | None = None
-    trained: tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_int("rank", self.rank, 1)
-        if not self.targets:
-            raise ValueError("`targets` must name at least one module, got none")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"`alpha` must be more than 0 and finite, or none, got {self.alpha}")
-
-
 class Stage(Protocol):
     """A stretch of a training that has several."""
 
@@ -298,9 +270,8 @@ def stage_at(stages: Sequence[AnyStage], step: int) -> AnyStage:
 
 def shipped_recipes() -> dict[str, Path]:
     """The YAML files that come with the package, by the name that `hf-sparse-attn train` takes."""
-    folder = importlib.import_module(_PACKAGE)
-    found = (path for place in folder.__path__ for path in Path(place).glob("*.yaml"))
-    return {path.stem: path for path in sorted(found)}
+    found = [path for _, folder in _folders() for path in folder.glob("*.yaml")]
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
 def recipe_class(name: object) -> type[Recipe]:
@@ -310,11 +281,12 @@ def recipe_class(name: object) -> type[Recipe]:
         ValueError: unknown name; the message lists the known ones.
         MissingExtra: a package that the recipe needs is not installed.
     """
-    known = _recipe_names()
-    if name not in known:
-        raise ValueError(f"`recipe` must be one of {', '.join(known)}; got {name!r}")
+    modules = _recipe_modules()
+    if name not in modules:
+        raise ValueError(_unknown(f"`recipe` must be one of {', '.join(modules)}; got {name!r}", name))
+    module = modules[str(name)]
     try:
-        found: Any = importlib.import_module(f"{_PACKAGE}.{name}").RECIPE
+        found: Any = importlib.import_module(module).RECIPE
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] == "hf_sparse_attn":
             raise
@@ -323,7 +295,7 @@ def recipe_class(name: object) -> type[Recipe]:
         package = error.name.split(".")[0]
         raise MissingExtra(f"recipe {name!r}", package, "diffusers" if package == "diffusers" else "train") from error
     if not (isinstance(found, type) and issubclass(found, Recipe)):
-        raise TypeError(f"`RECIPE` of {_PACKAGE}.{name} must be a subclass of Recipe, got {found!r}")
+        raise TypeError(f"`RECIPE` of {module} must be a subclass of Recipe, got {found!r}")
     found.name = str(name)
     return found
 
@@ -347,21 +319,34 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         shipped = shipped_recipes()
         if str(source) not in shipped:
-            raise ValueError(f"the recipe must be a .yaml file or one of {', '.join(shipped)}; got {str(source)!r}")
+            said = f"the recipe must be a .yaml file or one of {', '.join(shipped)}; got {str(source)!r}"
+            raise ValueError(_unknown(said, str(source)))
         path = shipped[str(source)]
     values = read_yaml(path, overrides)
     kind = recipe_class(values.pop("recipe", None))
     return build_config(kind, values, kind.name)
 
 
-def _recipe_names() -> list[str]:
-    """Files of the recipes folder that define `RECIPE`, told without importing them."""
-    folder = importlib.import_module(_PACKAGE)
-    names = []
-    for file in pkgutil.iter_modules(folder.__path__):
-        found = importlib.util.find_spec(f"{_PACKAGE}.{file.name}")
-        if found is not None and found.origin is not None:
-            text = Path(found.origin).read_text(encoding="utf-8")
-            if any(line.startswith("RECIPE = ") for line in text.splitlines()):
-                names.append(file.name)
-    return names
+def _folders() -> list[tuple[str, Path]]:
+    """The packages of recipes that are there, and their folders."""
+    specs = ((package, importlib.util.find_spec(package)) for package in _PACKAGES)
+    found = [(name, place) for name, spec in specs if spec for place in spec.submodule_search_locations or ()]
+    return [(name, Path(place)) for name, place in found]
+
+
+def _recipe_modules() -> dict[str, str]:
+    """Files in the folders of recipes that define `RECIPE`, told without importing them: their modules by name."""
+    modules = {}
+    for package, folder in _folders():
+        for file in folder.glob("*.py"):
+            if any(line.startswith("RECIPE = ") for line in file.read_text(encoding="utf-8").splitlines()):
+                modules[file.stem] = f"{package}.{file.stem}"
+    return dict(sorted(modules.items()))
+
+
+def _unknown(said: str, name: object) -> str:
+    if name not in _IN_REPOSITORY:
+        return said
+    return (
+        f"recipe {name!r} made a model that comes with the package: it is in the repository alone, run it in a clone"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hf_sparse_attn.cost.judge import PAUSED, Loss, Prediction, describe
+from hf_sparse_attn.cost.judge import Prediction, describe
+from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.report import LayerReport
 
-# Shapes of calls that are kept in mind.
-KEPT_SHAPES = 256
+# Threads that run one model count in one record, and what they add must not get lost between reading and writing.
+_COUNTING = threading.Lock()
 
 
 class Done(NamedTuple):
@@ -41,10 +43,8 @@ class LayerRecord:
     gain_sum: float = 0.0
     # Calls that are dense by prediction: number and sums of what was predicted, by kind and origin of the table.
     losses: dict[tuple[str, str], tuple[int, Prediction]] = field(default_factory=dict)
-    # Shapes at which every call is dense, and why: where the host knows nothing else, that is all there is to decide.
-    always_dense: dict[Any, tuple[str | Loss, str]] = field(default_factory=dict)
-    # Shapes at which the method is not asked in the next calls, and in how many.
-    paused: dict[Any, int] = field(default_factory=dict)
+    # What was decided for all calls of a shape, and for how many more; see decision.by_shape.
+    by_shape: dict[Any, tuple[Decision, float]] = field(default_factory=dict)
     # Sparse calls that are still to be measured, and what was measured: seconds sparse and dense.
     to_measure: int = 0
     measured: list[tuple[float, float]] = field(default_factory=list)
@@ -55,38 +55,38 @@ class LayerRecord:
     exact_calls: int = 0
     segments: int = 0
 
+    @staticmethod
+    def count(counter: Counter[str], name: str, times: int = 1) -> None:
+        """Counts in one of the counters of a record."""
+        with _COUNTING:
+            counter[name] += times
+
     def count_exact(self, segments: int, runs: int, backend: str) -> None:
         """Counts one call whose `segments` of tokens, which never saw one another, ran in `runs` of `backend`."""
-        self.exact_calls += 1
-        self.segments += segments
-        self.backends[backend] += runs
+        with _COUNTING:
+            self.exact_calls += 1
+            self.segments += segments
+            self.backends[backend] += runs
 
     def count_sparse(self, done: Sequence[Done]) -> None:
         """Counts one sparse call; its density and predicted gain are the means over its sequences."""
-        self.sparse_calls += 1
-        self.density_sum = self.density_sum + sum(d.density for d in done) / len(done)
-        self.gain_sum += sum(d.gain for d in done) / len(done)
+        density, gain = (sum(values) / len(done) for values in zip(*((d.density, d.gain) for d in done), strict=True))
+        with _COUNTING:
+            self.sparse_calls += 1
+            self.density_sum = self.density_sum + density
+            self.gain_sum += gain
 
-    def dense_at_once(self, shape: Any, steady: bool = False) -> bool:
-        """Whether a call of this shape is known to be dense; it is then counted. Pauses are not for `steady` calls."""
-        known = self.always_dense.get(shape)
-        if known is None:
-            left = 0 if steady else self.paused.get(shape, 0)
-            if not left:
-                return False
-            self.paused[shape] = left - 1
-            known = PAUSED, ""
-        self.count_dense(*known)
-        return True
-
-    def count_dense(self, reason: str | Loss, origin: str = "") -> None:
+    def count_dense(self, decision: Decision) -> None:
         """Counts one dense call; those by prediction are counted together, whatever their numbers."""
+        reason = decision.reason
         if isinstance(reason, str):
-            self.dense_reasons[reason] += 1
-            return
-        key = reason.kind, origin
-        n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
-        self.losses[key] = n + 1, Prediction(*(a + b for a, b in zip(sums, reason.prediction, strict=True)))
+            self.count(self.dense_reasons, reason)
+        elif reason is not None:
+            key = reason.kind, decision.origin
+            with _COUNTING:
+                n, sums = self.losses.get(key, (0, Prediction(0.0, 0.0, 0.0)))
+                added = (a + b for a, b in zip(sums, reason.prediction, strict=True))
+                self.losses[key] = n + 1, Prediction(*added)
 
     def report(self, requested: float | None) -> LayerReport:
         """The record as it stands."""

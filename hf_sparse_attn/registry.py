@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Generic, TypeVar
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hf_sparse_attn.method import Method
 
 if TYPE_CHECKING:
     from hf_sparse_attn.backend import Backend
     from hf_sparse_attn.family import Family
-    from hf_sparse_attn.method import Method
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -78,6 +83,16 @@ class Registry(Generic[T]):
         self.discover()
         return sorted(self._entries)
 
+    def known(self) -> list[str]:
+        """All names, those in files whose package is missing here included, read from their text."""
+        found = set(self.names())
+        for file in self.missing:
+            spec = find_spec(f"{self.package}.{file}")
+            if spec is not None and spec.origin is not None:
+                text = Path(spec.origin).read_text(encoding="utf-8")
+                found.update(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M))
+        return sorted(found)
+
     def items(self) -> Iterator[tuple[str, T]]:
         """(name, entry) pairs, sorted by name."""
         return iter([(name, self._entries[name]) for name in self.names()])
@@ -113,8 +128,6 @@ def _origin(entry: object) -> str:
 
 
 def _check_method(name: str, entry: object) -> None:
-    from hf_sparse_attn.method import Method
-
     if not (isinstance(entry, type) and issubclass(entry, Method)):
         raise TypeError(f"method {name!r} must be a subclass of hf_sparse_attn.method.Method, got {entry!r}")
     entry.name = name
@@ -136,3 +149,26 @@ def _check_family(name: str, entry: object) -> None:
 METHODS: Registry[type[Method]] = Registry("method", "hf_sparse_attn.methods", _check_method, "hf_sparse_attn.methods")
 FAMILIES: Registry[type[Family]] = Registry("family", "hf_sparse_attn.patches", _check_family)
 BACKENDS: Registry[type[Backend]] = Registry("backend", "hf_sparse_attn.kernels", _check_backend)
+
+
+def make_method(method: str | Method, params: dict[str, Any]) -> Method:
+    """A Method from its name and parameters, or the Method given.
+
+    Raises:
+        TypeError: `method` is neither, or parameters come with a ready Method, or an unknown parameter.
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if isinstance(method, Method):
+        if params:
+            raise TypeError(f"`params` must be empty when `method` is a Method, got {', '.join(sorted(params))}")
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"`method` must be a name or a Method, got {method!r} of type {type(method).__name__}")
+    cls = METHODS.get(method)
+    known = [f.name for f in fields(cls)]
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise TypeError(
+            f"method {method!r} takes the parameters {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
+        )
+    return cls(**params)

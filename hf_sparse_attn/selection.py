@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.pattern.block_pattern import BlockPattern, causal_tiles, distinct_tiles
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.layout import at_a_time, causal_tiles, distinct_tiles
 
-# Scores held at a time while blocks are ranked: bounds memory at long context.
-_SCORES_AT_A_TIME = 1 << 24
 # Weights of the last queries held at a time, over heads: bounds memory at long context.
 _WEIGHTS_AT_A_TIME = 1 << 25
 
@@ -75,11 +74,6 @@ def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> T
     before = torch.nn.functional.pad(total[..., :-1], (1, 0))
     needed = before < share * scores.sum(-1, keepdim=True)
     return (torch.zeros_like(needed).scatter_(-1, order, needed) & visible) | forced
-
-
-def at_a_time(numbers: int) -> int:
-    """How many maps of `numbers` scores are held at a time, at least 1."""
-    return max(1, _SCORES_AT_A_TIME // max(1, numbers))
 
 
 def top_blocks(

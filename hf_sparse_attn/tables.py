@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+# Columns and rows.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; a `|` in a cell is escaped."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_sparse_attn.backend import KernelBackend
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.registry import BACKENDS
 
 # Queries whose bits of a tile stand in one word.
@@ -174,13 +175,14 @@ def _run(
 
 def _tile_words(p: BlockPattern, library: ctypes.CDLL) -> Tensor:
     """The tiles as the kernel reads them, int64 [tiles, panels of a row, block_k]: a bit for each query."""
-    known: Tensor | None = p.__dict__.get("_cpp_tiles")
-    if known is None:
-        known = torch.empty(len(p.tiles), -(-p.block_q // _PANEL), p.block_k, dtype=torch.int64)
+
+    def make() -> Tensor:
+        words = torch.empty(len(p.tiles), -(-p.block_q // _PANEL), p.block_k, dtype=torch.int64)
         # Tile 0 keeps everything and is not looked up.
         if len(p.tiles) > 1:
             tiles = p.tiles.contiguous()
             sizes = (ctypes.c_int64(n) for n in tiles.shape)
-            library.hsa_tile_words(ctypes.c_void_p(tiles.data_ptr()), *sizes, ctypes.c_void_p(known.data_ptr()))
-        p.__dict__["_cpp_tiles"] = known
-    return known
+            library.hsa_tile_words(ctypes.c_void_p(tiles.data_ptr()), *sizes, ctypes.c_void_p(words.data_ptr()))
+        return words
+
+    return derived(p, ("cpp", "tiles"), make)

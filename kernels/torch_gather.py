@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from hf_sparse_attn.backend import KernelBackend
 from hf_sparse_attn.kernels.torch_gather_plan import Group, plan_of
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.pattern.ops import key_validity
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import merge_by_lse
@@ -208,11 +210,8 @@ class _Head:
 
 def _tile_bias(p: BlockPattern, dtype: torch.dtype) -> Tensor:
     """The tiles as numbers to add to logits, [tiles, block_q, block_k]."""
-    known = p.__dict__.setdefault("_gather_tiles", {})
-    if dtype not in known:
-        known[dtype] = torch.zeros(p.tiles.shape, dtype=dtype, device=p.device).masked_fill_(~p.tiles, _MASKED)
-    found: Tensor = known[dtype]
-    return found
+    blank = partial(torch.zeros, p.tiles.shape, dtype=dtype, device=p.device)
+    return derived(p, ("gather", "tiles", dtype), lambda: blank().masked_fill_(~p.tiles, _MASKED))
 
 
 def _one_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 
 Array = np.ndarray[Any, Any]
 
@@ -44,11 +45,8 @@ class Group:
 
 def plan_of(p: BlockPattern, batch: int, head: int, key_bytes: int) -> list[Group]:
     """The groups of one head of the pattern, longest rows first; kept with the pattern, which may be static."""
-    plans = p.__dict__.setdefault("_gather_plans", {})
     at = (min(batch, p.batch - 1), min(head, p.heads - 1), key_bytes)
-    if at not in plans:
-        plans[at] = list(_make_groups(p, *at))
-    return plans[at]
+    return derived(p, ("gather", "groups", at), lambda: list(_make_groups(p, *at)))
 
 
 def _make_groups(p: BlockPattern, batch: int, head: int, key_bytes: int) -> Iterator[Group]:

@@ -3,8 +3,7 @@ lists of the backward. Planned on the device without waiting for it, and kept wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -13,19 +12,11 @@ from torch import Tensor
 from hf_sparse_attn.kernels.triton_block_sparse_parts import jit, on_device
 from hf_sparse_attn.kernels.triton_common import lead_strides
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 
 T = TypeVar("T")
 # Entries that a planning program handles at a time.
 _CHUNK = 128
-
-
-def kept(p: BlockPattern, name: str, make: Callable[[], T]) -> T:
-    """What `make` gives, kept with the pattern."""
-    plans: dict[str, Any] = p.__dict__.setdefault("_triton_plans", {})
-    if name not in plans:
-        plans[name] = make()
-    found: T = plans[name]
-    return found
 
 
 class Rows(NamedTuple):
@@ -98,7 +89,7 @@ def _partition(  # type: ignore[no-untyped-def]
 
 def rows_of(p: BlockPattern) -> Rows:
     """The rows of a pattern."""
-    return kept(p, "rows", lambda: _rows_of(p))
+    return derived(p, ("triton", "rows"), lambda: _rows_of(p))
 
 
 def _rows_of(p: BlockPattern) -> Rows:
@@ -148,7 +139,7 @@ def schedule(p: BlockPattern, name: str, sizes: Tensor, batch: int, heads: int, 
         cluster = torch.arange(batch * heads, device=device)[:, None] // together
         return ((cluster << 32) - work).flatten().sort(stable=True).indices.to(torch.int32)
 
-    return kept(p, f"schedule {name} {batch} {heads} {together}", make)
+    return derived(p, ("triton", "schedule", name, batch, heads, together), make)
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -161,7 +152,7 @@ def _cache_bytes(device: torch.device) -> int:
 
 def readers_of(p: BlockPattern) -> Tensor:
     """The tiles by key: int64 [n_tiles, block_k, block_q / 64 rounded up], bit a of word w is query 64 w + a."""
-    return kept(p, "readers", lambda: _readers_of(p.tiles))
+    return derived(p, ("triton", "readers"), lambda: _readers_of(p.tiles))
 
 
 def _readers_of(tiles: Tensor) -> Tensor:
@@ -268,7 +259,7 @@ def _join(  # type: ignore[no-untyped-def]
 
 def keys_of(p: BlockPattern, size: int, share: Share) -> Keys:
     """Who reads each tile of `size` consecutive key places through blocks; `size` divides block_k."""
-    return kept(p, f"keys {size} {share.merged}", lambda: _keys_of(p, size, share.merged))
+    return derived(p, ("triton", "keys", size, share.merged), lambda: _keys_of(p, size, share.merged))
 
 
 def _keys_of(p: BlockPattern, size: int, merged: int) -> Keys:
@@ -299,7 +290,7 @@ def _keys_of(p: BlockPattern, size: int, merged: int) -> Keys:
 
 def columns_of(p: BlockPattern, size: int, share: Share) -> Keys:
     """Who reads each tile of `size` (at most 64) of the distinct columns of a list of heads."""
-    return kept(p, f"columns {size} {share.merged}", lambda: _columns_of(p, size, share.merged))
+    return derived(p, ("triton", "columns", size, share.merged), lambda: _columns_of(p, size, share.merged))
 
 
 def _columns_of(p: BlockPattern, size: int, merged: int) -> Keys:

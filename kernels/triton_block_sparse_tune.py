@@ -11,8 +11,8 @@ from triton.runtime.errors import OutOfResources
 
 from hf_sparse_attn.cost import tuning
 from hf_sparse_attn.kernels import triton_block_sparse_parts as parts
-from hf_sparse_attn.kernels.triton_block_sparse import TritonBlockSparse
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +73,15 @@ def _tune_one(
     dim = parts.padded(q.shape[3])
     shape = parts.shape_class(q.dtype, dim, dim, pattern.block_q, pattern.block_k)
     scale = q.shape[3] ** -0.5
-    out, lse = TritonBlockSparse.forward(q, k, v, pattern, scale, 0.0)
+    # By its name: the backend itself calls this.
+    backend: Any = BACKENDS.get("triton_block_sparse")
+    out, lse = backend.forward(q, k, v, pattern, scale, 0.0)
 
     def forward() -> object:
-        return TritonBlockSparse.forward(q, k, v, pattern, scale, 0.0)
+        return backend.forward(q, k, v, pattern, scale, 0.0)
 
     def backward() -> object:
-        return TritonBlockSparse.backward(grad, None, q, k, v, out, lse, pattern, scale, 0.0)
+        return backend.backward(grad, None, q, k, v, out, lse, pattern, scale, 0.0)
 
     records = []
     for kernel in parts.KERNELS:

@@ -8,23 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
-from hf_sparse_attn.hosts.diffusers_model import (
-    Asked,
-    Call,
-    Layer,
-    Place,
-    Tokens,
-    self_attentions,
-    transformers_of_diffusers,
-)
-from hf_sparse_attn.hosts.sdpa_hook import Answer, is_scoped, scoped_class
+from hf_sparse_attn.hosts import diffusers_install
+from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
+from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, self_attentions, transformers_of_diffusers
 from hf_sparse_attn.method import NEEDS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
 
 Inputs = Mapping[str, Any]
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _UNKNOWN = Tokens(None)
 
 
@@ -141,7 +132,7 @@ _REFUSED = {
 
 
 @FAMILIES.register("diffusers")
-class Diffusers:
+class Diffusers(DiffusersFamily):
     """Any other transformer of diffusers, bare, wrapped or in a pipeline; see family.Family.
 
     Self-attention is found by its processor. One that goes through the dispatcher is given a backend; one that calls
@@ -173,10 +164,9 @@ class Diffusers:
 
     @staticmethod
     def install(patch: Patch) -> None:
-        """See family.Family.
+        """See family.Family and diffusers_install.install.
 
         Raises:
-            RuntimeError: this version of diffusers has another dispatcher.
             MethodDoesNotApply: the method needs a grid and the order of the model's tokens is not known.
         """
         for transformer in patch.modules:
@@ -186,7 +176,33 @@ class Diffusers:
                     f"`method` {patch.method.name!r} needs {NEEDS['video grid']}; "
                     f"the order of tokens in {kind} is not known"
                 )
-        _AnyHooks(patch).install()
+        diffusers_install.install(patch, Diffusers)
+
+    @staticmethod
+    def places(transformer: Any) -> Iterable[Place]:
+        """See DiffusersFamily."""
+        index = 0
+        for found in self_attentions(transformer):
+            if found.way is not None:
+                yield Place(found.path, index, found.attention, found.way)
+                index += 1
+
+    @staticmethod
+    def tokens(transformer: Any, inputs: Inputs) -> Tokens:
+        """See DiffusersFamily."""
+        known = TOKENS.get(type(transformer).__name__)
+        return _UNKNOWN if known is None else known(transformer.config, inputs)
+
+    @staticmethod
+    def text_keys(inputs: Inputs) -> int:
+        """See DiffusersFamily."""
+        text, own = inputs.get("encoder_hidden_states"), inputs.get("hidden_states")
+        return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 and text is not own else 0
+
+    @staticmethod
+    def blocks(transformer: nn.Module) -> Iterable[str]:
+        """See DiffusersFamily: not every model hands its layers a rotary tensor."""
+        return dict.fromkeys(_block_of(found.path) for found in self_attentions(transformer))
 
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
@@ -223,114 +239,6 @@ def why_not(transformer: nn.Module) -> str | None:
     if len(lost) == len({type(a.attention.processor).__name__ for a in found}):
         return f"{kind} computes attention by itself, without the dispatcher or PyTorch's function: {', '.join(lost)}"
     return None
-
-
-class _AnyHooks(DiffusersHooks):
-    def __init__(self, patch: Patch) -> None:
-        super().__init__(patch)
-        self.scoped: dict[type[Any], type[Any]] = {}
-        self.ways: dict[nn.Module, str] = {}
-        self.context = 0
-        self.again: Call | None = None
-
-    def install(self) -> None:
-        """Besides, blocks note which forward they are in: not every model hands its layers a rotary tensor."""
-        super().install()
-        for transformer, attentions in self.attentions.items():
-            enter, leave = self.enter_block, self.leave_block
-            if any(self.ways[attention] == "function" for attention in attentions):
-                # These end graphs anyway, and a compiled graph has no other way to tell them the forward.
-                enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
-            for path in dict.fromkeys(_block_of(found.path) for found in self_attentions(transformer)):
-                block = transformer.get_submodule(path)
-                self.hold(block.register_forward_pre_hook(enter, with_kwargs=True))
-                self.hold(block.register_forward_hook(leave, always_call=True))
-
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes the tensors of a block, by which its recomputation in backward is known again."""
-        if torch.compiler.is_compiling():
-            return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if self.call is None:
-            self.again = next((found for t in tensors if (found := self.calls.get(t)) is not None), None)
-        for tensor in tensors if self.call is not None else ():
-            self.calls[tensor] = self.call
-
-    def leave_block(self, *_: object) -> None:
-        """Ends what `enter_block` began."""
-        if not torch.compiler.is_compiling():
-            self.again = None
-
-    def places(self, transformer: Any) -> Iterable[Place]:
-        reached = [a for a in self_attentions(transformer) if a.way is not None]
-        for index, found in enumerate(reached):
-            self.ways[found.attention] = str(found.way)
-            yield Place(found.path, index, found.attention)
-
-    def tokens(self, transformer: Any, inputs: Inputs) -> Tokens:
-        known = TOKENS.get(type(transformer).__name__)
-        return _UNKNOWN if known is None else known(transformer.config, inputs)
-
-    def check_place(self, attention: Any, name: str) -> None:
-        """Found by how it can be taken over."""
-
-    def take_over(self, attention: Any) -> None:
-        processor = attention.processor
-        if self.ways[attention] == "dispatcher":
-            super().take_over(attention)
-        elif not is_scoped(processor):
-            kind = type(processor)
-            scoped = self.scoped.setdefault(kind, scoped_class(kind, self._answer_for))
-            processor.__class__ = scoped
-            self.patch.on_remove(setattr, processor, "__class__", kind)
-
-    def why_lost(self, attention: Any) -> str | None:
-        if self.ways[attention] == "dispatcher":
-            return super().why_lost(attention)
-        processor = attention.processor
-        return None if is_scoped(processor) else f"processor changed after the patch to {type(processor).__name__}"
-
-    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().enter_layer(attention, args, kwargs)
-        if self.active is not None and self.active[1] is None:
-            self.active = self.active[0], self.again
-        inputs = self.by_name(attention, args, kwargs)
-        text, own = inputs.get("encoder_hidden_states"), inputs.get("hidden_states")
-        self.context = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 and text is not own else 0
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any) -> Tensor:
-        """See DiffusersHooks. Keys that are the text alone are cross-attention under another name."""
-        if self.context and key.shape[1] == self.context:
-            self.active = self.traced = self.before = self.traced_before = None
-        return super().attend(query, key, value, *args, **given)
-
-    def _answer_for(self, attention: Any) -> Answer | None:
-        """What a scoped processor of this attention gets; None where it is not one of ours, as in a deep copy."""
-        layer = self.layers.get(attention)
-        # A compiled graph sets no `active`; it has begun its forward, though.
-        active, self.active = self.active, None
-        if layer is None:
-            return None
-        if active is None or active[0] is not layer:
-            active = layer, self.call or self.again
-
-        def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return self._answer(active, func, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
-
-        return answer
-
-    def _answer(self, active: tuple[Layer, Call | None], func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
-        """One call of scaled_dot_product_attention inside a processor."""
-        q, k, v, mask = (given.pop(name, None) for name in _ARGUMENTS[:4])
-
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return func(q, k, v, attn_mask=mask, **given)
-
-        if q.ndim != 4 or (self.context and k.shape[2] == self.context):
-            return dense(q, k, v, mask)
-        has = {"dropout": given.get("dropout_p", 0.0) != 0.0, "causal order": given.get("is_causal", False)}
-        odd = tuple(name for name, there in has.items() if there)
-        return self.run(active, Asked(q, k, v, mask, given.get("scale"), odd, dense))
 
 
 def _block_of(path: str) -> str:

@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.hosts import diffusers_install
+from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
 from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
+from hf_sparse_attn.hosts.padding import key_padding
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.presets import Preset
 from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.session import Session
 
 _FILES = "diffusers.models.transformers.transformer_"
 _CLASSES = {
@@ -93,7 +96,7 @@ _PRESETS = (
 
 
 @FAMILIES.register("hunyuan_video")
-class HunyuanVideo:
+class HunyuanVideo(DiffusersFamily):
     """HunyuanVideo transformers of diffusers, bare, wrapped (PEFT, torch.compile) or in a pipeline; see family.Family.
 
     A sequence is the video in raster order and then its text (in 1.5: image, glyphs and text; in FramePack the frames
@@ -118,13 +121,49 @@ class HunyuanVideo:
 
     @staticmethod
     def install(patch: Patch) -> None:
-        """See family.Family.
+        """See family.Family and diffusers_install.install."""
+        diffusers_install.install(patch, HunyuanVideo)
 
-        Raises:
-            RuntimeError: this version of diffusers has another dispatcher.
-            ValueError: an attention layer has a processor of its own that does not use the dispatcher.
-        """
-        _HunyuanHooks(patch).install()
+    @staticmethod
+    def places(transformer: Any) -> Iterable[Place]:
+        """See DiffusersFamily."""
+        index = 0
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for number, block in enumerate(getattr(transformer, name, ())):
+                yield Place(f"{name}.{number}.attn", index, block.attn)
+                index += 1
+
+    @staticmethod
+    def tokens(transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
+        """See DiffusersFamily."""
+        config = transformer.config
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        history = 0
+        for name, (stride, padded) in _HISTORY.items():
+            given = inputs.get(name)
+            if given is not None and inputs.get(f"indices_{name}") is not None:
+                history += math.prod(_grid(given, stride, padded))
+        return Tokens(_grid(inputs["hidden_states"], patch), before=history, after=None)
+
+    @staticmethod
+    def stand_in(processor: Any, backend: Any, session: Session) -> Any | None:
+        """See DiffusersFamily."""
+        if type(processor).__name__ != _SQUARE_MASK or session.method.name == "dense":
+            return None
+        return _no_square_mask()(processor, backend, session)
+
+    @staticmethod
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+        """See DiffusersFamily; a mask [batch, text] is that of the text at the end."""
+        return _of_text(mask, tokens) if mask.ndim == 2 else key_padding(mask, batch, tokens)
+
+    @staticmethod
+    def dense_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
+        """See DiffusersFamily."""
+        if mask is None or mask.ndim != 2:
+            return mask
+        keys = _of_text(mask, tokens)[:, None, None, :]
+        return keys & keys.mT
 
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
@@ -155,48 +194,6 @@ class HunyuanVideo:
                 "guidance": torch.tensor([6000.0]),
             }
         return model.eval(), inputs
-
-
-class _HunyuanHooks(DiffusersHooks):
-    def places(self, transformer: Any) -> Iterable[Place]:
-        index = 0
-        for name in ("transformer_blocks", "single_transformer_blocks"):
-            for number, block in enumerate(getattr(transformer, name, ())):
-                yield Place(f"{name}.{number}.attn", index, block.attn)
-                index += 1
-
-    def tokens(self, transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
-        config = transformer.config
-        patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        history = 0
-        for name, (stride, padded) in _HISTORY.items():
-            given = inputs.get(name)
-            if given is not None and inputs.get(f"indices_{name}") is not None:
-                history += math.prod(_grid(given, stride, padded))
-        return Tokens(_grid(inputs["hidden_states"], patch), before=history, after=None)
-
-    def take_over(self, attention: Any) -> None:
-        original = attention.processor
-        if type(original).__name__ != _SQUARE_MASK or self.session.method.name == "dense":
-            super().take_over(attention)
-            return
-        stand_in = attention.processor = _no_square_mask()(original, self.member, self.session)
-
-        def restore() -> None:
-            # A processor that was set since is not ours to take away.
-            if attention.processor is stand_in:
-                attention.processor = original
-
-        self.patch.on_remove(restore)
-
-    def valid(self, mask: Tensor, batch: int, tokens: int) -> Tensor | None:
-        return _of_text(mask, tokens) if mask.ndim == 2 else super().valid(mask, batch, tokens)
-
-    def dense_mask(self, mask: Tensor | None, tokens: int) -> Tensor | None:
-        if mask is None or mask.ndim != 2:
-            return mask
-        keys = _of_text(mask, tokens)[:, None, None, :]
-        return keys & keys.mT
 
 
 def _of_text(mask: Tensor, tokens: int) -> Tensor:

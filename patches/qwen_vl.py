@@ -16,9 +16,11 @@ from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
 from hf_sparse_attn.hosts.vision_segments import Cut, Segments
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import LayerRecord, Patch, Session
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.presets import TEXT_PRESETS, Preset
+from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.session import Session
 
 log = logging.getLogger(__name__)
 

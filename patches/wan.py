@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.context import LayerInputs
-from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.hosts import diffusers_install
+from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
 from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
@@ -112,7 +113,7 @@ _PRESETS = (
 
 
 @FAMILIES.register("wan")
-class Wan:
+class Wan(DiffusersFamily):
     """Wan transformers of diffusers, bare, wrapped (PEFT, torch.compile) or in a pipeline; see family.Family.
 
     Only self-attention (`attn1`) is touched. The tokens are one video of frames x height x width patches.
@@ -136,13 +137,33 @@ class Wan:
 
     @staticmethod
     def install(patch: Patch) -> None:
-        """See family.Family.
+        """See family.Family and diffusers_install.install."""
+        diffusers_install.install(patch, Wan)
 
-        Raises:
-            RuntimeError: this version of diffusers has another dispatcher.
-            ValueError: a self-attention layer has a processor of its own that does not use the dispatcher.
-        """
-        _WanHooks(patch).install()
+    @staticmethod
+    def places(transformer: Any) -> Iterable[Place]:
+        """See DiffusersFamily."""
+        for index, block in enumerate(transformer.blocks):
+            yield Place(f"blocks.{index}.attn1", index, block.attn1)
+        # A control block of VACE belongs to the layer that its output is added to.
+        control = zip(
+            getattr(transformer, "vace_blocks", ()), getattr(transformer.config, "vace_layers", ()), strict=True
+        )
+        for number, (block, index) in enumerate(control):
+            yield Place(f"vace_blocks.{number}.attn1", index, block.attn1)
+
+    @staticmethod
+    def tokens(transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
+        """See DiffusersFamily."""
+        sizes = zip(inputs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
+        frames, height, width = (size // patch for size, patch in sizes)
+        return Tokens((frames, height, width))
+
+    @staticmethod
+    def layer_inputs(inputs: Mapping[str, Any]) -> LayerInputs | None:
+        """See DiffusersFamily."""
+        # The block has normalised them: attention makes q, k and v of them as they are.
+        return LayerInputs(hidden=inputs.get("hidden_states"))
 
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
@@ -165,24 +186,3 @@ class Wan:
                 "encoder_hidden_states": torch.randn(1, 12, 32),
             }
         return model.eval(), inputs
-
-
-class _WanHooks(DiffusersHooks):
-    def places(self, transformer: Any) -> Iterable[Place]:
-        for index, block in enumerate(transformer.blocks):
-            yield Place(f"blocks.{index}.attn1", index, block.attn1)
-        # A control block of VACE belongs to the layer that its output is added to.
-        control = zip(
-            getattr(transformer, "vace_blocks", ()), getattr(transformer.config, "vace_layers", ()), strict=True
-        )
-        for number, (block, index) in enumerate(control):
-            yield Place(f"vace_blocks.{number}.attn1", index, block.attn1)
-
-    def tokens(self, transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
-        sizes = zip(inputs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
-        frames, height, width = (size // patch for size, patch in sizes)
-        return Tokens((frames, height, width))
-
-    def layer_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs | None:
-        # The block has normalised them: attention makes q, k and v of them as they are.
-        return LayerInputs(hidden=self.by_name(attention, args, kwargs).get("hidden_states"))

@@ -44,16 +44,9 @@ class VideoStudent:
         if recipe.scenes is not None:
             self.material = SceneMaterial(run, recipe.scenes, recipe.model, recipe.torch_dtype)
         elif recipe.videos is not None:
-            self.material = open_material(
-                run,
-                recipe.model,
-                recipe.torch_dtype,
-                recipe.videos,
-                {"expert": recipe.expert, "guidance": recipe.guidance},
-                held_out=recipe.evaluation_samples,
-                seed=recipe.seed,
-                drops=recipe.flow.drop > 0,
-            )
+            options, drops = {"expert": recipe.expert, "guidance": recipe.guidance}, recipe.flow.drop > 0
+            held_out = recipe.evaluation_samples
+            self.material = open_material(recipe, run, recipe.videos, options, held_out=held_out, drops=drops)
         check_drop(recipe.flow, self.material)
         self.model: nn.Module = self.material.model
         self.patch: Patch | None = None

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.dispatch import dense_attention
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.published import from_duo_attention
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document

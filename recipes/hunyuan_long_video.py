@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.video_models import HunyuanMaterial, open_material
+from hf_sparse_attn.recipes.video_models import HunyuanMaterial, long_material
 from hf_sparse_attn.training.video.task import VideoRecipe, VideoTask
 
 
@@ -34,18 +34,7 @@ class HunyuanLongVideo(VideoRecipe):
         self.long_videos()
 
     def task(self, run: Run) -> VideoTask:
-        material = open_material(
-            run,
-            self.model,
-            self.torch_dtype,
-            self.long_videos(),
-            {"guidance": self.guidance},
-            (HunyuanMaterial,),
-            held_out=self.held_out,
-            seed=self.seed,
-            drops=self.flow.drop > 0,
-        )
-        return VideoTask(self, run, material)
+        return VideoTask(self, run, long_material(self, run, HunyuanMaterial, guidance=self.guidance))
 
 
 RECIPE = HunyuanLongVideo

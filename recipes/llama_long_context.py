@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import TokenLayout, check_int
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.candidates import default_candidates
 from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.settings import plain
 from hf_sparse_attn.shipped.byte_llama import default_metric
 from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask

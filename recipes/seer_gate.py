@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiling.observe import Call, Observer, Seen, observing
 from hf_sparse_attn.recipe import Run, SparseSettings
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.selection import check_share
+from hf_sparse_attn.sharing.gates import GateSet
 from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.training.chunked_loss import CausalParts
-from hf_sparse_attn.training.gates import GateSet
 from hf_sparse_attn.training.text.data import TextSample, TextSettings, open_text
 from hf_sparse_attn.training.text.held_out import held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.training.text.model import load_language_model

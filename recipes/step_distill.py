@@ -24,26 +24,17 @@ moving_wan_distill.yaml does it to the small Wan that comes with the package, on
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.video_models import HunyuanMaterial, WanMaterial, open_material
+from hf_sparse_attn.recipes.step_distill_task import SceneMaker, SingleWan, StepDistillTask
+from hf_sparse_attn.recipes.video_models import HunyuanMaterial, open_material
 from hf_sparse_attn.settings import plain
-from hf_sparse_attn.shipped.moving import CHANNELS_OUT, draw_classes
 from hf_sparse_attn.training.adapter_task import AdapterRecipe
-from hf_sparse_attn.training.video.latents import LatentSample
 from hf_sparse_attn.training.video.material import Material
-from hf_sparse_attn.training.video.prompts import PromptSettings
-from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneMaterial, SceneSettings
-
-if TYPE_CHECKING:
-    from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
+from hf_sparse_attn.training.video.prompts import ClipSettings, PromptSettings
+from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +87,6 @@ class FakeSettings:
             raise ValueError(f"`fake.learning_rate` must be more than 0, got {self.learning_rate}")
         if not 0 <= self.anchor < math.inf:
             raise ValueError(f"`fake.anchor` must be 0 or more, got {self.anchor}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSettings:
-    """The videos that are made of the prompts; see PromptSettings."""
-
-    frames: int
-    height: int
-    width: int
-    tokens: int | None = None
-    negative: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,63 +146,15 @@ class StepDistill(AdapterRecipe):
             )
 
     def task(self, run: Run) -> StepDistillTask:
-        # It knows this module.
-        from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
-
         return StepDistillTask(self, run, self._material(run))
 
     def _material(self, run: Run) -> Material:
         if self.scenes is not None:
             return SceneMaker(run, self.scenes, self.model, self.torch_dtype)
         wanted = PromptSettings(source=str(self.prompts), **plain(self.clip))
-        return open_material(
-            run,
-            self.model,
-            self.torch_dtype,
-            wanted,
-            {"guidance": self.embedded},
-            (SingleWan, HunyuanMaterial),
-            held_out=self.held_out,
-            seed=self.seed,
-            drops=self.guidance != 1,
-        )
-
-
-class SingleWan(WanMaterial):
-    """A Wan pipeline with one transformer for all noise levels."""
-
-    def __init__(self, run: Run, pipe: Any, videos: Any, **samples: Any) -> None:
-        boundary = pipe.config.get("boundary_ratio")
-        if boundary is not None:
-            raise ValueError(
-                f"`model` must have one transformer for all noise levels, got a pipeline with two, from {boundary} on"
-            )
-        super().__init__(run, pipe, videos, **samples)
-
-
-class SceneMaker(SceneMaterial):
-    """Scenes that are asked for and never drawn."""
-
-    def sample(self, number: int, seed: int) -> LatentSample:
-        size = self.settings
-        shape = (CHANNELS_OUT, self.frames, size.height, size.width)
-        return LatentSample(torch.zeros(()).expand(shape), self._conditions(draw_classes(1, seed)[0]))
-
-    held_out = sample
-
-    def made(self, student: StudentSettings | None = None, shift: float = 1.0) -> tuple[Tensor, dict[str, float]]:
-        """Clips of the model as it is now and figures of them: as the student samples, or else as the teacher does.
-
-        `seconds` are of the processor, and `calls` of the model, for a clip.
-        """
-        size, began = self.settings, time.process_time()
-        own: dict[str, Any] = {}
-        if student is not None:
-            own = {"steps": student.steps, "guidance": 1.0, "shift": shift, "even": student.even}
-        clips = torch.cat([self.clip(place, **own) for place in range(size.clips)])
-        seconds = (time.process_time() - began) / size.clips
-        calls = own.get("steps", size.sampling_steps) * (1 if own.get("guidance", size.guidance) == 1 else 2)
-        return clips, {**self.clip_figures(clips), "seconds": seconds, "calls": float(calls)}
+        options, kinds = {"guidance": self.embedded}, (SingleWan, HunyuanMaterial)
+        drops = self.guidance != 1
+        return open_material(self, run, wanted, options, kinds, held_out=self.held_out, drops=drops)
 
 
 RECIPE = StepDistill

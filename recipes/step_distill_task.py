@@ -1,25 +1,32 @@
-"""The training of recipe step_distill: a student and a fake score as two adapters on one model, and its teacher."""
+"""The training of recipe step_distill: a student and a fake score as two adapters on one model, and what is made."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
+from hf_sparse_attn.recipes.video_models import WanMaterial
 from hf_sparse_attn.settings import plain
+from hf_sparse_attn.shipped.moving import CHANNELS_OUT, draw_classes
 from hf_sparse_attn.training import trajectory_matching as tm
 from hf_sparse_attn.training.adapter_task import AdapterTask
 from hf_sparse_attn.training.flow_matching import flow_error, sample_seed
 from hf_sparse_attn.training.lora.companion import Companion, add_companion
 from hf_sparse_attn.training.matching import teaching
+from hf_sparse_attn.training.video.latents import LatentSample
 from hf_sparse_attn.training.video.material import HELD_OUT, Material, announced, keep_clips, stacked, take
+from hf_sparse_attn.training.video.scenes import SceneMaterial
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.recipes.step_distill import StepDistill, StudentSettings
 
 
 class PromptBatch(NamedTuple):
@@ -199,3 +206,40 @@ class StepDistillTask(AdapterTask):
             "levels": [round(level, 6) for level in self.levels.tolist()],
         }
         return {"part": self.material.part, "recipe": {"recipe": recipe.name, "sampling": sampling, **plain(recipe)}}
+
+
+class SingleWan(WanMaterial):
+    """A Wan pipeline with one transformer for all noise levels."""
+
+    def __init__(self, run: Run, pipe: Any, videos: Any, **samples: Any) -> None:
+        boundary = pipe.config.get("boundary_ratio")
+        if boundary is not None:
+            raise ValueError(
+                f"`model` must have one transformer for all noise levels, got a pipeline with two, from {boundary} on"
+            )
+        super().__init__(run, pipe, videos, **samples)
+
+
+class SceneMaker(SceneMaterial):
+    """Scenes that are asked for and never drawn."""
+
+    def sample(self, number: int, seed: int) -> LatentSample:
+        size = self.settings
+        shape = (CHANNELS_OUT, self.frames, size.height, size.width)
+        return LatentSample(torch.zeros(()).expand(shape), self._conditions(draw_classes(1, seed)[0]))
+
+    held_out = sample
+
+    def made(self, student: StudentSettings | None = None, shift: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """Clips of the model as it is now and figures of them: as the student samples, or else as the teacher does.
+
+        `seconds` are of the processor, and `calls` of the model, for a clip.
+        """
+        size, began = self.settings, time.process_time()
+        own: dict[str, Any] = {}
+        if student is not None:
+            own = {"steps": student.steps, "guidance": 1.0, "shift": shift, "even": student.even}
+        clips = torch.cat([self.clip(place, **own) for place in range(size.clips)])
+        seconds = (time.process_time() - began) / size.clips
+        calls = own.get("steps", size.sampling_steps) * (1 if own.get("guidance", size.guidance) == 1 else 2)
+        return clips, {**self.clip_figures(clips), "seconds": seconds, "calls": float(calls)}

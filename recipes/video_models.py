@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.training.adapter_task import AdapterRecipe
 from hf_sparse_attn.training.video.data import VideoSettings
 from hf_sparse_attn.training.video.material import TIMES, PipelineMaterial, load_pipeline
 from hf_sparse_attn.training.video.prompts import PromptSettings
+from hf_sparse_attn.training.video.task import VideoRecipe
 
 Expert = Literal["high", "low"]
 
@@ -134,10 +136,15 @@ class HunyuanMaterial(PipelineMaterial):
 KINDS: tuple[type[PipelineMaterial], ...] = (WanMaterial, HunyuanMaterial)
 
 
+def long_material(recipe: VideoRecipe, run: Run, kind: type[PipelineMaterial], **options: Any) -> PipelineMaterial:
+    """A recipe's transformer, and its videos with the frames that are trained at; see open_material."""
+    videos, drops = recipe.long_videos(), recipe.flow.drop > 0
+    return open_material(recipe, run, videos, options, (kind,), held_out=recipe.held_out, drops=drops)
+
+
 def open_material(
+    recipe: AdapterRecipe,
     run: Run,
-    model: str,
-    dtype: Any,
     videos: VideoSettings | PromptSettings,
     options: Mapping[str, Any],
     kinds: Sequence[type[PipelineMaterial]] = KINDS,
@@ -146,9 +153,8 @@ def open_material(
     """The transformer of a pipeline, and its samples.
 
     Args:
+        recipe: tells the model, its dtype and the seed.
         run: where it runs.
-        model: folder or Hub id.
-        dtype: of torch, or "auto".
         videos: what it learns from; see PipelineMaterial.
         options: what only some families take, by name; None for what is not asked for.
         kinds: families that are taken.
@@ -158,7 +164,7 @@ def open_material(
         ValueError: a transformer of none of the families, or an option that its family does not take; see also
             PipelineMaterial.
     """
-    pipe = load_pipeline(model, dtype)
+    pipe = load_pipeline(recipe.model, recipe.torch_dtype)
     name = type(pipe.transformer or pipe.transformer_2).__name__
     kind = next((kind for kind in kinds if name in kind.transformers), None)
     if kind is None:
@@ -168,4 +174,4 @@ def open_material(
     for option, value in asked.items():
         if option not in kind.options:
             raise ValueError(f"`{option}` must be none for a {name}, got {value!r}")
-    return kind(run, pipe, videos, **asked, **samples)
+    return kind(run, pipe, videos, **asked, seed=recipe.seed, **samples)

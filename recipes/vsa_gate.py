@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.method import make_method
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.training.gates import GateSet
+from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.gates import GateSet
 from hf_sparse_attn.training.sparse import make_patch
 from hf_sparse_attn.training.video.material import Material
 from hf_sparse_attn.training.video.task import VideoTask

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.recipes.video_models import Expert, WanMaterial, open_material
+from hf_sparse_attn.recipes.video_models import Expert, WanMaterial, long_material
 from hf_sparse_attn.training.video.material import Material
 from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneMaterial, SceneSettings
 from hf_sparse_attn.training.video.task import VideoRecipe, VideoTask
@@ -51,17 +51,7 @@ class WanLongVideo(VideoRecipe):
     def _material(self, run: Run) -> Material:
         if self.scenes is not None:
             return SceneMaterial(run, self.scenes, dtype=self.torch_dtype, extend=self.extend)
-        return open_material(
-            run,
-            self.model,
-            self.torch_dtype,
-            self.long_videos(),
-            {"expert": self.expert, "image_to_video": self.image_to_video},
-            (WanMaterial,),
-            held_out=self.held_out,
-            seed=self.seed,
-            drops=self.flow.drop > 0,
-        )
+        return long_material(self, run, WanMaterial, expert=self.expert, image_to_video=self.image_to_video)
 
 
 RECIPE = WanLongVideo

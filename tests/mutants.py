@@ -28,7 +28,7 @@ from tests.support.processes import Server  # noqa: E402  (found from the root a
 GUARDS = "tests/core/test_guards.py"
 BUDGET = "tests/profiling/test_budget.py"
 COST = "tests/cost/test_cost.py"
-API = "tests/core/test_api.py"
+DECIDED = "tests/core/test_decision.py"
 
 
 class Mutant(NamedTuple):
@@ -43,7 +43,8 @@ class Mutant(NamedTuple):
 
 POLICY, METHOD, DISPATCH = "hf_sparse_attn/policy.py", "hf_sparse_attn/method.py", "hf_sparse_attn/dispatch.py"
 REGISTRY, CHOICE = "hf_sparse_attn/registry.py", "hf_sparse_attn/profiling/budget.py"
-JUDGE, SESSION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/patching.py"
+JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
+SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
 
 MUTANTS = [
     Mutant("queries, one more", POLICY, "ctx.layout.q_len < self.min_queries", "ctx.layout.q_len <= self.min_queries"),
@@ -144,21 +145,78 @@ MUTANTS = [
         COST,
     ),
     Mutant("own time, not counted", JUDGE, "if not with_own.pays:", "if False:", COST),
-    Mutant("not worth it, run all the same", SESSION, "if auto and not prediction.pays:", "if False:", COST),
+    Mutant("pauses, not heeded", DECISION, "    if session.pauses:", "    if False:", DECIDED),
+    Mutant("pauses, counted", DECISION, 'Decision("paused", counted=False)', 'Decision("paused")', DECIDED),
     Mutant(
-        "strict, not heeded",
-        SESSION,
-        "        if self.strict:\n            raise",
-        "        if False:\n            raise",
-        API,
+        "shapes, pauses of steady calls",
+        DECISION,
+        "if left == math.inf or (left and not steady)",
+        "if left == math.inf or left",
+        DECIDED,
     ),
-    Mutant("steady, not in training", SESSION, "if self._steady > 0 or self.in_training():", "if False:", COST),
     Mutant(
-        "pauses, not heeded",
+        "shapes, pauses that do not end",
+        DECISION,
+        "known[shape] = decision, left - 1",
+        "known[shape] = decision, left",
+        DECIDED,
+    ),
+    Mutant(
+        "shapes, without policy and method",
+        DECISION,
+        "decision = of_call(session, ctx, q.device)",
+        "decision = SPARSE",
+        DECIDED,
+    ),
+    Mutant(
+        "shapes, steady calls learn", DECISION, "and not steady:\n        left", "and True:\n        left", DECIDED
+    ),
+    Mutant("shapes, one pause fewer", DECISION, "if left >= 0 else SPARSE", "if left > 0 else SPARSE", DECIDED),
+    Mutant(
+        "the word of a method",
+        DECISION,
+        "return of_sequence(session, ctx, device) if word is None else Decision(word)",
+        "return of_sequence(session, ctx, device)",
+        DECIDED,
+    ),
+    Mutant(
+        "bounds where sparse was asked for",
+        DECISION,
+        'session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE',
+        "session.judge.bound(q, ctx))",
+        DECIDED,
+    ),
+    Mutant("trials that are judged", DECISION, '"auto" and not record.on_trial', '"auto"', DECIDED),
+    Mutant("trials that teach", DECISION, "self.learns = not record.on_trial and", "self.learns =", DECIDED),
+    Mutant("steady calls that teach", DECISION, "and not session.steady(q, k, v)", "and True", DECIDED),
+    Mutant("not worth it, not asked before", DECISION, "if self.auto and not self.known:", "if False:", DECIDED),
+    Mutant("not worth it, run all the same", DECISION, "if self.auto and not prediction.pays", "if False", DECIDED),
+    Mutant(
+        "worth it by prediction alone",
+        DECISION,
+        "if self.auto and not prediction.pays",
+        "if not prediction.pays",
+        DECIDED,
+    ),
+    Mutant("fallbacks, always", SESSION, "        if found.fallback:\n", "        if True:\n", DECIDED),
+    Mutant("fallbacks, never", SESSION, "        if found.fallback:\n", "        if False:\n", DECIDED),
+    Mutant("counted, always", SESSION, "        if found.counted:\n", "        if True:\n", DECIDED),
+    Mutant("strict, not heeded", SESSION, "        if self.strict:\n", "        if False:\n", DECIDED),
+    Mutant("one sequence that is not whole", SESSION, "spans[0].is_whole(q, k)", "True", DECIDED),
+    Mutant("sequences, none sparse", SESSION, "if not any(results):", "if not all(results):", DECIDED),
+    Mutant(
+        "declined, run all the same", SESSION, "        if isinstance(done, Decline):", "        if False:", DECIDED
+    ),
+    Mutant(
+        "watchers of trials",
         SESSION,
-        'return self.method.name == "dense" or self.pauses > 0',
-        'return self.method.name == "dense"',
-        "tests/core/test_pause.py",
+        "self.watcher is not None and not record.on_trial",
+        "self.watcher is not None",
+        DECIDED,
+    ),
+    Mutant("declined, no fallback", SESSION, "fallback=True))", "fallback=False))", DECIDED),
+    Mutant(
+        "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
     ),
 ]
 

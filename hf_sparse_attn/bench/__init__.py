@@ -6,9 +6,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "run": "hf_sparse_attn.bench.harness",
-        "Options": "hf_sparse_attn.bench.harness",
-        "make_options": "hf_sparse_attn.bench.harness",
-        "SUITES": "hf_sparse_attn.bench.harness",
-        "DTYPES": "hf_sparse_attn.bench.harness",
+        "Options": "hf_sparse_attn.bench.options",
+        "make_options": "hf_sparse_attn.bench.options",
+        "SUITES": "hf_sparse_attn.bench.options",
+        "DTYPES": "hf_sparse_attn.bench.options",
     },
 )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -18,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from hf_sparse_attn import machine
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench.kernels import random_pattern
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.timing import clock
-from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.tables import table
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,6 @@ def measure(
         (seconds of one head by length), `sparse` (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest
         relative error of the fit), `tuned` (what the backends' own `calibrate(device)` gave).
     """
-    from hf_sparse_attn import machine
-
     kind = device.type
     if dtypes is None:
         dtypes = _DTYPES.get(kind, _OTHER_DTYPES)
@@ -252,14 +250,7 @@ def write(found: dict[str, Any], path: Path) -> None:
     """Checks a table and writes it at once or not at all."""
     cost.Table(found, "measured")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(found, indent=1) + "\n")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda file: file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"))
     cost.forget()
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench.kernels import DENSE, kernel_point
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import patterns
-from hf_sparse_attn.dispatch import auto_order
 
 # Speed over the best dense backend at density 1, and shares of 1 / density below.
 DENSE_RATE, FORWARD, TRAINING = 0.8, 0.8, 0.7

@@ -2,60 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from hf_sparse_attn import machine
+from hf_sparse_attn.bench.gpu import gpu
+from hf_sparse_attn.bench.kernels import kernels
+from hf_sparse_attn.bench.layers import layers
 from hf_sparse_attn.bench.options import Options
+from hf_sparse_attn.bench.patterns import patterns
+from hf_sparse_attn.cost.timing import threads
 
 VERSION = 2
-# What "quick" runs a little of.
-_QUICK = ("kernels", "patterns", "model")
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measures, and returns plain values ready for JSON.
 
     Returns:
-        `version`, `date`, `machine`, `versions`, `options`, and a list of records per suite that ran, named as in
-        SUITES; suite "gpu" also gives `targets`. Times are in seconds. A timed contestant has `seconds` (all of them),
-        `rounds`, `median`, `min`, `max`; every record has `reason`: None, or why it has no times.
+        `version`, `date`, `machine`, `versions`, `options`, and lists of records: `kernels`, `patterns`, and of suite
+        layers `layers` or, where the dispatcher chooses, `auto`; suite "gpu" gives `kernels`, `decode`, `patterns` and
+        `targets`. Times are in seconds. A timed contestant has `seconds` (all of them), `rounds`, `median`, `min`,
+        `max`; every record has `reason`: None, or why it has no times.
     """
-    from hf_sparse_attn.bench import gpu as bench_gpu
-    from hf_sparse_attn.bench import kernels as bench_kernels
-    from hf_sparse_attn.bench import memory as bench_memory
-    from hf_sparse_attn.bench import mixed as bench_mixed
-    from hf_sparse_attn.bench import models as bench_models
-    from hf_sparse_attn.bench import patterns as bench_patterns
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if options.threads is None else options.threads)
-    suites: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
-        "kernels": bench_kernels.kernels,
-        "patterns": bench_patterns.patterns,
-        "layers": bench_models.layers,
-        "model": bench_models.model,
-        "memory": bench_memory.memory,
-        "mixed": bench_mixed.mixed,
-        "auto": bench_models.auto,
-    }
-    try:
-        result = {
+    suites = {"kernels": kernels, "patterns": patterns, "layers": layers}
+    keys = {"layers": "auto"} if options.min_tokens == "auto" else {}
+    with threads(options.threads), torch.no_grad():
+        if options.suite == "gpu":
+            records = gpu(options)
+        else:
+            chosen = suites if options.suite == "quick" else (options.suite,)
+            records = {keys.get(name, name): suites[name](options) for name in chosen}
+        return {
             "version": VERSION,
             "date": machine.now(),
             "machine": machine.machine(),
             "versions": machine.versions(),
             "options": {**asdict(options), "device": str(options.where)},
+            **records,
         }
-        with torch.no_grad():
-            if options.suite == "gpu":
-                result.update(bench_gpu.gpu(options))
-            for name, suite in suites.items():
-                if options.suite == name or (options.suite == "quick" and name in _QUICK):
-                    result[name] = suite(options)
-    finally:
-        torch.set_num_threads(before)
-    return result

@@ -1,8 +1,12 @@
-"""The suite of kernels: every backend on random block patterns, against dense attention and what else is installed."""
+"""The suite of kernels: every backend on random block patterns, against dense attention and what else is installed.
+
+What they allocate, and what it costs that the heads of a layer have patterns of several kinds, are told besides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,12 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_sparse_attn.bench.options import DTYPES, Options
-from hf_sparse_attn.cli import doctor
 from hf_sparse_attn.cost.timing import in_turns
+from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
 DENSE = "dense"
+# Contestants whose pattern no kernel has seen, as where a method chooses by content: of all heads, and of
+# two kinds of heads with blocks of the same size and of unequal ones.
+NEW = ("new pattern", "mixed", "unequal")
 # The specification materialises all logits; it is timed only when asked for by name.
 _NOT_TIMED = frozenset({"torch_reference"})
 _SDPA = {
@@ -41,14 +48,16 @@ def kernels(options: Options) -> list[dict[str, Any]]:
 
     All densities of a shape take turns with the dense runs of a round. Patterns are used again in each round, as a
     static method's are: planning and compiling stand in `warmup_seconds`. With `options.backward` a run is the forward
-    and the backward pass, of the dense contestants too.
+    and the backward pass, of the dense contestants too. Heads of two kinds are tried at the first density, head size
+    and dtype.
     """
+    first = (options.dims[0], options.dtypes[0])
     return [
         record
         for tokens in options.tokens
         for dim in options.dims
         for dtype in options.dtypes
-        for record in kernel_point(options, tokens, dim, dtype)
+        for record in kernel_point(options, tokens, dim, dtype, mixed=(dim, dtype) == first)
     ]
 
 
@@ -62,6 +71,7 @@ def kernel_point(
     backward: bool | None = None,
     densities: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    mixed: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of one shape.
 
@@ -70,15 +80,16 @@ def kernel_point(
         tokens, dim, dtype: the shape.
         queries: number of queries, the last tokens; None means all.
         backward, densities, names: instead of those of `options`; `names` of backends that are not there are listed.
+        mixed: whether heads of two kinds are tried at the first density.
     """
     backward = options.backward if backward is None else backward
     densities = options.densities if densities is None else densities
-    names = names or options.backends or [n for n in doctor.known_backends() if n not in _NOT_TIMED]
+    names = names or options.backends or [n for n in BACKENDS.known() if n not in _NOT_TIMED]
     queries = tokens if queries is None else queries
     made = torch.Generator().manual_seed(0)
     sizes = (queries, tokens, tokens)
     q, k, v = (torch.randn(1, options.heads, n, dim, generator=made).to(options.where, DTYPES[dtype]) for n in sizes)
-    shape = {
+    shape: dict[str, Any] = {
         "tokens": tokens,
         "queries": queries,
         "dim": dim,
@@ -87,6 +98,7 @@ def kernel_point(
         "block": options.block,
         "causal": options.causal,
         "pass": "forward + backward" if backward else "forward",
+        "input_bytes": sum(x.nbytes for x in (q, k, v)),
     }
     calls: dict[tuple[str, float], Call] = {}
     reasons: dict[tuple[str, float], str] = {}
@@ -109,6 +121,9 @@ def kernel_point(
                 calls[name, density] = with_backward(sparse_call(name, q, k, v, pattern), (q, k, v), backward)
             else:
                 reasons[name, density] = reason
+        if mixed and density == densities[0] and options.heads > 1:
+            for name, call in _mixed_calls(options, q, k, v, pattern, density).items():
+                calls[name, density] = with_backward(call, (q, k, v), backward)
     title = f"{shape['pass']} {queries} x {tokens} x {dim} {dtype}"
     times, failed = in_turns(calls, options, title)
     reasons.update(failed)
@@ -141,6 +156,31 @@ def with_backward(call: Callable[[], Any], inputs: Sequence[Tensor], backward: b
             return torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     return both
+
+
+def _mixed_calls(
+    options: Options, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, density: float
+) -> dict[str, Call]:
+    """One pattern for all heads, and two kinds for heads in turns: in one launch and in a launch for each."""
+    scale, heads = q.shape[3] ** -0.5, options.heads
+    own = [list(range(first, heads, 2)) for first in (0, 1)]
+    order = [number // 2 + (number % 2) * len(own[0]) for number in range(heads)]
+
+    def attend(found: BlockPattern, at: Sequence[int] | slice = slice(None)) -> Tensor:
+        return run_pattern(q[:, at], k[:, at], v[:, at], replace(found), scale)[0]
+
+    calls: dict[str, Call] = {NEW[0]: lambda: attend(pattern)}
+    for kind, block in zip(NEW[1:], (options.block, max(16, options.block // 2)), strict=True):
+        sizes = enumerate((options.block, block))
+        kinds = [
+            random_pattern(pattern.kv_len, len(own[seed]), size, density, options.causal, seed).to(q.device)
+            for seed, size in sizes
+        ]
+        calls[f"{kind}, one launch"] = lambda kinds=kinds: attend(BlockPattern.stack_heads(kinds, order))
+        calls[f"{kind}, two launches"] = lambda kinds=kinds: torch.cat(
+            [attend(one, at) for one, at in zip(kinds, own, strict=True)], 1
+        )[:, order]
+    return calls
 
 
 def _dense_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool, backward: bool) -> dict[str, Call | str]:

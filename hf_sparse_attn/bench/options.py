@@ -10,6 +10,7 @@ import torch
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import check_block_size, check_share
 
@@ -21,17 +22,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "kernels": {},
     "patterns": {},
     "layers": {"tokens": (4096,), "dims": (64,), "dtypes": ("float32",)},
-    "model": {},
-    "memory": {"tokens": (8192,), "dims": (64,), "dtypes": ("float32",)},
-    "mixed": {"dims": (64,), "dtypes": ("float32",), "densities": (0.125,)},
-    "auto": {
-        "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
-        "dims": (64,),
-        "dtypes": ("float32",),
-        "heads": 4,
-        "repeats": 9,
-        "seconds": 120.0,
-    },
     "gpu": {
         "tokens": (32768, 65536, 131072),
         "dims": (128, 64),
@@ -40,17 +30,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seconds": 5.0,
         "heads": 16,
     },
-    "quick": {
-        "tokens": (4096,),
-        "dims": (64,),
-        "dtypes": ("float32",),
-        "densities": (0.125,),
-        "repeats": 3,
-    },
+    # A little of the first three.
+    "quick": {"tokens": (4096,), "dims": (64,), "dtypes": ("float32",), "densities": (0.125,), "repeats": 3},
 }
-
-
 SUITES = tuple(_DEFAULTS)
+# Suites of before, and what measures the same now.
+_FORMER = {
+    "model": "--suite layers",
+    "auto": "--suite layers --min-tokens auto",
+    "memory": "--suite kernels",
+    "mixed": "--suite kernels",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +50,15 @@ class Options:
     Args:
         suite: one of SUITES.
         tokens: sequence lengths.
-        dims: head sizes; the suites patterns, layers, model, memory, mixed and auto take the first.
-        dtypes: names of dtypes; the suites patterns, layers, model, memory, mixed and auto take the first.
+        dims: head sizes; the suites patterns and layers take the first.
+        dtypes: names of dtypes; the suites patterns and layers take the first.
         densities: kept share of the visible pairs of tokens, in (0, 1].
         heads: number of heads.
         block: tokens in a block, a power of two from 16 to 256.
         causal: whether the kernels run under a causal mask.
         backward: whether the kernels are timed with their backward pass.
         backends: names, or None for all but the reference.
+        min_tokens: of the patches of suite layers; "auto" has the dispatcher choose, and methods keep their defaults.
         repeats: rounds over the contestants of a point.
         seconds: time after which a point gets no further round once it has two.
         threads: CPU threads, or None for what torch chose.
@@ -87,13 +78,15 @@ class Options:
     causal: bool = False
     backward: bool = False
     backends: tuple[str, ...] | None = None
+    min_tokens: int | str = 0
     repeats: int = 5
     seconds: float = 60.0
     threads: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
-        _check_one_of("suite", self.suite, SUITES)
+        _check_suite(self.suite)
+        Policy(min_tokens=self.min_tokens)
         for name in ("tokens", "dims", "dtypes", "densities"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must hold at least one value, got none")
@@ -139,8 +132,14 @@ class Options:
 def make_options(**given: Any) -> Options:
     """Options with the defaults of their suite."""
     suite = given.get("suite", "quick")
-    _check_one_of("suite", suite, SUITES)
+    _check_suite(suite)
     return Options(**{"suite": suite, **_DEFAULTS[suite], **given})
+
+
+def _check_suite(name: str) -> None:
+    if name in _FORMER:
+        raise ValueError(f"`suite` {name!r} is measured by another one now: {_FORMER[name]}")
+    _check_one_of("suite", name, SUITES)
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

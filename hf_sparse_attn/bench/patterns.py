@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_sparse_attn.backend import BackendUnavailable
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, summary, timed
-from hf_sparse_attn.dispatch import BackendUnavailable, run_pattern
+from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 
 from hf_sparse_attn.presets import QUALITIES
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
-
-# Columns and rows.
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+from hf_sparse_attn.tables import Table
 
 
 def methods(third_party: bool = True) -> list[dict[str, Any]]:

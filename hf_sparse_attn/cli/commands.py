@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is reported in one line; asked for only once something was raised, so that --help needs no torch."""
-    from hf_sparse_attn.dispatch import BackendUnavailable
-    from hf_sparse_attn.patching import DenseFallback
+    from hf_sparse_attn.backend import BackendUnavailable
+    from hf_sparse_attn.session import DenseFallback
 
     # A package that is missing is an ImportError, a training that diverged a FloatingPointError.
     return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
@@ -108,8 +108,7 @@ def _parser() -> _Parser:
     bench.add_argument(
         "--suite",
         default="quick",
-        help="kernels, patterns, layers, model, memory, auto (what the dispatcher "
-        "chooses), gpu (all that is promised of one), or quick: a little of three",
+        help="kernels, patterns, layers, gpu (all that is promised of one), or quick: a little of the first three",
     )
     bench.add_argument("--tokens", type=_list(int), metavar="N,N", help="8192,32768; quick: 4096")
     bench.add_argument("--dims", type=_list(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
@@ -120,6 +119,12 @@ def _parser() -> _Parser:
     bench.add_argument("--causal", action=argparse.BooleanOptionalAction, help="kernels under a causal mask; off")
     bench.add_argument("--backward", action=argparse.BooleanOptionalAction, help="kernels with their backward; off")
     bench.add_argument("--backends", type=_list(str), metavar="A,B", help="all but torch_reference")
+    bench.add_argument(
+        "--min-tokens",
+        type=lambda text: int(text) if text.isdigit() else text,
+        metavar="N|auto",
+        help="layers: fewest keys for sparse attention; auto: where the dispatcher chooses; 0",
+    )
     bench.add_argument("--repeats", type=int, metavar="N", help="rounds over the contestants: 5; quick: 3")
     bench.add_argument(
         "--seconds", type=float, metavar="S", help="no further round after this long and two rounds: 60"

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.api import attention, patch
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import pooled_attention
 from hf_sparse_attn.profiling.observe import Captured, capture
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.tables import table

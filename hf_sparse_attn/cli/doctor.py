@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.backend import Backend
-from hf_sparse_attn.cli import catalog
 from hf_sparse_attn.machine import machine, now, versions
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
@@ -39,7 +38,7 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         ValueError: an unknown backend.
     """
-    names = known_backends() if backends is None else list(backends)
+    names = BACKENDS.known() if backends is None else list(backends)
     for name in names:
         if name not in BACKENDS.missing:
             BACKENDS.get(name)
@@ -54,11 +53,6 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
         "backends": records,
         "ok": ok,
     }
-
-
-def known_backends() -> list[str]:
-    """Names of all backends, those that cannot be imported here included."""
-    return sorted({*BACKENDS.names(), *(r["name"] for r in catalog.backends())})
 
 
 def render(found: dict[str, Any], width: int = 110) -> str:

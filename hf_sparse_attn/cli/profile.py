@@ -121,8 +121,8 @@ def render(document: dict[str, Any]) -> str:
 
 
 def _candidates(path: Path) -> list[Any]:
-    from hf_sparse_attn.method import make_method
-    from hf_sparse_attn.profiling.measurements import _tuples
+    from hf_sparse_attn.profiles.measurements import _tuples
+    from hf_sparse_attn.registry import make_method
 
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.backend import BackendUnavailable, auto_order, choose_backend
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.cost import table as cost
-from hf_sparse_attn.dispatch import auto_order, choose_backend
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
@@ -171,26 +171,22 @@ class Call:
         self.begin: Any = None
         self.estimated: float | None = None
 
-    def why_not_ask(self, learns: bool = True) -> str | Loss | None:
-        """Why the method need not be asked, or None: it cannot pay at best, or, with `learns`, did not pay lately."""
-        loss = self.judge.bound(self.q, self.ctx)[0]
-        if loss is not None:
-            return loss
-        if not self.dynamic or not learns:
+    def why_not_ask(self) -> str | Loss | None:
+        """Why the method need not be asked by what earlier calls taught, or None."""
+        if not self.dynamic:
             return None
         paused = [s for s in self.streaks if s.pause]
+        for streak in paused:
+            streak.pause -= 1
         if paused:
-            for streak in paused:
-                streak.pause -= 1
             return PAUSED
-        if self.streaks[0].losses < LOSSES:
-            known = _ESTIMATES.get((self.judge.name, self.key))
-            if known is not None and len(known) >= _FEWEST_ESTIMATES:
-                best = self.judge.at_best(self.table, self.shape, self.q.device, self.ctx)
-                with_own = best._replace(sparse=best.sparse + min(known) * self.shape.kv_len)
-                if not with_own.pays:
-                    self._close(False)
-                    return Loss(ESTIMATE, with_own)
+        known = _ESTIMATES.get((self.judge.name, self.key))
+        if known is not None and len(known) >= _FEWEST_ESTIMATES and self.streaks[0].losses < LOSSES:
+            best = self.judge.at_best(self.table, self.shape, self.q.device, self.ctx)
+            with_own = best._replace(sparse=best.sparse + min(known) * self.shape.kv_len)
+            if not with_own.pays:
+                self._close(False)
+                return Loss(ESTIMATE, with_own)
         return None
 
     def start(self) -> None:
@@ -232,8 +228,6 @@ class Call:
 
     def _backend(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> str:
         """The backend that will run, without an error: run_pattern raises it where it is due."""
-        from hf_sparse_attn.dispatch import BackendUnavailable
-
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         try:
             return choose_backend(self.judge.backend, pattern, q, k, v, needs_grad, self.ctx.softcap)[0]

@@ -22,6 +22,7 @@ import torch
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 
 log = logging.getLogger(__name__)
 
@@ -93,27 +94,29 @@ def shape_of(q: torch.Tensor, ctx: Context) -> Shape:
     return Shape(layout.q_len, layout.kv_len, layout.is_causal, q.shape[0] * q.shape[1], q.shape[3], dtype)
 
 
+def _counts_of(pattern: BlockPattern) -> tuple[float, float, float]:
+    """Blocks, blocks with a tile, and single columns of one head."""
+    blocks, rows = pattern.starts.numel(), pattern.rows
+    tiled = min(blocks, rows * pattern.heads * pattern.batch) if len(pattern.tiles) > 1 else 0
+    if tiled and pattern.device.type == "cpu":
+        tiled = int(torch.count_nonzero(pattern.tile_ids))
+    each, columns = pattern.batch * pattern.heads, 0.0
+    if pattern.columns is not None and pattern.column_indptr is not None:
+        columns = pattern.columns.numel() / (pattern.column_indptr.shape[0] * pattern.column_indptr.shape[1])
+    return blocks / each, tiled / each, columns
+
+
 def work_of(pattern: BlockPattern, heads: int) -> Work:
     """The work of a pattern for `heads` heads x batch rows.
 
     Counted once per pattern, and without waiting for a GPU: there the number of masked blocks is not looked up but
     taken as one per row.
     """
-    known: tuple[float, float, float] | None = pattern.__dict__.get("_counts")
-    blocks, rows = pattern.starts.numel(), pattern.rows
-    if known is None:
-        tiled = min(blocks, rows * pattern.heads * pattern.batch) if len(pattern.tiles) > 1 else 0
-        if tiled and pattern.device.type == "cpu":
-            tiled = int(torch.count_nonzero(pattern.tile_ids))
-        each, columns = pattern.batch * pattern.heads, 0.0
-        if pattern.columns is not None and pattern.column_indptr is not None:
-            columns = pattern.columns.numel() / (pattern.column_indptr.shape[0] * pattern.column_indptr.shape[1])
-        known = pattern.__dict__["_counts"] = (blocks / each, tiled / each, columns)
-    blocks_each, tiled_each, columns_each = known
+    blocks_each, tiled_each, columns_each = derived(pattern, "work", lambda: _counts_of(pattern))
     area = pattern.block_q * pattern.block_k
     return Work(
         heads,
-        heads * rows,
+        heads * pattern.rows,
         heads * pattern.kv_len,
         heads * blocks_each,
         heads * columns_each,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -81,12 +81,37 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def allocated(device: torch.device) -> int | None:
-    """Bytes in use on a GPU, from where its peak is counted anew; None elsewhere: torch does not count there."""
-    if device.type != "cuda":
-        return None
+def peak_bytes(calls: Iterable[Callable[[], Any]], device: torch.device) -> list[int]:
+    """Most bytes that were allocated at one time during each call, on top of what was before."""
+    if device.type == "cuda":
+        return [_peak_on_gpu(call, device) for call in calls]
+    # The CPU's allocator has no counters, but its profiler sees every allocation, also those inside of operators.
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        for call in calls:
+            with record_function("measured call"):
+                call()
+    recorded: Any = seen.profiler
+    events = sorted(recorded.kineto_results.events(), key=lambda e: e.start_ns())
+    peaks: list[int] = []
+    now = 0
+    for event in events:
+        if event.name() == "measured call":
+            peaks, now = [*peaks, 0], 0
+        elif event.name() == "[memory]" and peaks:
+            now += event.nbytes()
+            peaks[-1] = max(peaks[-1], now)
+    return peaks
+
+
+def _peak_on_gpu(call: Callable[[], Any], device: torch.device) -> int:
+    synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def in_turns(
@@ -96,23 +121,23 @@ def in_turns(
 
     Returns:
         by contestant: `warmup_seconds` (the first call, compiling and planning included), `seconds` (one per round),
-        `rounds`, `median`, `min`, `max`, on CUDA `peak_bytes` of the first call; and the reasons of those that failed.
+        `bytes` (the most that a second call allocates: what is kept for a pattern is there by then), `rounds`,
+        `median`, `min`, `max`; and the reasons of those that failed.
     """
     times: dict[Any, dict[str, Any]] = {}
     failed: dict[Any, str] = {}
     with tqdm(total=len(contestants) * (1 + options.repeats), desc=title, leave=False, disable=None) as bar:
         for name, call in contestants.items():
             try:
-                before = allocated(options.where)
                 times[name] = {"warmup_seconds": timed(call, options.where)[0], "seconds": []}
-                if before is not None:
-                    times[name]["peak_bytes"] = torch.cuda.max_memory_allocated(options.where) - before
             # A contestant that breaks must not take the others' numbers with it; it is listed with its error.
             except Exception as error:
                 log.debug("%s failed", name, exc_info=True)
-                times.pop(name, None)
                 failed[name] = failure(error)
             bar.update()
+        peaks = peak_bytes((contestants[name] for name in times), options.where)
+        for found, peak in zip(times.values(), peaks, strict=True):
+            found["bytes"] = peak
         begin = time.perf_counter()
         for done in range(options.repeats):
             if done >= FEWEST_ROUNDS and time.perf_counter() - begin > options.seconds:

@@ -20,9 +20,9 @@ from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.evaluation.result import PROFILED, SUBJECTS, estimate_share
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
-from hf_sparse_attn.profiling.measurements import label_of
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.profiling.run import from_measurements
 from hf_sparse_attn.registry import METHODS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs
-from hf_sparse_attn.patching import SESSIONS
+from hf_sparse_attn.session import SESSIONS
 
 
 class Layer(Protocol):
@@ -70,7 +70,8 @@ def note(session: int, layer: str, reason: str) -> None:
     """Counts a dense call that is part of the graph that is being traced; once, for a graph counts nothing."""
     found = SESSIONS.get(session)
     if found is not None:
-        found.records[layer].dense_reasons[f"{reason} (counted once per compiled graph)"] += 1
+        record = found.records[layer]
+        record.count(record.dense_reasons, f"{reason} (counted once per compiled graph)")
 
 
 def begin(model: Tensor, given: list[Tensor], sizes: list[int]) -> Tensor:

@@ -6,8 +6,10 @@ import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -17,12 +19,13 @@ NO_SCHEDULE = (
 )
 
 
-@dataclass
-class Clock:
-    """Step of a call: announced through `cache_context`, else falls of the timestep are counted.
+@dataclass(frozen=True)
+class Generation:
+    """How far a run of denoising steps is.
 
-    An equal timestep is the second guidance pass, a rise a new video. The transformers of a pipeline (two experts)
-    share one clock.
+    Args:
+        branch, announced: guidance branch, and step and number of steps, as given to `cache_context`.
+        time, count: last timestep, and how often it fell.
     """
 
     branch: str | None = None
@@ -30,17 +33,43 @@ class Clock:
     time: float | None = None
     count: int = 0
 
+
+# Of each clock, in this thread or task. Weak, for a thread may outlive many patches.
+_GENERATIONS: ContextVar[WeakKeyDictionary[Clock, Generation] | None] = ContextVar(
+    "hf_sparse_attn_generations", default=None
+)
+
+
+class Clock:
+    """Step of a call: announced through `cache_context`, else falls of the timestep are counted.
+
+    An equal timestep is the second guidance pass, a rise a new video. The transformers of a pipeline (two experts)
+    share one clock; each thread that runs them reads its own time from it.
+    """
+
+    @property
+    def generation(self) -> Generation:
+        """The one that runs in this thread."""
+        return (_GENERATIONS.get() or {}).get(self, Generation())
+
+    def _note(self, **changes: Any) -> None:
+        # A copy, for a context that was copied (a task, a thread) shares the dictionary.
+        known = WeakKeyDictionary(_GENERATIONS.get() or {})
+        known[self] = replace(self.generation, **changes)
+        _GENERATIONS.set(known)
+
     def step(self, timestep: Any) -> int:
         """The step of a forward at `timestep`; one per token (0 on a given frame) counts by its largest."""
-        if self.announced[0] is not None:
-            return self.announced[0]
+        now = self.generation
+        if now.announced[0] is not None:
+            return now.announced[0]
         if timestep is None:
             return 0
-        now = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        if self.time is not None and now != self.time:
-            self.count = self.count + 1 if now < self.time else 0
-        self.time = now
-        return self.count
+        time, count = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep), now.count
+        if now.time is not None and time != now.time:
+            count = count + 1 if time < now.time else 0
+        self._note(time=time, count=count)
+        return count
 
     def context_of(self, transformer: nn.Module) -> Any | None:
         """`transformer.cache_context` that also tells the clock, bound, so that a deep copy has its own.
@@ -58,15 +87,15 @@ class Clock:
         @contextmanager
         def cache_context(self: nn.Module, name: str, **told: Any) -> Iterator[None]:
             passed = told if takes_more else {}
-            outer = clock.branch, clock.announced
+            outer = clock.generation
             # The guiders of diffusers call the branches pred_cond and pred_uncond.
-            clock.branch = name.removeprefix("pred_")
-            clock.announced = (told.get("step_index"), told.get("num_inference_steps"))
+            announced = told.get("step_index"), told.get("num_inference_steps")
+            clock._note(branch=name.removeprefix("pred_"), announced=announced)
             try:
                 with own(self, name, **passed) if before is None else before(name, **passed):
                     yield
             finally:
-                clock.branch, clock.announced = outer
+                clock._note(branch=outer.branch, announced=outer.announced)
 
         return types.MethodType(cache_context, transformer)
 

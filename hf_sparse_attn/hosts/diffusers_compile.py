@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 from weakref import ref
 
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts.diffusers_model import Asked, Layer, Tokens
+from hf_sparse_attn.hosts.diffusers_run import Attention
+from hf_sparse_attn.hosts.diffusers_state import Forwards
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import LayerRecord
-
-if TYPE_CHECKING:
-    from hf_sparse_attn.hosts.diffusers_hook import DiffusersHooks
+from hf_sparse_attn.record import LayerRecord
 
 
 def trained_weights(method: Method) -> bool:
@@ -27,20 +25,20 @@ def trained_weights(method: Method) -> bool:
 class CompiledModel:
     """Stands for a patched transformer in compiled graphs; see opaque.Model."""
 
-    def __init__(self, hooks: DiffusersHooks, transformer: nn.Module) -> None:
-        self.hooks = hooks
+    def __init__(self, forwards: Forwards, transformer: nn.Module) -> None:
+        self.forwards = forwards
         self.transformer = ref(transformer)
 
     def begin(self, given: list[Tensor], sizes: list[int]) -> int:
         """See opaque.Model."""
-        return self.hooks.begin(self.transformer(), given[0] if given else None, Tokens.of_sizes(sizes))
+        return self.forwards.begin(self.transformer(), given[0] if given else None, Tokens.of_sizes(sizes))[0]
 
 
 class CompiledLayer:
     """Stands for a patched attention in compiled graphs; see opaque.Layer."""
 
-    def __init__(self, hooks: DiffusersHooks, layer: Layer) -> None:
-        self.hooks = hooks
+    def __init__(self, attention: Attention, layer: Layer) -> None:
+        self.attention = attention
         self.layer = layer
 
     def run(
@@ -48,20 +46,20 @@ class CompiledLayer:
         reason: str, training: bool, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
-        hooks, layer, scale = self.hooks, self.layer, options[0]
+        attention, layer, scale = self.attention, self.layer, options[0]
         # The operator hands gradients to its inputs, and the method's own weights are none.
-        if lengths[0] and trained_weights(hooks.session.method):
+        if lengths[0] and trained_weights(attention.session.method):
             raise RuntimeError("`gates` must not require gradients in a compiled model: it would give them none")
         if again:
             layer = replace(layer, record=LayerRecord(layer.record.name, layer.index))
 
         def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return hooks.dispatch(q, k, v, mask, 0.0, False, scale, backend=layer.backend).transpose(1, 2)
+            return attention.dispatch(q, k, v, mask, 0.0, False, scale, backend=layer.backend).transpose(1, 2)
 
-        call = hooks.tickets.get(int(extra["ticket"]))
+        call = attention.forwards.find(extra["ticket"])
         hidden = extra.get("hidden")
         inputs = None if hidden is None else LayerInputs(hidden)
         asked = Asked(q, k, v, extra.get("mask"), scale, (), dense, inputs)
-        with hooks.session.steadily(training):
-            return hooks.run((layer, call), asked).transpose(1, 2)
+        with attention.session.steadily(training):
+            return attention.run(layer, call, asked).transpose(1, 2)

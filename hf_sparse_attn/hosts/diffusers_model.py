@@ -8,13 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs, Segment, TokenLayout
 from hf_sparse_attn.method import Decline
-from hf_sparse_attn.patching import LayerRecord
+from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.record import LayerRecord
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ _ASIDE = re.compile(
 )
 
 PIPELINE_PARTS = ("transformer", "transformer_2")
+# Attributes of a patched module: its number as a tensor, which is how a compiled graph knows it, and its name.
+NUMBER = "_hsa_number"
+NAME = "_hsa_name"
+# How a processor reaches attention: the dispatcher with a backend of its own, or PyTorch's function.
+Way: TypeAlias = Literal["dispatcher", "function"]
 # What the dispatcher keeps for a backend: its function, its checks, the arguments it is given.
 DISPATCH_TABLES = ("_backends", "_constraints", "_supported_arg_names")
 
@@ -72,21 +78,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Place:
-    """A self-attention module: its path in the transformer, the index of its layer, and the module."""
+    """A self-attention module: its path in the transformer, the index of its layer, the module, and how it asks."""
 
     path: str
     index: int
     attention: Any
+    way: Way = "dispatcher"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One patched attention: its record, its index, how many layers its transformer has, and the backend it had."""
+    """One patched attention: its record, its index of how many layers, the backend it had, and how it asks."""
 
     record: LayerRecord
     index: int
     num_layers: int
     backend: Any
+    way: Way
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class SelfAttention:
 
     path: str
     attention: Any
-    way: Literal["dispatcher", "function"] | None
+    way: Way | None
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
@@ -196,7 +204,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return found
 
 
-def way_of(processor: object) -> Literal["dispatcher", "function"] | None:
+def way_of(processor: object) -> Way | None:
     """How a processor reaches attention: the dispatcher with a backend of its own, PyTorch's function, or neither."""
     if hasattr(processor, "_attention_backend"):
         return "dispatcher"
@@ -206,6 +214,11 @@ def way_of(processor: object) -> Literal["dispatcher", "function"] | None:
     # The dispatcher ends in PyTorch's function unless another backend was set for the whole process.
     known = "scaled_dot_product_attention" in names or "dispatch_attention_fn" in names
     return "function" if known else None
+
+
+def pipeline_of(patch: Patch) -> Any:
+    """The pipeline that was patched, which alone knows how many steps a run has; None for a bare transformer."""
+    return None if isinstance(patch.model, nn.Module) else patch.model
 
 
 def forward_parameters(kind: type[Any]) -> list[str]:

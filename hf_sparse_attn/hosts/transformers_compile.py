@@ -6,17 +6,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import masking_utils
 
 from hf_sparse_attn.hosts import compiled_layer as opaque
+from hf_sparse_attn.hosts.transformers_hook import LayerState, Output, attend_sparse, run_dense
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
-from hf_sparse_attn.patching import LayerRecord, Session
-
-if TYPE_CHECKING:
-    from hf_sparse_attn.hosts.transformers_hook import LayerState, Output
+from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide
+from hf_sparse_attn.record import LayerRecord
 
 
 class CompiledLayer:
@@ -41,13 +39,11 @@ class CompiledLayer:
 
     def traced(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Output:
         """What stands in the graph for one call."""
-        from hf_sparse_attn.hosts.transformers_hook import is_causal_call
-
-        session = self.state.session
-        causal = is_causal_call(module, self.state.dense, kwargs)
-        reason = _why_dense(session, module, q, k, mask, causal, kwargs)
-        if reason and not (session.strict and reason not in _NO_FALLBACK):
-            if reason not in _EXPECTED:
+        session, call = self.state.session, LayerCall(self.state, module, q, k, v, mask, kwargs)
+        found, causal = decide(call, traced=True), call.causal
+        reason = "" if found.reason is None else str(found.reason)
+        if reason and not (session.strict and found.fallback):
+            if found.counted:
                 opaque.note(session.number, self.state.record.name, reason)
             ready = mask.dense(self.state.dense, q.device) if isinstance(mask, MaskSpec) else mask
             return self.dense(module, q, k, v, ready, **kwargs)
@@ -71,8 +67,6 @@ class CompiledLayer:
         options: list[float], reason: str, training: bool, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
-        from hf_sparse_attn.hosts.transformers_hook import attend_sparse, run_dense
-
         module = self.module()
         if module is None:
             raise RuntimeError("the attention module of this compiled graph is gone")
@@ -109,48 +103,6 @@ def _parameters(module: nn.Module, given: dict[str, Tensor]) -> Iterator[None]:
         module._parameters.update(before)
 
 
-# Reasons that are what was asked for: they raise nothing where the patch is strict.
-_NO_FALLBACK = frozenset({"paused", "method dense", "decoding", "layer's own mask"})
-# Not counted at all: a count would make a graph for each layer.
-_EXPECTED = frozenset({"paused", "method dense", "decoding"})
-
-
-_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
-
-
-def _why_dense(
-    session: Session, module: nn.Module, q: Tensor, k: Tensor, mask: Any, causal: bool, kwargs: dict[str, Any]
-) -> str:
-    """Why a call is dense as far as tracing can tell, or ""."""
-    if session.pauses:
-        return "paused"
-    if session.method.name == "dense":
-        return "method dense"
-    if q.shape[2] < session.policy.min_queries:
-        return "decoding"
-    if session.reads:
-        return f"method {session.method.name} reads more of a layer than a graph hands over"
-    if kwargs.get("dropout"):
-        return "dropout on the attention weights"
-    if mask is None and causal:
-        return "no mask was described to the layer"
-    if mask is None and (k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]):
-        return "queries of another sequence than the keys"
-    if mask is not None and not isinstance(mask, MaskSpec):
-        return "mask given as a Tensor"
-    if mask is not None and mask.wanted.get("mask_function") is not _FUNCTIONS[causal]:
-        if kwargs.get("sliding_window") is not None:
-            return "layer's own mask"
-        kind = "causal" if causal else "bidirectional"
-        return f"mask other than {kind} under torch.compile (give an attention_mask of ones where nothing is packed)"
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        return "output_attentions=True"
-    for name in ("cu_seq_lens_k", "position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            return f"{name} under torch.compile"
-    return ""
-
-
 def _mask_of(q: Tensor, k: Tensor, extra: Mapping[str, Tensor], lengths: list[int], original: str) -> MaskSpec:
     """The mask that was described while tracing, with the values of this run."""
     wanted = {
@@ -159,7 +111,7 @@ def _mask_of(q: Tensor, k: Tensor, extra: Mapping[str, Tensor], lengths: list[in
         "kv_length": k.shape[2],
         "q_offset": extra.get("offset", lengths[0]),
         "kv_offset": lengths[1],
-        "mask_function": _FUNCTIONS[bool(lengths[2])],
+        "mask_function": MASK_FUNCTIONS[bool(lengths[2])],
         "attention_mask": extra.get("padding"),
         "device": q.device,
         "dtype": q.dtype,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.hosts.transformers_hook import is_text_attention
 
 # Arguments by which a forward takes the tokens that are keys, where these are not the queries'.
 _OTHERS = frozenset(
@@ -84,8 +85,6 @@ def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
 
 def is_any_attention(module: nn.Module, name: str) -> bool:
     """Whether a module is self-attention through the attention interface, of either kind: causal or both ways."""
-    from hf_sparse_attn.hosts.transformers_hook import is_text_attention
-
     return is_text_attention(module) or is_encoder_attention(module, name)
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_hook import (
-    NATIVE_PREFIX,
-    PATCHED_PREFIX,
     STATE_ATTRIBUTE,
+    LayerState,
     default_dense,
+    dense_function,
     is_text_attention,
-    make_state,
     register,
 )
 from hf_sparse_attn.hosts.transformers_inputs import watch_layer
@@ -84,8 +85,10 @@ def install_text(
             extra = known(module, owner)
             if patch.session.reads:
                 extra["watch"] = watch_layer(patch, module, name)
-            state = make_state(module, record, patch.session, max(numbers) + 1, dense_name(module), **extra)
-            patch.set_attribute(module, STATE_ATTRIBUTE, state)
+            dense = dense_name(module)
+            state = LayerState(record, patch.session, max(numbers) + 1, dense, **extra)
+            compiled = CompiledLayer(state, module, dense_function(dense, module))
+            patch.set_attribute(module, STATE_ATTRIBUTE, replace(state, compiled=compiled))
     for config in configs.values():
         switch(patch, config)
 

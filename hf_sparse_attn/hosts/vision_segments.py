@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.patching import LayerRecord
+from hf_sparse_attn.record import LayerRecord
 
 # Gathering all tokens by the length of their segment costs four small kernels; it has to save more calls than that.
 _CALLS_FOR_AN_ORDER = 4

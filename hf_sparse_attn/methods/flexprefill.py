@@ -11,9 +11,9 @@ from torch import Tensor
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.layout import at_a_time
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
-    at_a_time,
     check_block_size,
     check_share,
     gather_rows,

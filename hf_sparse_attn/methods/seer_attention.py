@@ -24,7 +24,7 @@ from hf_sparse_attn.selection import (
     top_blocks,
 )
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training.gates import Gates, GateSet, checked_gates, find_gates, gate_of, unknown_settings
+from hf_sparse_attn.sharing.gates import Gates, GateSet, checked_gates, find_gates, gate_of, unknown_settings
 
 # Rows of query blocks at the end of a call that keep everything.
 _DENSE_ROWS = 2

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Decline, Knob, Method
-from hf_sparse_attn.pattern.block_pattern import CHUNK, BlockPattern, distinct_tiles
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.layout import CHUNK, distinct_tiles
 from hf_sparse_attn.pattern.video_tiles import Cut, Sizes, check_sizes, cut_video
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share

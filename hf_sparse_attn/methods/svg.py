@@ -13,14 +13,12 @@ from torch import Tensor
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.pattern.cache import cached_pattern
+from hf_sparse_attn.pattern.layout import at_a_time
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share, pattern_from_rule, text_blocks, text_tokens
 
 Kind = Literal["auto", "spatial", "temporal"]
 
-# Scores of sampled rows held at a time while the heads are told apart: bounds memory at long videos.
-_SCORES_AT_A_TIME = 1 << 24
 # Frames to either side in the masks by which heads are told apart: with the sink (Wan) and without (Hunyuan).
 _PROFILE_FRAMES = {True: 2.0, False: 1.5}
 
@@ -92,7 +90,7 @@ class Svg(Method):
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        found = cached_pattern(self, ctx, q.device) if self.static else self.pattern(q, k, ctx, v)
+        found = self.static_pattern(ctx, q.device) if self.static else self.pattern(q, k, ctx, v)
         return found if isinstance(found, Decline) else run(q, k, v, found)
 
     def pattern(
@@ -124,7 +122,7 @@ class Svg(Method):
             order = _orders(layout)[[int(kind == "temporal") for kind in self._kinds]][None]
             return replace(band, q_order=order, kv_order=order)
         # The band and the two orders are built once per layout; what is left to a call is to give heads their order.
-        one = cached_pattern(replace(self, kind="temporal"), ctx, q.device)
+        one = replace(self, kind="temporal").static_pattern(ctx, q.device)
         if isinstance(one, Decline) or one.kv_order is None:
             raise RuntimeError(f"`kind` 'temporal' must have an order of tokens for {layout}, got {one}")
         temporal = self.choose(q, k, v, ctx)[..., None]
@@ -252,7 +250,7 @@ def row_errors(
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     # Query heads that share keys stand beside their rows: [batch, kv_heads, heads of a group, rows, dim].
     sampled = q[:, :, rows].float().unflatten(1, (kv_heads, group)) * scale
-    step = max(1, _SCORES_AT_A_TIME // (group * masks[0].numel()))
+    step = at_a_time(group * masks[0].numel())
     error = q.new_empty(len(masks), q.shape[0], kv_heads, group, dtype=torch.float32)
     dropped = ~masks
     for item in range(q.shape[0]):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
-from hf_sparse_attn.pattern.block_pattern import BlockPattern, causal_tiles
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, last_query_sums, rank_descending
 

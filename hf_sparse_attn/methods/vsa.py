@@ -18,7 +18,7 @@ from hf_sparse_attn.pattern.video_tiles import Sizes, VideoTiles, check_sizes, t
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_share, rank_descending
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
+from hf_sparse_attn.sharing.gates import Gates, checked_gates, find_gates, gate_of, unknown_settings
 
 
 @METHODS.register("vsa")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.pattern import check, ops, stack
+from hf_sparse_attn.pattern import rows as rows_of
+from hf_sparse_attn.pattern.cache import derived
+from hf_sparse_attn.pattern.layout import causal_tiles, distinct_tiles, row_offsets
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-# Entries expanded to single keys at a time by the counting functions: bounds their memory.
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,8 @@ class BlockPattern:
     q_order: Tensor | None = None
     kv_order: Tensor | None = None
     kv_range: Tensor | None = None
+    # What was made of this pattern and is needed again, by name; see pattern/cache.py.
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # ------------------------------------------------------------------ construction
 
@@ -97,8 +99,9 @@ class BlockPattern:
         if tile_ids is None:
             tile_ids = torch.zeros_like(starts, dtype=torch.int32)
         return cls(
-            block_q, block_k, q_len, kv_len, _indptr(counts), starts.to(torch.int32), tile_ids.to(torch.int32), tiles,
-            None if column_counts is None else _indptr(column_counts),
+            block_q, block_k, q_len, kv_len,
+            row_offsets(counts), starts.to(torch.int32), tile_ids.to(torch.int32), tiles,
+            None if column_counts is None else row_offsets(column_counts),
             None if columns is None else columns.to(torch.int32),
         )  # fmt: skip
 
@@ -178,9 +181,7 @@ class BlockPattern:
         Raises:
             ValueError: no pattern, patterns of different lengths, batch sizes or valid ranges, or no such head.
         """
-        from hf_sparse_attn.pattern.stack import stack_heads
-
-        return stack_heads(patterns, order)
+        return stack.stack_heads(patterns, order)
 
     # ------------------------------------------------------------------ sizes
 
@@ -231,33 +232,27 @@ class BlockPattern:
             count: "full" divides by q_len * kv_len; "causal" by the pairs of a causal mask (last query at last key).
         """
         # Read once: static patterns live on in a cache and are asked at every call.
-        known: float | Tensor = self.density_later(count)
-        if isinstance(known, Tensor):
-            known = self.__dict__["_density"][count] = float(known)
-        return known
+        found: float | Tensor = self.density_later(count)
+        if isinstance(found, Tensor):
+            found = self.derived["density", count] = float(found)
+        return found
 
     def density_later(self, count: Literal["full", "causal"] = "full") -> float | Tensor:
         """`density` without waiting for a GPU: a 0-d tensor there until it was read, a number elsewhere."""
-        from hf_sparse_attn.pattern.ops import density
 
-        # Counted once, too.
-        known: dict[str, float | Tensor] = self.__dict__.setdefault("_density", {})
-        if count not in known:
-            found = density(self, count)
-            known[count] = found if isinstance(found, Tensor) and found.device.type != "cpu" else float(found)
-        return known[count]
+        def count_pairs() -> float | Tensor:
+            found = ops.density(self, count)
+            return found if isinstance(found, Tensor) and found.device.type != "cpu" else float(found)
+
+        return derived(self, ("density", count), count_pairs)
 
     def to_dense(self) -> Tensor:
         """Token mask, bool [batch, heads, q_len, kv_len], in token order. O(q_len x kv_len): small sizes and tests."""
-        from hf_sparse_attn.pattern.ops import to_dense
-
-        return to_dense(self)
+        return ops.to_dense(self)
 
     def block_map(self) -> Tensor:
         """Bool [batch, heads, query blocks, key blocks]: whether any key of the aligned block is kept by any query."""
-        from hf_sparse_attn.pattern.ops import block_map
-
-        return block_map(self)
+        return ops.block_map(self)
 
     def to_flex(self) -> BlockMask:
         """The pattern as a FlexAttention BlockMask (queries and keys must be put in order before).
@@ -265,15 +260,11 @@ class BlockPattern:
         Raises:
             ValueError: key blocks that are not aligned, or columns.
         """
-        from hf_sparse_attn.pattern.ops import to_flex
-
-        return to_flex(self)
+        return ops.to_flex(self)
 
     def reblock(self, block_q: int, block_k: int) -> BlockPattern:
         """The same keys in smaller blocks; `block_q` and `block_k` must divide the present ones."""
-        from hf_sparse_attn.pattern.ops import reblock
-
-        return reblock(self, block_q, block_k)
+        return ops.reblock(self, block_q, block_k)
 
     def query_rows(self, rows: Tensor) -> BlockPattern:
         """The pattern of some rows alone, for the queries `q[tokens]` with `tokens = row_tokens(rows)`, in that order.
@@ -284,15 +275,11 @@ class BlockPattern:
         Raises:
             TypeError, ValueError: `rows` is not such a tensor.
         """
-        from hf_sparse_attn.pattern.rows import query_rows
-
-        return query_rows(self, rows)
+        return rows_of.query_rows(self, rows)
 
     def row_tokens(self, rows: Tensor) -> Tensor:
         """The queries of some rows as tokens, int64 [batch or 1, heads or 1, queries]; see `query_rows`."""
-        from hf_sparse_attn.pattern.rows import row_tokens
-
-        return row_tokens(self, rows)
+        return rows_of.row_tokens(self, rows)
 
     def validate(self) -> BlockPattern:
         """Checks every rule of the class and returns the pattern.
@@ -301,9 +288,7 @@ class BlockPattern:
             TypeError: a tensor of the wrong dtype.
             ValueError: names the field, the rule and the value that breaks it.
         """
-        from hf_sparse_attn.pattern.check import validate
-
-        validate(self)
+        check.validate(self)
         return self
 
     def with_kv_range(self, kv_range: Tensor | None) -> BlockPattern:
@@ -330,52 +315,3 @@ class BlockPattern:
             "kv_range",
         )
         return {n: t for n in names if (t := getattr(self, n)) is not None}
-
-
-def _indptr(counts: Tensor) -> Tensor:
-    """Row offsets of CSR from the number of entries per row; every head starts where the one before it ended."""
-    ends = counts.to(torch.int64).flatten().cumsum(0).view_as(counts)
-    return torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
-
-
-def distinct_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal tiles stored once, after the all-true one, which is always there.
-
-    Args:
-        tiles: bool [n, block_q, block_k].
-
-    Returns:
-        the table bool [distinct, block_q, block_k], and for each of `tiles` its place in it, int64 [n].
-    """
-    full = tiles.new_ones(1, *tiles.shape[1:])
-    table, place = torch.cat([full, tiles]).flatten(1).unique(dim=0, return_inverse=True)
-    # unique() sorts: the all-true tile comes last, and must become tile 0.
-    return table.flip(0).unflatten(1, tuple(tiles.shape[1:])), (len(table) - 1 - place)[1:]
-
-
-def causal_tiles(distance: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Tile ids and tiles of blocks under a causal mask.
-
-    Args:
-        distance: int [blocks], position of the row's first query minus that of the block's first key; every
-            block must hold at least one key that is not after the row's last query.
-        block_q, block_k: sizes of a tile.
-
-    Returns:
-        tile ids int32 [blocks] (0 where the block lies wholly before the row) and tiles bool [n, block_q, block_k].
-    """
-    tiles = _causal_tile_table(block_q, block_k, distance.device)
-    # Query a sees key b iff b <= a + distance: whole from distance = block_k - 1 on.
-    ids = torch.where(distance >= block_k - 1, 0, distance + block_q)
-    used, ids = torch.cat([ids.new_zeros(1), ids]).unique(return_inverse=True)
-    return ids[1:].to(torch.int32), tiles[used]
-
-
-@lru_cache(maxsize=16)
-def _causal_tile_table(block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """Tile i > 0 is the one at distance i - block_q; tile 0 is all true."""
-    distance = torch.arange(1 - block_q, block_k - 1, device=device)
-    a = torch.arange(block_q, device=device)[:, None]
-    b = torch.arange(block_k, device=device)[None, :]
-    partial = b <= a + distance[:, None, None]
-    return torch.cat([torch.ones(1, block_q, block_k, dtype=torch.bool, device=device), partial])

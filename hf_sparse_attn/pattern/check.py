@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern.block_pattern import CHUNK, BlockPattern
-from hf_sparse_attn.pattern.ops import entry_rows
+from hf_sparse_attn.pattern.layout import CHUNK, entry_rows
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
 def validate(p: BlockPattern) -> None:

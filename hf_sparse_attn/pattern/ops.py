@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern.block_pattern import CHUNK, BlockPattern, distinct_tiles
+from hf_sparse_attn.pattern.layout import CHUNK, distinct_tiles, entry_rows
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-
-def entry_rows(indptr: Tensor, entries: int | None = None) -> Tensor:
-    """For each CSR entry the flat index of its row over [batch, heads, rows], int64 [entries]."""
-    counts = indptr.diff(dim=-1).flatten()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=indptr.device), counts, output_size=entries)
+    from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
 def key_validity(p: BlockPattern) -> Tensor | None:
@@ -247,7 +243,7 @@ def reblock(p: BlockPattern, block_q: int, block_k: int) -> BlockPattern:
     column_counts, columns = None, None
     if p.columns is not None and p.column_indptr is not None:
         column_counts, columns = _repeat_columns(p, fq, rows)
-    out = BlockPattern.from_rows(
+    out = p.from_rows(
         counts, start[order], block_q, block_k, p.q_len, p.kv_len, tile[order], tiles, column_counts, columns
     )
     return replace(out, q_order=p.q_order, kv_order=p.kv_order, kv_range=p.kv_range)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.pattern.ops import _chunks, _expand, _full_batch, _row_sizes, entry_rows, key_validity
+from hf_sparse_attn.pattern.layout import entry_rows
+from hf_sparse_attn.pattern.ops import _chunks, _expand, _full_batch, _row_sizes, key_validity
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
 def query_rows(p: BlockPattern, rows: Tensor) -> BlockPattern:
@@ -21,7 +24,7 @@ def query_rows(p: BlockPattern, rows: Tensor) -> BlockPattern:
         picked, column_counts = _entries_of(p.column_indptr, rows)
         columns = p.columns[picked]
     q_len = int(_row_sizes(p)[rows].sum())
-    cut = BlockPattern.from_rows(
+    cut = p.from_rows(
         counts, p.starts[entry], p.block_q, p.block_k, q_len, p.kv_len, p.tile_ids[entry], p.tiles,
         column_counts, columns,
     )  # fmt: skip

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.pattern.block_pattern import BlockPattern, causal_tiles, distinct_tiles
-from hf_sparse_attn.pattern.ops import _expand, _full_batch, entry_rows
+from hf_sparse_attn.pattern.layout import causal_tiles, distinct_tiles, entry_rows
+from hf_sparse_attn.pattern.ops import _expand, _full_batch
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
 def stack_heads(patterns: Sequence[BlockPattern], order: Sequence[int] | None = None) -> BlockPattern:
@@ -45,7 +49,7 @@ def stack_heads(patterns: Sequence[BlockPattern], order: Sequence[int] | None = 
     column_counts, columns = None, None
     if any(p.columns is not None for p in patterns):
         column_counts, columns = _stack_columns(patterns, heads, own, order)
-    out = BlockPattern.from_rows(
+    out = first.from_rows(
         counts, torch.cat([p.starts for p in patterns])[chosen], block_q, block_k, first.q_len, first.kv_len,
         tile_ids[chosen], tiles, column_counts, columns,
     )  # fmt: skip
@@ -171,7 +175,7 @@ def union_heads(p: BlockPattern, group: int, query_start: int | None = None) -> 
     tile, tiles = _united(tile, tiles, first, many)
     tiles, merged = distinct_tiles(tiles)
     counts = torch.bincount(place // cols, minlength=p.batch * (p.heads // group) * rows)
-    out = BlockPattern.from_rows(
+    out = p.from_rows(
         counts.view(p.batch, -1, rows), place % cols * p.block_k, p.block_q, p.block_k, p.q_len, p.kv_len,
         merged[tile], tiles,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.selection import at_a_time
+from hf_sparse_attn.pattern.layout import at_a_time
 
 Sizes = tuple[int, int, int]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_sparse_attn.profiling.measurements import label_of
+from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.sharing.card import front_matter, markdown_table, plain_value
 from hf_sparse_attn.sharing.hub import is_hub_id
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.card import card
+from hf_sparse_attn.profiles.measurements import Measurements
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
-from hf_sparse_attn.profiling.measurements import Measurements
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import (

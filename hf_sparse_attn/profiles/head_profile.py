@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
-from hf_sparse_attn.profiling.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import finite, shortened

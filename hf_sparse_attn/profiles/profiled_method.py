@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method, PartlyDense, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.pattern.cache import cached_pattern
+from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _patterns(
     if method.static:
         # Built for all heads, so that it is the same in all layers, and a method may tell heads apart by number.
         reason = method.why_not(ctx)
-        found = Decline(reason) if reason is not None else cached_pattern(method, ctx, device)
+        found = Decline(reason) if reason is not None else method.static_pattern(ctx, device)
         if isinstance(found, BlockPattern) and _heads(found) > 1:
             found = _picked(found, tuple(heads))
         return [(heads, found)]
@@ -255,10 +255,7 @@ def _patterns(
 
 def _picked(pattern: BlockPattern, heads: tuple[int, ...]) -> BlockPattern:
     """The pattern of some heads; made once for a pattern that is kept."""
-    known: dict[tuple[int, ...], BlockPattern] = pattern.__dict__.setdefault("_picked", {})
-    if heads not in known:
-        known[heads] = stack_heads([pattern], heads)
-    return known[heads]
+    return derived(pattern, ("heads", heads), lambda: stack_heads([pattern], heads))
 
 
 def _side_by_side(found: list[tuple[list[int], BlockPattern]], num_heads: int) -> BlockPattern:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile
 from hf_sparse_attn.profiles.step_plan import MOST_PLANS, StepPlan
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.sharing.fingerprint import LARGEST, Fingerprint
 from hf_sparse_attn.sharing.strict_json import finite, shortened

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.rows import kept_cells
-from hf_sparse_attn.profiling.measurements import HeadMap
+from hf_sparse_attn.profiles.measurements import HeadMap
 from hf_sparse_attn.profiling.observe import Seen
 
 CELLS = 64

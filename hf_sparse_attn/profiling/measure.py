@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.family import find_family, pretrained_models
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.profiling.candidates import default_candidates
 from hf_sparse_attn.profiling.head_maps import MapMaker, keep
-from hf_sparse_attn.profiling.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.profiling.observe import Observing, Seen, evaluating, observing
 from hf_sparse_attn.profiling.probe import Needle, Probe, sample_units
 from hf_sparse_attn.profiling.tally import Steps, Tally
+from hf_sparse_attn.registry import make_method
 
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import no_autocast
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.decision import of_sequence
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session, gathered
 from hf_sparse_attn.span import Span
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
@@ -77,30 +79,22 @@ class Observing(Session):
         self.outputs: list[Tensor] = []
 
     def sparse(
-        self,
-        record: LayerRecord,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ctx: Context,
-        spans: Sequence[Span] | None = None,
-        dense: Callable[[], object] | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
+        dense: Callable[[], object] | None = None, decided: TokenLayout | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Shows the call; see Session.sparse."""
-        reason = self.policy.why_dense(ctx, q.device)
-        if reason is not None:
-            record.dense_reasons[reason] += 1
+        if self.stays_dense(record, of_sequence(self, ctx, q.device)):
             return None
         with no_autocast(q.device):
             if self.gradients:
                 return self._watched(record, q, k, v, ctx, spans)
             for span, own in _spans(q, k, ctx, spans):
-                if self.policy.why_dense(own, q.device) is None:
+                if of_sequence(self, own, q.device).reason is None:
                     self._show(_seen(record.name, span.cut(q, k, v), own))
         if isinstance(self.method, _Nothing):
             record.dense_reasons["observed"] += 1
             return None
-        return super().sparse(record, q, k, v, ctx, spans)
+        return super().sparse(record, q, k, v, ctx, spans, decided=decided)
 
     def _show(self, seen: Seen) -> None:
         with torch.no_grad():
@@ -111,20 +105,14 @@ class Observing(Session):
     ) -> tuple[Tensor, Tensor]:
         """Attention, dense where there is no method, whose gradient is shown when it is known."""
         record.dense_reasons["observed"] += 1
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
-        for span, own in _spans(q, k, ctx, spans):
+        sequences, parts = _spans(q, k, ctx, spans), []
+        for span, own in sequences:
             cut = span.cut(q, k, v)
             done = None if isinstance(self.method, _Nothing) else self._attend(record, *cut, own)
-            if done is None:
-                one, two = dense_attention(*cut, own)
-            else:
-                one, two = done.out, done.lse
-            if self.policy.why_dense(own, q.device) is None:
-                self._watch(one, _seen(record.name, cut, own))
-            rows = span.row_index
-            out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
-        return out, lse
+            parts.append(dense_attention(*cut, own) if done is None else done[:2])
+            if of_sequence(self, own, q.device).reason is None:
+                self._watch(parts[-1][0], _seen(record.name, cut, own))
+        return gathered(q, v, [span for span, _ in sequences], parts)
 
     def _watch(self, out: Tensor, seen: Seen) -> None:
         if not out.requires_grad:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.backend import choose_backend
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.cost import table as cost
-from hf_sparse_attn.dispatch import choose_backend, run_pattern
+from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.method import Decline, Method
-from hf_sparse_attn.pattern.block_pattern import BlockPattern, causal_tiles
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.pattern.rows import head_densities
 from hf_sparse_attn.profiling.observe import Seen
 

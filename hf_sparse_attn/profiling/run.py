@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiles.measurements import Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
 from hf_sparse_attn.profiling.budget import Choice, choose, choose_elastic, pareto
 from hf_sparse_attn.profiling.measure import Batch, longest, measure
-from hf_sparse_attn.profiling.measurements import Measurements, weights_of
 from hf_sparse_attn.profiling.tally import Steps
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.sharing.fingerprint import Fingerprint

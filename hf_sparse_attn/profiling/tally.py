@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.method import Method, make_method
-from hf_sparse_attn.profiling.measurements import Case, Measurements, _tuples
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.profiles.measurements import Case, Measurements, _tuples
+from hf_sparse_attn.registry import make_method
 
 FORMAT = "hf_sparse_attn.profile_state"
 VERSION = 1

@@ -111,9 +111,10 @@ class Fingerprint:
 
 def _count_layers(model: Any) -> int:
     """Layers as the hooks of the family number them; a patch that does nothing finds out where none is."""
-    from hf_sparse_attn.patching import Patch, Session, active_patch
+    from hf_sparse_attn.patching import Patch, active_patch
     from hf_sparse_attn.policy import Policy
     from hf_sparse_attn.registry import METHODS
+    from hf_sparse_attn.session import Session
 
     name, family, modules = find_family(model)
     active = next((p for module in modules if (p := active_patch(module)) is not None), None)

@@ -14,8 +14,9 @@ from torch import nn
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Recipe, Run, SparseSettings, Task
+from hf_sparse_attn.recipe import OptimizerSettings, Recipe, Run, SparseSettings, Task
 from hf_sparse_attn.settings import plain
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.sparse import check_backward, make_patch
 
 _LOG = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ class AttentionMatch:
         patch.session.watcher = self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> None:
-        """See patching.Watcher."""
+        """See session.Watcher."""
         if not (self.trains if torch.is_grad_enabled() else self._found is not None):
             return
         error = output_error(out, q, k, v, ctx)

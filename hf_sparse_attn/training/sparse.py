@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.dispatch import BackendUnavailable
-from hf_sparse_attn.method import make_method
+from hf_sparse_attn.backend import BackendUnavailable
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.profiles.head_profile import find_profile
 from hf_sparse_attn.recipe import SparseSettings
-from hf_sparse_attn.registry import BACKENDS
+from hf_sparse_attn.registry import BACKENDS, make_method
 
 
 def make_patch(model: Any, sparse: SparseSettings) -> Patch:

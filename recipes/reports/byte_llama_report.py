@@ -1,6 +1,6 @@
 """Measure the byte-level Llama on held-out documents: needles by depth, loss, and what each head attends to.
 
-    python -m hf_sparse_attn.recipes.byte_llama_report --model assets/byte_llama --output report.md
+    python -m hf_sparse_attn.recipes.reports.byte_llama_report --model assets/byte_llama --output report.md
 
 The figures on the model card come from here.
 """
@@ -8,97 +8,79 @@ The figures on the model card come from here.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from hf_sparse_attn.recipes.reports.page import pipes
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 
-_LOG = logging.getLogger(__name__)
 _LOCAL_BYTES = 16
-_QUARTERS = 4
+_DEPTHS = ("depth 0-25 %", "25-50 %", "50-75 %", "75-100 %")
 # Far enough from the start that the first byte is not also a near one.
 _FIRST_QUERY = 256
 
 
-@dataclass(frozen=True)
-class HeadFigures:
-    """Where one head's attention goes, as shares of its mass, averaged over queries and documents.
+def kind_of(offset: int, at_offset: float, local: float, first: float, needle: float) -> str:
+    """One word for a head, retrieval first, since such heads rest on the opening byte in between.
 
     Args:
-        layer: layer of the head.
-        head: its index among the query heads.
-        offset: the single distance back, from 0 to 15, that gets most.
-        at_offset: share at that distance.
+        offset: the single distance back, from 0 to 15, that gets most of its attention.
+        at_offset: share of its attention at that distance, averaged over queries and documents as the others.
         local: share on the last 16 bytes, the current one included.
         first: share on the opening byte.
         needle: share that the positions choosing an answer's digits put on that digit where it is hidden.
     """
-
-    layer: int
-    head: int
-    offset: int
-    at_offset: float
-    local: float
-    first: float
-    needle: float
-
-    @property
-    def kind(self) -> str:
-        """One word for the head, retrieval first, since such heads rest on the opening byte in between."""
-        if self.needle >= 0.3:
-            return "retrieval"
-        if self.at_offset >= 0.5:
-            return f"offset {self.offset}"
-        if self.first >= 0.4:
-            return "sink"
-        if self.local >= 0.5:
-            return "local"
-        return "spread"
+    if needle >= 0.3:
+        return "retrieval"
+    if at_offset >= 0.5:
+        return f"offset {offset}"
+    if first >= 0.4:
+        return "sink"
+    return "local" if local >= 0.5 else "spread"
 
 
 @torch.no_grad()
-def needle_table(model: PreTrainedModel, length: int, documents: int, first_seed: int) -> tuple[list[float], float]:
-    """Measure documents of one length.
+def needle_table(model: PreTrainedModel, lengths: Sequence[int], documents: int, first_seed: int) -> str:
+    """Share of needles answered by their depth, and the mean loss on the code, for documents of some lengths.
 
     Args:
         model: the model.
-        length: bytes in each document.
-        documents: how many, with 8 needles each.
+        lengths: bytes in each document.
+        documents: how many of each, with 8 needles each.
         first_seed: seed of the first; the others follow.
-
-    Returns:
-        Share of needles answered for each quarter of the depth and for all of them, and the mean loss on the code.
     """
-    hits: list[list[bool]] = [[] for _ in range(_QUARTERS)]
-    losses = []
-    for seed in range(first_seed, first_seed + documents):
-        document = needle_document(length, 8, seed)
-        logits = model(input_ids=document.token_ids, use_cache=False).logits
-        losses.append(next_byte_loss(logits, document))
-        for needle, answered in zip(document.needles, score_needles(logits, document), strict=True):
-            hits[min(_QUARTERS - 1, int(needle.depth * _QUARTERS))].append(answered)
-    together = [answered for quarter in hits for answered in quarter]
-    return [sum(part) / max(1, len(part)) for part in [*hits, together]], sum(losses) / len(losses)
+    rows = []
+    for length in tqdm(lengths, "lengths", disable=None):
+        hits: list[list[bool]] = [[] for _ in _DEPTHS]
+        losses = []
+        for seed in range(first_seed, first_seed + documents):
+            document = needle_document(length, 8, seed)
+            logits = model(input_ids=document.token_ids, use_cache=False).logits
+            losses.append(next_byte_loss(logits, document))
+            for needle, answered in zip(document.needles, score_needles(logits, document), strict=True):
+                hits[min(len(_DEPTHS) - 1, int(needle.depth * len(_DEPTHS)))].append(answered)
+        parts = zip(
+            (*_DEPTHS, "all needles"), [*hits, [answered for quarter in hits for answered in quarter]], strict=True
+        )
+        shares = {title: f"{sum(part) / max(1, len(part)):.3f}" for title, part in parts}
+        rows.append({"bytes": str(length), **shares, "nats per byte of code": f"{sum(losses) / len(losses):.3f}"})
+    return pipes(rows)
 
 
 @torch.no_grad()
-def head_figures(model: PreTrainedModel, length: int, documents: int, first_seed: int) -> list[HeadFigures]:
-    """Look at every head over held-out documents.
+def head_table(model: PreTrainedModel, length: int, documents: int, first_seed: int) -> str:
+    """Where each head looks, over held-out documents, layer by layer.
 
     Args:
         model: a model whose attention gives its weights back ("eager").
         length: bytes in each document, more than 256.
         documents: how many.
         first_seed: seed of the first; the others follow.
-
-    Returns:
-        One entry for each head, layer by layer.
     """
     sums: dict[tuple[int, int], Tensor] = {}
     for seed in range(first_seed, first_seed + documents):
@@ -108,13 +90,15 @@ def head_figures(model: PreTrainedModel, length: int, documents: int, first_seed
             for head, shares in enumerate(weights[0]):
                 figures = _head_sums(shares, document)
                 sums[layer, head] = sums.get((layer, head), torch.zeros_like(figures)) + figures / documents
-    found = []
+    rows = []
     for (layer, head), figures in sums.items():
         near = figures[:_LOCAL_BYTES]
         offset = int(near.argmax())
-        rest = [float(near[offset]), float(near.sum()), *figures[_LOCAL_BYTES:].tolist()]
-        found.append(HeadFigures(layer, head, offset, *rest))
-    return found
+        told = [float(near[offset]), float(near.sum()), *figures[_LOCAL_BYTES:].tolist()]
+        row = {"layer": str(layer), "head": str(head), "kind": kind_of(offset, *told), "best offset": str(offset)}
+        titles = ("at it", "last 16 bytes", "first byte", "needle")
+        rows.append(row | {title: f"{share:.2f}" for title, share in zip(titles, told, strict=True)})
+    return pipes(rows)
 
 
 def _head_sums(shares: Tensor, document: NeedleDocument) -> Tensor:
@@ -123,39 +107,6 @@ def _head_sums(shares: Tensor, document: NeedleDocument) -> Tensor:
     asking = torch.tensor([at - 1 for needle in document.needles for at in needle.answer_positions])
     hidden = torch.tensor([at for needle in document.needles for at in needle.statement_positions])
     return torch.stack([*near, shares[queries, 0].mean(), shares[asking, hidden].mean()])
-
-
-def report(folder: Path, lengths: Sequence[int], documents: int, first_seed: int) -> str:
-    """Measure a model and write the figures as Markdown.
-
-    Args:
-        folder: where the model was saved.
-        lengths: document lengths for the needles and the loss.
-        documents: how many of each.
-        first_seed: seed of the first document.
-
-    Returns:
-        Two tables.
-    """
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    lines = ["| bytes | depth 0-25 % | 25-50 % | 50-75 % | 75-100 % | all needles | nats per byte of code |"]
-    lines.append("|---" * 7 + "|")
-    for length in lengths:
-        shares, loss = needle_table(model, length, documents, first_seed)
-        cells = [str(length), *(f"{share:.3f}" for share in shares), f"{loss:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-        _LOG.info("%s", lines[-1])
-    lines += [
-        "",
-        "| layer | head | kind | best offset | at it | last 16 bytes | first byte | needle |",
-        "|---" * 8 + "|",
-    ]
-    model.set_attn_implementation("eager")
-    for head in head_figures(model, 2048, min(documents, 8), first_seed):
-        shares = [head.at_offset, head.local, head.first, head.needle]
-        cells = [str(head.layer), str(head.head), head.kind, str(head.offset), *(f"{share:.2f}" for share in shares)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -167,9 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=1000, help="seed of the first document")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="document lengths")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    text = report(options.model, options.lengths, options.documents, options.first_seed)
-    options.output.write_text(text, encoding="utf-8")
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    needles = needle_table(model, options.lengths, options.documents, options.first_seed)
+    model.set_attn_implementation("eager")
+    heads = head_table(model, 2048, min(options.documents, 8), options.first_seed)
+    options.output.write_text(f"{needles}\n\n{heads}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

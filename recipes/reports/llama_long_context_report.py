@@ -2,7 +2,7 @@
 
     hf-sparse-attn train llama_long_context --output SPARSE
     hf-sparse-attn train llama_long_context train_with=dense --output DENSE
-    python -m hf_sparse_attn.recipes.llama_long_context_report --sparse SPARSE --dense DENSE --output FOLDER
+    python -m hf_sparse_attn.recipes.reports.llama_long_context_report --sparse SPARSE --dense DENSE --output FOLDER
 
 What the runs did not measure is measured here: the model without stretched positions, and the processor time and
 memory of a step, each in a process of its own.
@@ -12,42 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run, SparseSettings
 from hf_sparse_attn.recipes.llama_long_context import How, LlamaLongContext, figures_of, profile_folder
-from hf_sparse_attn.settings import build_config
-from hf_sparse_attn.tables import table
+from hf_sparse_attn.recipes.reports.page import cached, cost_of_a_step, grid, log_of, machine_line, recipe_of, write
 from hf_sparse_attn.training.bundle.bundle import load_bundle
 from hf_sparse_attn.training.chunked_loss import CausalParts
-from hf_sparse_attn.training.loop import peak_memory
 from hf_sparse_attn.training.sparse import make_patch
 from hf_sparse_attn.training.text.data import open_text
 from hf_sparse_attn.training.text.model import load_language_model
 
 _NAME = "llama_long_context"
 _HOW: tuple[How, How] = ("sparse", "dense")
-# Steps whose time is measured, after one that is not; a dense one is long.
-_TIMED = 1
 _COLOURS = {"sparse": "#0072B2", "dense": "#E69F00"}
-
-
-def settings_of(folder: Path) -> LlamaLongContext:
-    """The recipe that a run was made with."""
-    values = json.loads((folder / "settings.json").read_text())
-    values.pop("recipe", None)
-    return build_config(LlamaLongContext, values, _NAME)
 
 
 def unstretched(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
@@ -103,32 +87,6 @@ def reread(
         return _read(model, tokenizer, recipe, sparse, folder / "cache", hows)
 
 
-def cost_of_a_step(recipe: LlamaLongContext, folder: Path) -> dict[str, float]:
-    """Processor seconds of a step, and the most memory the process held, in bytes; call it in a fresh process.
-
-    Args:
-        recipe: of the run.
-        folder: for its profile.
-    """
-    run = Run(folder, torch.device("cpu"), progress=False)
-    task = recipe.task(run)
-    optimizer = task.optimizers()[0]
-    task.module.train()
-    before = peak_memory(run.device)
-    seconds = []
-    for step in range(_TIMED + 1):
-        begun = time.process_time()
-        batch = task.batch(step, range(task.samples(step)))
-        torch.autograd.backward(task.loss(batch) / task.weight(batch))
-        nn.utils.clip_grad_norm_(list(task.trained().values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.process_time() - begun)
-    peak = peak_memory(run.device)
-    task.close()
-    return {"cpu_seconds": statistics.median(seconds[1:]), "peak": float(peak), "before": float(before)}
-
-
 def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[str, Any]:
     """All figures of two runs.
 
@@ -141,7 +99,7 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
     Raises:
         ValueError: they differ in more.
     """
-    recipes = {"sparse": settings_of(sparse), "dense": settings_of(dense)}
+    recipes = {"sparse": recipe_of(LlamaLongContext, sparse), "dense": recipe_of(LlamaLongContext, dense)}
     folders = {"sparse": sparse, "dense": dense}
     own = recipes["sparse"]
     if own.sparse is None or replace(own, train_with="dense") != replace(
@@ -150,13 +108,13 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
         raise ValueError("`--sparse` and `--dense` must be runs that differ in `train_with` alone, got others")
     runs: dict[str, Any] = {}
     for how, folder in folders.items():
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         figures = json.loads((folder / "figures.json").read_text())
-        runs[how] = {**figures, "losses": [line["loss"] for line in lines if "loss" in line]}
-        runs[how]["cost"] = _cached(folder / "cost.json", lambda f=folder: _in_a_process(f))
+        runs[how] = {**figures, "losses": [line["loss"] for line in log_of(folder) if "loss" in line]}
+        # A dense step is long: one is enough.
+        runs[how]["cost"] = cached(folder / "cost.json", lambda f=folder: cost_of_a_step(LlamaLongContext, f, 1))
     used = own.sparse if own.profile is None else replace(own.sparse, method=str(sparse / "profile"))
     if recipes["dense"] != replace(own, train_with="dense"):
-        again = _cached(dense / "reread.json", lambda: reread(recipes["dense"], dense, used))
+        again = cached(dense / "reread.json", lambda: reread(recipes["dense"], dense, used))
         runs["dense"].update(before=runs["sparse"]["before"], after=runs["dense"]["after"] | again)
     fresh: dict[str, float] = {}
     if fresh_seed is not None:
@@ -164,11 +122,13 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
             longest = (max(own.lengths),)
             other = replace(recipes[how], held_out_seed=fresh_seed, evaluation_lengths=longest)
             file = folders[how] / f"fresh-{fresh_seed}.json"
-            fresh |= _cached(file, lambda o=other, h=how: reread(o, folders[h], used, (h,)))
-    bare = _cached(sparse / "unstretched.json", lambda: unstretched(own, sparse / "unstretched"))
+            fresh |= cached(file, lambda o=other, h=how: reread(o, folders[h], used, (h,)))
+    bare = cached(sparse / "unstretched.json", lambda: unstretched(own, sparse / "unstretched"))
     commands = [f"hf-sparse-attn train {_NAME} --output SPARSE"]
     commands.append(f"hf-sparse-attn train {_NAME} train_with=dense --output DENSE")
-    commands.append(f"python -m hf_sparse_attn.recipes.{_NAME}_report --sparse SPARSE --dense DENSE --output FOLDER")
+    commands.append(
+        f"python -m hf_sparse_attn.recipes.reports.{_NAME}_report --sparse SPARSE --dense DENSE --output FOLDER"
+    )
     if fresh_seed is not None:
         commands[-1] += f" --fresh-seed {fresh_seed}"
     settings = json.loads((sparse / "settings.json").read_text())
@@ -180,21 +140,6 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
         "runs": runs,
         "fresh": {"seed": fresh_seed, **fresh},
     }
-
-
-def _in_a_process(folder: Path) -> dict[str, float]:
-    # The profile is there already: finding it is no part of a step.
-    call = [sys.executable, "-m", f"hf_sparse_attn.recipes.{_NAME}_report", "--measure", str(folder)]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _cached(file: Path, make: Any) -> dict[str, float]:
-    if not file.is_file():
-        file.write_text(json.dumps(make()))
-    found: dict[str, float] = json.loads(file.read_text())
-    return found
 
 
 def rows_of(found: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
@@ -209,72 +154,48 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
     return [(name, how, figures) for name, figures in stages for how in _HOW]
 
 
-def page(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+def page(found: dict[str, Any]) -> list[str]:
+    """The sections of the page."""
     settings, runs = found["settings"], found["runs"]
-    lengths = settings["evaluation_lengths"] or [settings["data"]["length"]]
-    columns = ["model", "read with"]
-    for length in lengths:
-        columns += [f"loss at {length}", f"needles at {length}"]
-    lines = []
+    data, held, lora = settings["data"], settings["held_out"], settings["lora"]
+    lengths = settings["evaluation_lengths"] or [data["length"]]
+    profile = settings["profile"]
+    budget = f"; its profile at most {profile['budget']} at {data['length']}" if profile else ""
+    rows = []
     for name, how, figures in rows_of(found):
-        cells = [name, how]
+        rows.append({"model": name, "read with": how})
         for length in lengths:
-            cells += [f"{figures[f'loss_{how}_{length}']:.4f}", f"{figures[f'needles_{how}_{length}']:.3f}"]
-        lines.append(tuple(cells))
-    costs = []
-    for how in _HOW:
-        run, cost = runs[how], runs[how]["cost"]
-        memory = f"{cost['peak'] / 2**20:.0f}", f"{(cost['peak'] - cost['before']) / 2**20:.0f}"
-        costs.append((how, str(run["steps"]), f"{run['step_seconds']:.1f}", f"{cost['cpu_seconds']:.1f}", *memory))
-    titles = (
-        "trained with",
-        "steps",
-        "s per step (wall)",
-        "s per step (processor)",
-        "peak MiB",
-        "of it for steps MiB",
-    )
-    data, held = settings["data"], settings["held_out"]
-    budget = (
-        f"; its profile at most {settings['profile']['budget']} at {data['length']}" if settings["profile"] else ""
-    )
-    count = settings["evaluation_samples"]
-    said = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    return "\n".join(
-        [
-            "# llama_long_context: sparse against dense fine-tuning",
-            "",
-            said,
-            "",
-            *(f"    {command}" for command in found["commands"]),
-            "",
-            f"{settings['model']} with RoPE {settings['rope']}, fine-tuned on {runs['sparse']['steps']} documents of "
-            f"{data['length']} tokens with {data['needles']} needles each, LoRA of rank {settings['lora']['rank']} on "
-            f"{', '.join(settings['lora']['targets'])} and {', '.join(settings['lora']['trained'])} in full. Sparse "
-            f"attention keeps {runs['sparse']['after']['density']:.3f} of the visible pairs, over the lengths below"
-            f"{budget}.",
-            "",
-            f"Held out: {count} documents of each length with {held['needles']} needles each, drawn from seed "
-            f"{settings['held_out_seed']}. Loss: nats per byte of code. Needles: share whose digits all come first.",
-            "",
-            "```",
-            table(tuple(columns), lines, "", width=130),
-            "```",
-            "",
-            *comparison(found, lengths),
-            *other_documents(found, max(lengths)),
-            "",
-            "```",
-            table(titles, costs, "", width=130),
-            "```",
-            "",
-            "Wall time is the median of the run, on a machine that other work was using too; processor time is "
-            "that of one step in a process of its own, as is the peak of its resident memory, and what of it "
-            "came on top of the model and its libraries once steps began.",
-            "",
-        ]
-    )
+            rows[-1][f"loss at {length}"] = f"{figures[f'loss_{how}_{length}']:.4f}"
+            rows[-1][f"needles at {length}"] = f"{figures[f'needles_{how}_{length}']:.3f}"
+    costs = [
+        {
+            "trained with": how,
+            "steps": str(run["steps"]),
+            "s per step (wall)": f"{run['step_seconds']:.1f}",
+            "s per step (processor)": f"{run['cost']['cpu_seconds']:.1f}",
+            "peak MiB": f"{run['cost']['peak'] / 2**20:.0f}",
+            "of it for steps MiB": f"{(run['cost']['peak'] - run['cost']['before']) / 2**20:.0f}",
+        }
+        for how, run in ((how, runs[how]) for how in _HOW)
+    ]
+    return [
+        "# llama_long_context: sparse against dense fine-tuning",
+        machine_line(found["machine"]),
+        "\n".join(f"    {command}" for command in found["commands"]),
+        f"{settings['model']} with RoPE {settings['rope']}, fine-tuned on {runs['sparse']['steps']} documents of "
+        f"{data['length']} tokens with {data['needles']} needles each, LoRA of rank {lora['rank']} on "
+        f"{', '.join(lora['targets'])} and {', '.join(lora['trained'])} in full. Sparse attention keeps "
+        f"{runs['sparse']['after']['density']:.3f} of the visible pairs, over the lengths below{budget}.",
+        f"Held out: {settings['evaluation_samples']} documents of each length with {held['needles']} needles each, "
+        f"drawn from seed {settings['held_out_seed']}. Loss: nats per byte of code. Needles: share whose digits all "
+        "come first.",
+        grid(rows, 130),
+        "\n".join([*comparison(found, lengths), *other_documents(found, max(lengths))]),
+        grid(costs, 130),
+        "Wall time is the median of the run, on a machine that other work was using too; processor time is that of "
+        "one step in a process of its own, as is the peak of its resident memory, and what of it came on top of the "
+        "model and its libraries once steps began.",
+    ]
 
 
 def comparison(found: dict[str, Any], lengths: Sequence[int]) -> list[str]:
@@ -339,22 +260,13 @@ def draw(found: dict[str, Any], file: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line and writes the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sparse", type=Path, help="folder of the run trained with sparse attention")
-    parser.add_argument("--dense", type=Path, help="folder of the run trained with dense attention")
-    parser.add_argument("--output", type=Path, help="folder for the page, the JSON and the picture")
-    parser.add_argument("--measure", type=Path, help="print what a step of this run costs, and no more")
+    parser.add_argument("--sparse", type=Path, required=True, help="folder of the run trained with sparse attention")
+    parser.add_argument("--dense", type=Path, required=True, help="folder of the run trained with dense attention")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the page, the JSON and the picture")
     parser.add_argument("--fresh-seed", type=int, help="read as many other held-out documents, drawn from this seed")
     options = parser.parse_args(arguments)
-    if options.measure is not None:
-        sys.stdout.write(json.dumps(cost_of_a_step(settings_of(options.measure), options.measure)) + "\n")
-        return
-    if None in (options.sparse, options.dense, options.output):
-        parser.error("--sparse, --dense and --output must be given")
     found = collect(options.sparse, options.dense, options.fresh_seed)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{_NAME}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.output / f"{_NAME}.md").write_text(page(found))
-    draw(found, options.output / f"{_NAME}.png")
+    write(options.output, _NAME, page(found), found, lambda file: draw(found, file))
 
 
 if __name__ == "__main__":

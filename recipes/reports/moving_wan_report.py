@@ -1,6 +1,6 @@
 """Measure the small Wan transformer: how often sampled motion is right, and where each head looks.
 
-    python -m hf_sparse_attn.recipes.moving_wan_report --output report.md
+    python -m hf_sparse_attn.recipes.reports.moving_wan_report --output report.md
 
 The figures on the model card come from here.
 """
@@ -8,7 +8,6 @@ The figures on the model card come from here.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,47 +17,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.recipes.reports.page import pipes
 from hf_sparse_attn.shipped.moving import MODEL, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
 
-_LOG = logging.getLogger(__name__)
 _FRAMES, _SIDE = 12, 24
 _ROWS = 64
 
 
-@dataclass(frozen=True)
-class HeadFigures:
-    """Where one head's attention goes, averaged over queries, steps and clips.
+def kind_of(frame: float, place: float, near: float, most: float) -> str:
+    """One word for a head: temporal, spatial or local where half its attention is there, else spread or global.
 
     Args:
-        layer: layer of the head.
-        head: its index.
-        frame: share of its mass in the query's own frame.
+        frame: share of its attention in the query's own frame, averaged over queries, steps and clips as the others.
         place: share within one token of the query's own place, over all frames.
         near: share within two frames and two tokens.
-        most: share of the keys that holds nine tenths of the mass.
+        most: share of the keys that holds nine tenths of the attention.
     """
-
-    layer: int
-    head: int
-    frame: float
-    place: float
-    near: float
-    most: float
-
-    @property
-    def kind(self) -> str:
-        """One word for the head: temporal, spatial or local where half its mass is there, else spread or global."""
-        if self.place >= 0.5:
-            return "temporal"
-        if self.frame >= 0.5:
-            return "spatial"
-        if self.near >= 0.5:
-            return "local"
-        return "global" if self.most >= 0.5 else "spread"
+    for kind, share in (("temporal", place), ("spatial", frame), ("local", near), ("global", most)):
+        if share >= 0.5:
+            return kind
+    return "spread"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +65,7 @@ class _Watch(Method):
         return Decline("only watched")
 
 
-def head_table(model: Any, clips: int, first_seed: int, steps: int) -> list[HeadFigures]:
+def head_table(model: Any, clips: int, first_seed: int, steps: int) -> list[dict[str, str]]:
     """Watch every head while clips are sampled densely without guidance.
 
     Args:
@@ -98,23 +81,18 @@ def head_table(model: Any, clips: int, first_seed: int, steps: int) -> list[Head
     with patch(model, watch, min_tokens=0):
         for row, scene in enumerate(draw_classes(clips, first_seed)):
             sample(model, [scene], _FRAMES, _SIDE, _SIDE, steps, first_seed + row)
-    means = {place: torch.stack(seen).mean(0).tolist() for place, seen in sorted(watch.sums.items())}
-    return [HeadFigures(layer, head, *figures) for (layer, head), figures in means.items()]
+    rows = []
+    for (layer, head), seen in sorted(watch.sums.items()):
+        told = torch.stack(seen).mean(0).tolist()
+        shares = zip(("own frame", "own place", "near", "keys for 0.9"), told, strict=True)
+        row = {"layer": str(layer), "head": str(head), "kind": kind_of(*told)}
+        rows.append(row | {title: f"{share:.2f}" for title, share in shares})
+    return rows
 
 
-@dataclass(frozen=True)
-class MotionFigures:
-    """What sampled clips of some settings show: shares of the clips, medians over them, and seconds per clip."""
-
-    right: float
-    colour: float
-    shape: float
-    error: float
-    flicker: float
-    seconds: float
-
-
-def motion_table(model: Any, clips: int, first_seed: int, steps: int, guidance: float) -> tuple[MotionFigures, Tensor]:
+def motion_table(
+    model: Any, clips: int, first_seed: int, steps: int, guidance: float
+) -> tuple[dict[str, str], Tensor]:
     """Sample clips of evenly drawn classes, one by one, and check them.
 
     Args:
@@ -125,7 +103,8 @@ def motion_table(model: Any, clips: int, first_seed: int, steps: int, guidance: 
         guidance: classifier-free guidance.
 
     Returns:
-        The figures, and the clips, [clips, frames, 3, height, width].
+        The row of the table, shares of the clips, medians over them and seconds for each; and the clips,
+        [clips, frames, 3, height, width].
     """
     scenes = draw_classes(clips, first_seed)
     began = time.process_time()
@@ -136,16 +115,18 @@ def motion_table(model: Any, clips: int, first_seed: int, steps: int, guidance: 
         ]
     )
     seconds = (time.process_time() - began) / clips
-    checks = [check_motion(clip, scene) for clip, scene in zip(drawn, scenes, strict=True)]
-    figures = MotionFigures(
-        right=statistics.mean(check.right for check in checks),
-        colour=statistics.mean(check.colour == scene.colour for check, scene in zip(checks, scenes, strict=True)),
-        shape=statistics.mean(check.shape == scene.shape for check, scene in zip(checks, scenes, strict=True)),
-        error=statistics.median(check.error for check in checks),
-        flicker=statistics.median(check.flicker for check in checks),
-        seconds=seconds,
-    )
-    return figures, drawn
+    checks = [(check_motion(clip, scene), scene) for clip, scene in zip(drawn, scenes, strict=True)]
+    row = {
+        "steps": str(steps),
+        "guidance": f"{guidance:g}",
+        "motion right": f"{statistics.mean(check.right for check, _ in checks):.2f}",
+        "colour": f"{statistics.mean(check.colour == scene.colour for check, scene in checks):.2f}",
+        "shape": f"{statistics.mean(check.shape == scene.shape for check, scene in checks):.2f}",
+        "error, pixels": f"{statistics.median(check.error for check, _ in checks):.2f}",
+        "flicker": f"{statistics.median(check.flicker for check, _ in checks):.3f}",
+        "seconds": f"{seconds:.1f}",
+    }
+    return row, drawn
 
 
 def report(model: Any, clips: int, first_seed: int, settings: Sequence[tuple[int, float]], sheet: Path) -> str:
@@ -161,28 +142,12 @@ def report(model: Any, clips: int, first_seed: int, settings: Sequence[tuple[int
     Returns:
         The text.
     """
-    lines = [
-        "| steps | guidance | motion right | colour | shape | error, pixels | flicker | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for steps, guidance in settings:
-        found, drawn = motion_table(model, clips, first_seed, steps, guidance)
+    motion = []
+    for steps, guidance in tqdm(settings, "settings", disable=None):
+        row, drawn = motion_table(model, clips, first_seed, steps, guidance)
         frames_to_image(drawn[:8]).save(sheet)
-        lines.append(
-            f"| {steps} | {guidance:g} | {found.right:.2f} | {found.colour:.2f} | {found.shape:.2f} "
-            f"| {found.error:.2f} | {found.flicker:.3f} | {found.seconds:.1f} |"
-        )
-        _LOG.info(lines[-1])
-    lines += [
-        "",
-        "| layer | head | kind | own frame | own place | near | keys for 0.9 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {h.layer} | {h.head} | {h.kind} | {h.frame:.2f} | {h.place:.2f} | {h.near:.2f} | {h.most:.2f} |"
-        for h in head_table(model, 2, first_seed, steps=8)
-    ]
-    return "\n".join(lines) + "\n"
+        motion.append(row)
+    return f"{pipes(motion)}\n\n{pipes(head_table(model, 2, first_seed, steps=8))}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,7 +161,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--settings", nargs="+", default=["8:3", "16:1", "16:3"], help="Euler steps:guidance, one or more of them"
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     pairs = [(int(steps), float(guidance)) for steps, guidance in (pair.split(":") for pair in options.settings)]
     sheet = options.output.with_suffix(".png")
     text = report(load_moving_wan(options.model), options.clips, options.seed, pairs, sheet)

@@ -1,7 +1,7 @@
 """Table of a run of seer_gate: its gates, what no gate could choose better, and methods that need no training.
 
     hf-sparse-attn train seer_gate --output RUN
-    python -m hf_sparse_attn.recipes.seer_gate_report --run RUN --output FILE
+    python -m hf_sparse_attn.recipes.reports.seer_gate_report --run RUN --output FILE
 
 All rows are measured on the held-out documents of the run, with sparse attention in every layer.
 """
@@ -9,7 +9,6 @@ All rows are measured on the held-out documents of the run, with sparse attentio
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,17 +22,24 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.evaluation.equal_density import fit_density, mean_density
 from hf_sparse_attn.evaluation.fidelity import CallFidelity, Reference
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.observe import Call, Seen
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.recipes.reports.page import cells, pipes, recipe_of
 from hf_sparse_attn.recipes.seer_gate import KIND, SeerGate, SeerGateTask, pooled_attention
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.selection import gather_rows, pattern_of_rows, rank_descending
-from hf_sparse_attn.settings import build_config
-from hf_sparse_attn.training.gates import GateSet
+from hf_sparse_attn.sharing.gates import GateSet
 from hf_sparse_attn.training.text.held_out import held_out_figures
 
-_TITLES = ("method", "density", "recall", "output error", "loss", "needles")
+_COLUMNS = (
+    ("density", "density", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("output error", "output_error", ".3f"),
+    ("loss", "loss", ".3f"),
+    ("needles", "needles", ".2f"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +111,7 @@ def open_run(folder: Path) -> tuple[SeerGateTask, GateSet]:
     Args:
         folder: of the run.
     """
-    values = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    name = values.pop("recipe", None)
-    recipe = build_config(SeerGate, values, name)
-    task = recipe.task(Run(folder, torch.device("cpu"), progress=False))
+    task = recipe_of(SeerGate, folder).task(Run(folder, torch.device("cpu"), progress=False))
     return task, GateSet.load(folder / "result" / "gates")
 
 
@@ -177,12 +180,7 @@ def methods_of(task: SeerGateTask, gates: GateSet) -> dict[str, Method | None]:
 
 def page(figures: dict[str, dict[str, float]]) -> str:
     """The figures as a table of Markdown."""
-    lines = [f"| {' | '.join(_TITLES)} |", "| --- " * len(_TITLES) + "|"]
-    for name, found in figures.items():
-        needles = f"{found['needles']:.2f}" if "needles" in found else "-"
-        numbers = (f"{found[what]:.3f}" for what in ("density", "recall", "output_error", "loss"))
-        lines.append(f"| {' | '.join((name, *numbers, needles))} |")
-    return "\n".join(lines) + "\n"
+    return pipes([{"method": name, **cells(found, _COLUMNS)} for name, found in figures.items()]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

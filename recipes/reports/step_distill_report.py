@@ -1,7 +1,7 @@
 """Compare students of a few steps with their teacher on the small Wan, by clips whose motion can be checked.
 
     hf-sparse-attn train moving_wan_distill --output RUNS/student
-    python -m hf_sparse_attn.recipes.step_distill_report --runs RUNS --output .github/train
+    python -m hf_sparse_attn.recipes.reports.step_distill_report --runs RUNS --output .github/train
 
 Samples the same scenes from the same noise with the teacher, with the untrained model as the student samples, and with
 the students, and writes a table (step_distill.md, .json) and a contact sheet (step_distill.png).
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.recipes.reports.page import cells, grid, log_of, machine_line, recipe_of, strip, write
 from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
-from hf_sparse_attn.settings import build_config
 from hf_sparse_attn.shipped.moving import draw_classes
-from hf_sparse_attn.tables import table
 from hf_sparse_attn.training.sparse import make_patch
 
+_NAME = "step_distill"
 _SHOWN = 6
 _COLUMNS = (
     ("motion right", "right", ".2f"),
@@ -45,23 +44,18 @@ _LEARNT = (*_COLUMNS[:4], ("teacher error", "teacher_error", ".3f"))
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure and write."""
-    parser = argparse.ArgumentParser(description="Compare students of a few steps with their teacher.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder with finished trainings, a folder each")
     parser.add_argument("--output", type=Path, required=True, help="folder for table and contact sheet")
     parser.add_argument("--clips", type=int, default=24, help="clips that are sampled and checked")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
     runs = sorted(folder for folder in options.runs.iterdir() if (folder / "figures.json").is_file())
     if not runs:
         raise ValueError(f"`runs` must hold a finished training, got none in {options.runs}")
-    write(measure(runs, options.clips), options.output)
-
-
-def recipe_of(folder: Path) -> StepDistill:
-    """The recipe of a training."""
-    values = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    return build_config(StepDistill, {n: v for n, v in values.items() if n != "recipe"}, "step_distill")
+    found = measure(runs, options.clips)
+    sampled = found.pop("sampled")
+    write(options.output, _NAME, page(found), found, lambda file: contact_sheet(found, sampled, file))
 
 
 def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
@@ -72,23 +66,23 @@ def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
         clips: how many.
 
     Returns:
-        "rows", the figures by the model's name; "clips" likewise, [clips, frames, 3, height, width]; "settings",
-        "training" and "evaluations" of every run; "scenes".
+        "machine"; "clips", their number; "rows", the figures by the model's name; "sampled", the clips likewise,
+        [clips, frames, 3, height, width]; "settings", "training" and "evaluations" of every run.
     """
-    first = recipe_of(runs[0])
+    first = recipe_of(StepDistill, runs[0])
     if first.scenes is None:
         raise ValueError(f"`runs` must be of scenes, got prompts in {runs[0]}")
     scenes = dataclasses.replace(first.scenes, clips=clips)
     material = SceneMaker(Run(runs[0], torch.device("cpu")), scenes, first.model, first.torch_dtype)
-    found: dict[str, Any] = {"rows": {}, "clips": {}, "settings": {}, "training": {}, "evaluations": {}}
-    found["scenes"] = scenes
+    found: dict[str, Any] = {"machine": machine() | {"threads": "1"}, "clips": clips}
+    found |= {part: {} for part in ("rows", "sampled", "settings", "training", "evaluations")}
 
     def add(name: str, recipe: StepDistill | None) -> None:
         shift = 1.0 if recipe is None else recipe.student.shift or material.shift
         made, figures = material.made(None if recipe is None else recipe.student, shift)
         # What neighbouring pixels differ by: a student that lost the grain of the background shows it here.
         figures["detail"] = float(made.diff(dim=-1).abs().mean())
-        found["rows"][name], found["clips"][name] = figures, made
+        found["rows"][name], found["sampled"][name] = figures, made
 
     add(f"teacher, {scenes.sampling_steps} steps, guidance {scenes.guidance:g}", None)
     steps = f"{first.student.steps} steps, no guidance"
@@ -97,110 +91,78 @@ def measure(runs: Sequence[Path], clips: int) -> dict[str, Any]:
         with make_patch(material.model, first.sparse):
             add(f"teacher made sparse, {steps}", first)
     for folder in runs:
-        recipe = recipe_of(folder)
-        with ExitStack() as stack:
-            stack.enter_context(hsa.load_bundle(material.model, folder / "result"))
-            name = f"{folder.name}, {steps}"
+        recipe = recipe_of(StepDistill, folder)
+        name = f"{folder.name}, {steps}"
+        with hsa.load_bundle(material.model, folder / "result"):
             add(name, recipe)
-        found["settings"][name] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        found["training"][name] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        found["evaluations"][name] = [entry for entry in log if "evaluation" in entry]
+        for part, file in (("settings", "settings.json"), ("training", "figures.json")):
+            found[part][name] = json.loads((folder / file).read_text(encoding="utf-8"))
+        found["evaluations"][name] = [entry for entry in log_of(folder) if "evaluation" in entry]
     return found
 
 
-def write(found: dict[str, Any], output: Path) -> None:
-    """Writes table and contact sheet.
-
-    Args:
-        found: as `measure` gives it.
-        output: folder.
-    """
-    scenes, where = found["scenes"], machine() | {"threads": "1"}
-    rows = [[name, *(format(row[key], form) for _, key, form in _COLUMNS)] for name, row in found["rows"].items()]
-    trained = []
-    for name, settings in found["settings"].items():
-        training, student = found["training"][name], settings["student"]
-        trained.append(
-            [
-                name.partition(",")[0],
-                str(settings["steps"]),
-                str(student["imitate"]),
-                str(settings["batch"]),
-                f"{settings['optimizer']['learning_rate']:g}",
-                f"{settings['fake']['learning_rate']:g}",
-                f"{training['before']['teacher_error']:.3f}",
-                f"{training['after']['teacher_error']:.3f}",
-                f"{training['step_cpu_seconds']:.1f}",
-                f"{training['peak_memory'] / 2**20:.0f}",
-            ]
-        )
-    learnt = [
-        [
-            name.partition(",")[0],
-            str(entry["step"]),
-            *(format(entry["evaluation"][key], form) for _, key, form in _LEARNT),
-        ]
-        for name, entries in found["evaluations"].items()
-        for entry in entries
-    ]
-    columns = ["student", "steps", "of these imitating", "samples", "rate", "rate of fake score"]
-    columns += ["teacher error before", "after", "processor s / step", "peak MiB"]
-    sparse = next(iter(found["settings"].values()))["sparse"]
+def page(found: dict[str, Any]) -> list[str]:
+    """The sections of the page, from what `measure` gives."""
+    first = next(iter(found["settings"].values()))
+    scenes, sparse = first["scenes"], first["sparse"]
     said = "dense" if sparse is None else f"{sparse['method']} {sparse['params']}"
-    text = [
+    trained, learnt, commands = [], [], []
+    for name, settings in found["settings"].items():
+        training, student, short = found["training"][name], settings["student"], name.partition(",")[0]
+        trained.append(
+            {
+                "student": short,
+                "steps": str(settings["steps"]),
+                "of these imitating": str(student["imitate"]),
+                "samples": str(settings["batch"]),
+                "rate": f"{settings['optimizer']['learning_rate']:g}",
+                "rate of fake score": f"{settings['fake']['learning_rate']:g}",
+                "teacher error before": f"{training['before']['teacher_error']:.3f}",
+                "after": f"{training['after']['teacher_error']:.3f}",
+                "processor s / step": f"{training['step_cpu_seconds']:.1f}",
+                "peak MiB": f"{training['peak_memory'] / 2**20:.0f}",
+            }
+        )
+        learnt += [
+            {"student": short, "step": str(entry["step"]), **cells(entry["evaluation"], _LEARNT)}
+            for entry in found["evaluations"][name]
+        ]
+        imitate = f" student.imitate={student['imitate']}" if student["imitate"] else ""
+        train = f"hf-sparse-attn train moving_wan_distill{imitate} evaluate_every=40"
+        commands.append(f"`{train} --output RUNS/{short}`")
+    return [
         "# The small Wan in a few steps without guidance",
-        ", ".join(f"{name} {value}" for name, value in where.items()),
+        machine_line(found["machine"]),
         f"Recipe `moving_wan_distill` (sparsity-aware step distillation, BLADE) on `moving_wan`: {said} in all layers "
-        f"and steps, {scenes.clips} clips of {scenes.frames} frames of {scenes.height} x {scenes.width}, the same "
-        "scenes and noise in all rows. The teacher is the shipped model, dense. No clip is drawn in training, only "
-        "the words that ask for one. A clip that loses its sprite counts as half the picture off; `detail` is the "
-        "mean difference of neighbouring pixels.",
-        "```\n" + table(["model", *(name for name, _, _ in _COLUMNS)], rows, width=160) + "\n```",
+        f"and steps, {found['clips']} clips of {scenes['frames']} frames of {scenes['height']} x {scenes['width']}, "
+        "the same scenes and noise in all rows. The teacher is the shipped model, dense. No clip is drawn in "
+        "training, only the words that ask for one. A clip that loses its sprite counts as half the picture off; "
+        "`detail` is the mean difference of neighbouring pixels.",
+        grid([{"model": name, **cells(row, _COLUMNS)} for name, row in found["rows"].items()], 160),
         "Training. `teacher error` is the squared distance of the student's velocity from the teacher's with "
         "guidance, along the student's own way:",
-        "```\n" + table(columns, trained, width=160) + "\n```",
-        f"On {_clips(found)} clips, while they learnt:",
-        "```\n" + table(["student", "step", *(name for name, _, _ in _LEARNT)], learnt, width=160) + "\n```",
+        grid(trained, 160),
+        f"On {scenes['clips']} clips, while they learnt:",
+        grid(learnt, 160),
         "The machine was shared with other work, which lengthens the processor time of all rows alike.",
-        f"Commands: {', '.join(_command(*run) for run in found['settings'].items())}; then `python -m "
-        "hf_sparse_attn.recipes.step_distill_report --runs RUNS --output .github/train`.",
+        f"Commands: {', '.join(commands)}; then `python -m hf_sparse_attn.recipes.reports.{_NAME}_report --runs RUNS "
+        "--output .github/train`.",
     ]
-    (output / "step_distill.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    document = {"machine": where, **{key: found[key] for key in ("rows", "settings", "training", "evaluations")}}
-    (output / "step_distill.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    contact_sheet(found, output / "step_distill.png")
 
 
-def _command(name: str, settings: dict[str, Any]) -> str:
-    imitate = settings["student"]["imitate"]
-    more = f" student.imitate={imitate}" if imitate else ""
-    return f"`hf-sparse-attn train moving_wan_distill{more} evaluate_every=40 --output RUNS/{name.partition(',')[0]}`"
-
-
-def _clips(found: dict[str, Any]) -> int:
-    first = next(iter(found["settings"].values()))
-    return int(first["scenes"]["clips"])
-
-
-def contact_sheet(found: dict[str, Any], file: Path, places: Sequence[int] = (0, 1)) -> None:
-    """Draws frames of some clips: what each model makes of the same words and noise.
+def contact_sheet(found: dict[str, Any], sampled: dict[str, Tensor], file: Path) -> None:
+    """Draws frames of the first two clips: what each model makes of the same words and noise.
 
     Args:
         found: as `measure` gives it.
+        sampled: the clips by the model's name.
         file: PNG to write.
-        places: of the clips among those that were sampled.
     """
-    scenes = found["scenes"]
-    shown = torch.linspace(0, scenes.frames - 1, _SHOWN).round().long()
+    seed = next(iter(found["settings"].values()))["scenes"]["seed"]
     rows: list[tuple[str, str, Tensor]] = []
-    for place in [place for place in places if place < scenes.clips]:
-        scene = draw_classes(scenes.clips, scenes.seed)[place]
-        title = f"a {scene.colour} {scene.shape}, {scene.direction}; frames "
-        title += ", ".join(str(int(n) + 1) for n in shown)
-        for name, clips in found["clips"].items():
-            rows.append((title, name, clips[place : place + 1, shown]))
-            title = ""
+    for place, scene in enumerate(draw_classes(found["clips"], seed)[:2]):
+        clips = {name: made[place : place + 1] for name, made in sampled.items()}
+        rows += strip(f"a {scene.colour} {scene.shape}, {scene.direction}", clips, _SHOWN)
     draw_clips(rows, file, height=0.95 * len(rows) + 0.5, fontsize=8)
 
 

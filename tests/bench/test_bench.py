@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +12,17 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import machine
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.bench import gpu as bench_gpu
 from hf_sparse_attn.bench import harness as bench
 from hf_sparse_attn.bench import kernels as bench_kernels
-from hf_sparse_attn.bench import memory as bench_memory
-from hf_sparse_attn.bench import models as bench_models
+from hf_sparse_attn.bench import layers as bench_layers
 from hf_sparse_attn.bench import patterns as bench_patterns
 from hf_sparse_attn.bench import plot as bench_plot
 from hf_sparse_attn.bench import tables as bench_tables
 from hf_sparse_attn.bench.options import SUITES, make_options
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.cost import timing
-from hf_sparse_attn.dispatch import auto_order
 from hf_sparse_attn.registry import BACKENDS
 
 SMALL = ["--tokens", "256", "--heads", "2", "--block", "32", "--densities", "0.25,0.5", "--repeats", "1"]
@@ -77,7 +77,7 @@ def test_kernels_hold_every_contestant_at_every_density(result):
 
 
 def test_kernel_times_are_raw_and_summed_up(result):
-    timed = [r for r in result["kernels"] if r["reason"] is None]
+    timed = [r for r in result["kernels"] if r["reason"] is None and not r["contestant"].startswith(bench_kernels.NEW)]
     # Two dense backends of torch, and two of ours at two densities.
     assert len(timed) == 6
     for r in timed:
@@ -112,14 +112,18 @@ def test_patterns_cover_every_method(result):
         assert r["reason"] is not None or (r["share_of_attention"] > 0 and r["backend"] in usual), r
 
 
-def test_models_are_compared_with_the_unpatched_one(result):
-    llama = {r["contestant"]: r for r in result["model"] if r["model"] == "llama prefill"}
+def test_heads_of_two_kinds_are_timed_at_the_first_density(result):
+    mixed = {r["contestant"]: r for r in result["kernels"] if r["contestant"].startswith(bench_kernels.NEW)}
+    assert len(mixed) == 5 and {r["density"] for r in mixed.values()} == {0.25}
+    assert all(r["reason"] is None and r["median"] > 0 for r in mixed.values())
+
+
+def test_layers_are_compared_with_the_unpatched_one(result):
+    llama = {r["contestant"]: r for r in result["layers"] if r["model"] == "llama prefill"}
     assert sorted(llama) == sorted(["unpatched", *hsa.list_methods()])
-    assert llama["unpatched"]["speedup"] == 1.0
+    assert "ratio" not in llama["unpatched"] and llama["block_topk"]["forward_ratio"] > 0
     assert "video" in llama["radial"]["reason"]
-    # So short an input is dense by the policy, and the report says so.
-    assert llama["block_topk"]["density"] == 1.0 and "fewer than" in llama["block_topk"]["dense_because"][0]
-    wan = {r["contestant"]: r for r in result["model"] if r["model"] == "wan step"}
+    wan = {r["contestant"]: r for r in result["layers"] if r["model"] == "wan step"}
     assert wan["unpatched"]["reason"] == "needs the package diffusers" or wan["radial"]["median"] > 0
 
 
@@ -127,7 +131,7 @@ def test_markdown_names_machine_and_versions(result, written):
     text = (written / "bench.md").read_text()
     assert result["machine"]["cpu"] in text and f"torch {torch.__version__}" in text and result["date"] in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(tables) == sum(2 + len(result[name]) for name in ("kernels", "patterns", "model"))
+    assert len(tables) == sum(2 + len(result[name]) for name in ("kernels", "patterns", "layers"))
     assert len({line.replace("\\|", "").count("|") for line in tables}) <= 3
 
 
@@ -157,7 +161,7 @@ def test_json_output_and_a_contestant_that_breaks(capsys, monkeypatch):
     assert main(["bench", "--suite", "kernels", *SMALL, "--dims", "16", "--dtypes", "float32",
                  "--backends", "breaks,torch_gather", "--threads", "1", "--json"]) == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
-    assert "patterns" not in found and "model" not in found and found["machine"]["threads"] == 1
+    assert "patterns" not in found and "layers" not in found and found["machine"]["threads"] == 1
     broken = [r for r in found["kernels"] if r["contestant"] == "breaks"]
     assert [r["reason"] for r in broken] == ["failed: AssertionError: must not be called"] * 2
     assert all("speedup" in r for r in found["kernels"] if r["contestant"] == "torch_gather")
@@ -185,7 +189,8 @@ def test_contestants_take_turns_and_slow_points_stop(monkeypatch):
     order: list[str] = []
     calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
     times, failed = timing.in_turns(calls, options, "test")
-    assert "".join(order) == "ab" * 6 and not failed and times["a"]["rounds"] == 5
+    # Once more each for the memory.
+    assert "".join(order) == "ab" * 7 and not failed and times["a"]["rounds"] == 5
     # Each look at the clock is a minute later.
     clock = iter(range(0, 1 << 20, 60))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
@@ -327,11 +332,14 @@ def test_layers_are_forced_to_be_sparse_and_compared_in_the_same_round(tmp_path)
 
 
 def test_auto_keeps_defaults_and_learns_before_it_counts():
-    options = make_options(suite="auto", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu")
+    options = make_options(
+        suite="layers", min_tokens="auto", tokens=(256,), dims=(16,), heads=2, repeats=2, device="cpu"
+    )
     result = bench.run(options)
     found = {r["contestant"]: r for r in result["auto"] if r["model"] == "llama prefill"}
     assert found["sliding_window"]["params"]["window"] == 3968
-    assert len(found["block_topk"]["learning"]) == bench_models._LEARNING
+    assert "fewer than" in found["block_topk"]["dense_because"][0]
+    assert len(found["block_topk"]["learning"]) == bench_layers._LEARNING
     assert found["block_topk"]["within"] == (found["block_topk"]["ratio"] <= 1.02)
     assert not found["sliding_window"]["sparse_last"]
     found["block_topk"].update(ratio=1.5, within=False)
@@ -340,39 +348,62 @@ def test_auto_keeps_defaults_and_learns_before_it_counts():
 
 
 def test_what_is_learned_outlives_the_patch_of_one_run():
-    built = bench_models._llama(make_options(suite="auto", dims=(16,), heads=2, device="cpu"), 64, 1)
-    contestant = bench_models._Contestant(built, hsa.get_method("block_topk")(), {}, torch.device("cpu"))
+    options = make_options(suite="layers", min_tokens="auto", dims=(16,), heads=2, device="cpu")
+    built = bench_layers._llama(options, 64, 1)
+    contestant = bench_layers._Contestant(built, hsa.get_method("block_topk")(), options)
     contestant.run()
     judge = contestant.before.session.judge
-    contestant.run()
-    assert contestant.before.session.judge is judge and len(contestant.reports) == 2
+    attention, whole = contestant.run()
+    assert contestant.before.session.judge is judge and 0 < attention < whole and len(contestant.runs) == 2
     assert hsa.patching.active_patch(built.module) is None
 
 
-def test_long_inputs_of_auto_have_half_the_heads(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        bench_models, "_MODELS", {"m": lambda options, tokens, layers: seen.append((tokens, options.heads)) or "no"}
-    )
-    list(bench_models._points(make_options(suite="auto", tokens=(8192, 16384, 32768), heads=4, device="cpu")))
-    assert seen == [(8192, 4), (16384, 2), (32768, 2)]
-
-
-def test_memory_counts_what_is_allocated_inside_of_operators(tmp_path):
+def test_memory_counts_what_is_allocated_inside_of_operators():
     x = torch.randn(100, 100)
-    peak = bench_memory.peak_bytes(lambda: (x @ x) @ x, torch.device("cpu"))
-    assert 2 * x.nbytes <= peak <= 3 * x.nbytes
-    options = make_options(suite="memory", tokens=(512,), dims=(16,), heads=2, densities=(0.25,), block=32,
-                                 device="cpu", backends=("torch_gather", "triton_block_sparse"))  # fmt: skip
-    result = bench.run(options)
-    found = {(r["contestant"], r["pass"], r["density"]): r for r in result["memory"]}
-    ours = found["torch_gather", "forward", 0.25]
+    peaks = timing.peak_bytes([lambda: (x @ x) @ x, lambda: None, lambda: x + x], torch.device("cpu"))
+    assert 2 * x.nbytes <= peaks[0] <= 3 * x.nbytes and peaks[1:] == [0, x.nbytes]
+
+
+def test_kernels_tell_what_they_allocate(capsys):
+    found = {}
+    for passes in ("--no-backward", "--backward"):
+        argv = ["bench", "--suite", "kernels", "--tokens", "512", "--dims", "16", "--heads", "2", "--block", "32",
+                "--densities", "0.25", "--dtypes", "float32", "--repeats", "1"]  # fmt: skip
+        assert main([*argv, passes, "--backends", "torch_gather", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found[passes] = {r["contestant"]: r for r in result["kernels"]}
+    ours = found["--no-backward"]["torch_gather"]
     # Output and log-sum-exp at least, and less than the logits.
-    assert 512 * 2 * 17 * 4 <= ours["bytes"] < 2 * 512 * 512 * 4
-    assert found["torch_gather", "forward + backward", 0.25]["bytes"] > ours["bytes"]
-    assert found["triton_block_sparse", "forward + backward", 0.25]["reason"]
-    bench_plot.write(result, tmp_path)
-    assert "MiB" in (tmp_path / "bench.md").read_text()
+    assert 512 * 2 * 17 * 4 <= ours["bytes"] < 2 * 512 * 512 * 4 and ours["input_bytes"] == 3 * 512 * 2 * 16 * 4
+    assert found["--backward"]["torch_gather"]["bytes"] > ours["bytes"]
+    assert "MiB" in bench_plot.as_markdown(result)
+
+
+@pytest.mark.parametrize(
+    "name, serves",
+    [("model", "--suite layers"), ("auto", "--suite layers --min-tokens auto"), ("memory", "--suite kernels"),
+     ("mixed", "--suite kernels")],
+)  # fmt: skip
+def test_suites_of_before_name_the_one_that_serves_now(name, serves, capsys):
+    assert main(["bench", "--suite", name]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.strip().endswith(f"{name!r} is measured by another one now: {serves}")
+
+
+@pytest.mark.parametrize("name", ["cpu_kernels", "cpu_auto"])
+def test_committed_results_are_still_read(name, tmp_path):
+    folder = Path(__file__).parents[2] / ".github" / "bench"
+    result = json.loads((folder / f"{name}.json").read_text())
+    page, written = (
+        [line for line in text.splitlines() if line]
+        for text in (bench_plot.as_markdown(result), (folder / f"{name}.md").read_text())
+    )
+    # What was said by hand besides stands between generated lines.
+    assert [line for line in written if line in page] == page
+    if name == "cpu_kernels":
+        assert written == page
+        pytest.importorskip("matplotlib")
+        assert bench_plot.plot(result, tmp_path / "speedup.png").startswith("wrote")
 
 
 # ------------------------------------------------------------------ all that is promised of a GPU
@@ -458,28 +489,32 @@ def test_the_time_of_a_lent_machine_is_kept(monkeypatch):
 
 def test_every_suite_has_a_table_and_every_table_a_note():
     assert set(bench_tables.TITLES) == set(bench_tables.NOTES)
+    assert SUITES == ("kernels", "patterns", "layers", "gpu", "quick")
     assert set(SUITES) - {"quick", "gpu"} <= set(bench_tables.TITLES)
 
 
-def test_mixed_heads_are_compared_at_one_density():
-    options = make_options(suite="mixed", tokens=(512,), dims=(16,), heads=4, repeats=2, block=32, device="cpu")
-    records = bench.run(options)["mixed"]
-    assert records[0]["contestant"] == "one method" and len(records) == 5
-    assert records[0]["ratio"] == 1 and [r["block"] for r in records] == [32, 32, 32, 16, 16]
-    for r in records:
-        assert r["achieved_density"] == pytest.approx(0.125, abs=0.04)
-        assert r["pattern"]["rounds"] == r["attention"]["rounds"] == 2
-    columns, rows = bench_tables.tables({"mixed": records})["mixed"]
-    assert len(rows) == 5 and all(len(row) == len(columns) for row in rows)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_heads_of_two_kinds_are_the_same_in_one_launch_and_in_two(causal):
+    q, k, v = torch.randn(3, 1, 5, 200, 16)
+    options = make_options(suite="kernels", heads=5, block=32, causal=causal, device="cpu")
+    pattern = bench_kernels.random_pattern(200, 5, 32, 0.25, causal)
+    calls = bench_kernels._mixed_calls(options, q, k, v, pattern, 0.25)
+    one_kind, *rest = [call() for call in calls.values()]
+    assert next(iter(calls)) == "new pattern"
+    torch.testing.assert_close(one_kind, hsa.attention(q, k, v, pattern))
+    for single, double in zip(rest[::2], rest[1::2], strict=True):
+        torch.testing.assert_close(single, double)
+    assert not torch.allclose(rest[0], rest[2])
 
 
-def test_mixed_heads_that_no_backend_runs_say_why(monkeypatch):
-    from hf_sparse_attn.bench import mixed as bench_mixed
-    from hf_sparse_attn.dispatch import BackendUnavailable
+def test_heads_of_two_kinds_that_no_backend_runs_say_why(monkeypatch):
+    from hf_sparse_attn.backend import BackendUnavailable
 
     def fails(*args):
         raise BackendUnavailable("nothing here")
 
-    monkeypatch.setattr(bench_mixed, "run_pattern", fails)
-    options = make_options(suite="mixed", tokens=(256,), dims=(16,), heads=2, repeats=1, block=32, device="cpu")
-    assert {r["reason"] for r in bench.run(options)["mixed"]} == {"nothing here"}
+    monkeypatch.setattr(bench_kernels, "run_pattern", fails)
+    given = {"tokens": (256,), "dims": (16,), "dtypes": ("float32",), "heads": 2, "repeats": 1, "block": 32}
+    records = bench.run(make_options(suite="kernels", backends=("torch_gather",), device="cpu", **given))["kernels"]
+    told = {r["reason"] for r in records if r["contestant"].startswith(bench_kernels.NEW)}
+    assert told == {"failed: BackendUnavailable: nothing here"}

@@ -10,11 +10,12 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Method, Segment, TokenLayout
-from hf_sparse_attn.dispatch import auto_order, choose_backend
-from hf_sparse_attn.patching import Patch, Session
+from hf_sparse_attn.backend import auto_order, choose_backend
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.selection import merge_by_lse
+from hf_sparse_attn.session import Session
 from tests.support.patterns import random_inputs, random_pattern
 
 CPU = torch.device("cpu")

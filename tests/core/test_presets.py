@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.method import make_method
 from hf_sparse_attn.presets import QUALITIES, Preset
-from hf_sparse_attn.registry import FAMILIES
+from hf_sparse_attn.registry import FAMILIES, make_method
 from tests.support import tiny_hunyuan, tiny_wan
 from tests.support.tiny_lm import FAMILIES as MODELS
 

@@ -21,6 +21,8 @@ from tests.support.processes import run_code
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "recipes")
+# Folders of recipes that stay in the repository: reports on trainings, and how the models in the package were made.
+LEFT_OUT = ("reports", "shipped")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 TOP = {"pyproject.toml", "README.md", "LICENSE", "hf_sparse_attn", "tests", *LINKED}
 
@@ -91,9 +93,10 @@ def test_the_wheel_is_pure_and_holds_every_file(wheel: Path) -> None:
     for path in tracked():
         if path.parts[0] == "hf_sparse_attn" and path.name not in LINKED:
             wanted.add(str(path))
-        elif path.parts[0] in LINKED:
+        elif path.parts[0] in LINKED and path.parent.name not in LEFT_OUT:
             wanted.add(f"hf_sparse_attn/{path}")
     assert wanted <= inside
+    assert not any(name.startswith(f"hf_sparse_attn/recipes/{folder}/") for name in inside for folder in LEFT_OUT)
     assert not any(name.split("/")[0] in LINKED for name in inside)
 
 
@@ -108,6 +111,22 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
     )
     out = said(code, cwd=tmp_path, path=tmp_path / "site", HF_HOME=str(tmp_path))
     assert str(tmp_path) in out and "True True" in out
+
+
+def test_the_wheel_has_the_recipes_that_users_run(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "from hf_sparse_attn.recipe import read_recipe, shipped_recipes; from hf_sparse_attn.cli import main;"
+        "print(sorted(shipped_recipes()), read_recipe('moving_wan_distill').name);"
+        "print(main(['train', 'byte_llama', '--output', 'x']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert "'moving_wan_vsa'" in done.stdout and "step_distill\n2" in done.stdout, done.stderr
+    assert "'byte_llama'" not in done.stdout and "'moving_wan'" not in done.stdout
+    assert "recipe 'byte_llama' made a model of the package: it is in the repository alone" in done.stderr
 
 
 def test_a_clone_without_links_works(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.cost import judge as worth
 from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.table import Shape, Table, Work
+from hf_sparse_attn.decision import by_shape
 from hf_sparse_attn.kernels.cpp_block_sparse import CppBlockSparse
 from hf_sparse_attn.kernels.torch_gather import TorchGather
-from hf_sparse_attn.patching import LayerRecord, Session
 from hf_sparse_attn.policy import Policy
+from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.report import Report
+from hf_sparse_attn.session import Session
 from tests.support.patterns import random_inputs, random_pattern
 from tests.support.tiny_lm import FAMILIES as LM
 
@@ -415,21 +417,19 @@ def test_a_host_that_asks_first_gets_pauses_and_certain_answers_at_once(costs):
     record = session.record("layers.0", 0)
     for _ in range(24):
         CALLS.clear()
-        if not record.dense_at_once((q.shape, 640, q.dtype)):
-            known = session.why_dense(record, q, ctx)
-            if known is None:
-                attend(session)
-                assert CALLS, "no pause is left to be found out after the mask was looked at"
-            else:
-                record.count_dense(*known)
+        if not session.stays_dense(record, by_shape(session, record, q, q, q, lambda: ctx)):
+            attend(session)
+            assert CALLS, "no pause is left to be found out after the mask was looked at"
         asked.append(len(CALLS))
     assert "".join(map(str, asked)) == "111001000010000000010000"
     assert record.report(None).reasons[worth.PAUSED] == 24 - 6
     short = Context(TokenLayout.bidirectional(50), num_heads=2, num_kv_heads=2, head_dim=16)
-    assert "fewer than" in session.why_dense(record, q[:, :, :50], short)[0]
-    assert record.dense_at_once((q[:, :, :50].shape, 50, q.dtype)) and not record.dense_at_once((q.shape, 50, q.dtype))
+    few = [q[:, :, :50]] * 3
+    assert "fewer than" in by_shape(session, record, *few, lambda: short).reason
+    # Known by now, without a context.
+    assert "fewer than" in by_shape(session, record, *few, None).reason
     layer = Session(Asked(), Policy(dense_layers=1), "auto", strict=False)
-    assert layer.why_dense(layer.record("layers.0", 0), q, ctx)[0] == "dense_layers"
+    assert by_shape(layer, layer.record("layers.0", 0), q, q, q, lambda: ctx).reason == "dense_layers"
 
 
 @pytest.mark.parametrize("how", ["mode", "gradient", "told"])
@@ -448,8 +448,7 @@ def test_training_decides_alike_whatever_was_learned(costs, how):
     record = session.record("layers.0", 0)
     with session.steadily(how == "told"):
         for _ in range(4):
-            assert not record.dense_at_once((q.shape, 640, q.dtype), session.steady(q))
-            assert session.why_dense(record, q, ctx, session.steady(q)) is None
+            assert by_shape(session, record, q, q, q, lambda: ctx).reason is None
             session.sparse(record, q, q, q, ctx)
     assert len(CALLS) == 7
     assert {key: (s.losses, s.pause) for key, s in session.judge.streaks.items()} == before

@@ -16,7 +16,7 @@ from hf_sparse_attn.coverage import run as coverage_run
 from hf_sparse_attn.coverage import tiny_transformers as coverage_tiny
 from hf_sparse_attn.coverage.listing import STATUSES, Coverage, coverage_counts, coverage_summary, coverage_table
 from hf_sparse_attn.coverage.of_transformers import transformers_classes, transformers_tasks
-from hf_sparse_attn.patching import Session
+from hf_sparse_attn.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

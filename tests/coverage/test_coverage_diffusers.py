@@ -18,7 +18,7 @@ from hf_sparse_attn.coverage.of_diffusers import Failed, verify
 from hf_sparse_attn.coverage.rules_diffusers import Tiny
 from hf_sparse_attn.coverage.table_diffusers import TABLE
 from hf_sparse_attn.coverage.tiny_diffusers import tiny_inputs, tiny_model, tiny_sizes
-from hf_sparse_attn.patching import Session
+from hf_sparse_attn.session import Session
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -114,7 +114,7 @@ class _Faults:
         found = coverage_diffusers._all_sparse
 
         def with_another(layers: Any, dense: str) -> None:
-            from hf_sparse_attn.patching import LayerRecord
+            from hf_sparse_attn.record import LayerRecord
 
             found([*layers, LayerRecord("other", 9).report(None)], dense)
 

@@ -16,7 +16,8 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern
-from hf_sparse_attn.dispatch import auto_order, run_pattern
+from hf_sparse_attn.backend import auto_order
+from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
 from hf_sparse_attn.kernels.cpp_block_sparse import CppBlockSparse
 from hf_sparse_attn.kernels.torch_reference import TorchReference

@@ -417,9 +417,9 @@ def _plans_are_kept() -> bool:
     """Whether a second forward and backward of the same pattern plan nothing."""
     p = problem(CASES["columns"])
     by_kernel(p)
-    before = dict(p.pattern.__dict__["_triton_plans"])
+    before = dict(p.pattern.derived)
     by_kernel(p)
-    after = p.pattern.__dict__["_triton_plans"]
+    after = p.pattern.derived
     return before.keys() == after.keys() and all(before[n] is after[n] for n in before)
 
 

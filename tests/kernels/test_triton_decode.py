@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.dispatch import auto_order
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from tests.support.patterns import FEATURES, expected, random_inputs, random_pattern
 

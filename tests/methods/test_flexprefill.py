@@ -229,7 +229,7 @@ def test_heads_and_rows_are_made_in_strips(method: str, monkeypatch: pytest.Monk
     ctx, (q, k) = context(LAYOUTS["odd"]), inputs(LAYOUTS["odd"])
     whole = block_map(METHODS[method], q, k, ctx)
     for most in (1, 500):
-        monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", most)
+        monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", most)
         assert torch.equal(block_map(METHODS[method], q, k, ctx), whole)
 
 

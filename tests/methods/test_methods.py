@@ -371,7 +371,7 @@ def test_block_topk_ranks_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx, q, k, _ = call(LAYOUTS["causal_300"])
     method = hsa.get_method("block_topk")(block_size=16, density=0.4)
     whole = method.pattern(q, k, ctx).to_dense()
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     assert torch.equal(method.pattern(q, k, ctx).to_dense(), whole)
 
 
@@ -379,7 +379,7 @@ def test_block_topk_ranks_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_grows_with_the_length_not_with_its_square(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choosing and running together, at two lengths: the largest tensor of all."""
     # Scores are made in strips of this many; with the usual size these lengths fit into one strip.
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1 << 14)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1 << 14)
     peaks = []
     for n in (1024, 4096):
         method = hsa.get_method(name)(**hsa.get_method(name).examples()[0])

@@ -170,7 +170,7 @@ def test_strips_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, ctx = call(250)
     methods = [SeerAttention(gates=gates(), density=0.3), SeerAttention(gates=gates(), threshold=0.08)]
     whole = [m.pattern(q, k, ctx).to_dense() for m in methods]
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     assert all(torch.equal(m.pattern(q, k, ctx).to_dense(), w) for m, w in zip(methods, whole, strict=True))
 
 
@@ -299,7 +299,7 @@ def test_gradients_pass_and_recomputation_chooses_the_same(tmp_path: Path) -> No
 
 
 def test_profiles_with_gates_check_the_model(tmp_path: Path) -> None:
-    from hf_sparse_attn.profiling.measurements import label_of
+    from hf_sparse_attn.profiles.measurements import label_of
 
     model = FAMILIES["llama"]("sdpa")
     method = SeerAttention(gates=trained(FAMILIES["qwen3"]("sdpa"), tmp_path))

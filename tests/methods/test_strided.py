@@ -148,7 +148,7 @@ def test_bad_parameters_are_named(params: dict, error: type[Exception], message:
 def test_the_map_is_drawn_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     method, layout = Strided(local=2, stride=4, block_size=16), TokenLayout.causal(300)
     whole = block_map(method, layout)
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     assert torch.equal(block_map(method, layout), whole)
 
 

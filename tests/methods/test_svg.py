@@ -269,7 +269,7 @@ def test_errors_of_rows_against_plain_attention(softcap: float, values: bool, mo
     want = torch.stack([(x - dense).square().mean((2, 3)) for x in near])
     got = row_errors(q, k, v if values else None, rows, masks, 0.7, softcap)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-8)
-    monkeypatch.setattr(svg, "_SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     # Products of one head and of all heads at once may differ in the last digit.
     one_by_one = row_errors(q, k, v if values else None, rows, masks, 0.7, softcap)
     torch.testing.assert_close(one_by_one, got, rtol=1e-5, atol=1e-8)

@@ -16,10 +16,10 @@ from hf_sparse_attn.context import LayerInputs, Segment
 from hf_sparse_attn.method import MethodDoesNotApply
 from hf_sparse_attn.methods import vsa as file
 from hf_sparse_attn.methods.vsa import Vsa
-from hf_sparse_attn.patching import Session
 from hf_sparse_attn.pattern.video_tiles import cut_video, video_tiles
+from hf_sparse_attn.session import Session
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training.gates import GateSet
+from hf_sparse_attn.sharing.gates import GateSet
 from tests.support import tiny_wan
 from tests.support.golden import golden
 from tests.support.tiny_wan import run
@@ -251,7 +251,7 @@ def test_equal_scores_go_to_the_earlier_tile() -> None:
 def test_strips_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx, (q, k, _, _) = call(name)
     whole = method(name).pattern(q, k, ctx)
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     strips = method(name).pattern(q, k, ctx).validate()
     for field in ("indptr", "starts", "tile_ids", "tiles", "q_order"):
         assert torch.equal(getattr(strips, field), getattr(whole, field)), field

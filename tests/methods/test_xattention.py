@@ -158,13 +158,13 @@ def test_scores_are_made_in_strips(layout: str, monkeypatch: pytest.MonkeyPatch)
     method, ctx = XAttention(threshold=0.6, stride=8, block_size=32), context(LAYOUTS[layout])
     q, k = inputs(LAYOUTS[layout])
     whole = block_map(method, q, k, ctx)
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1)
     assert torch.equal(block_map(method, q, k, ctx), whole)
 
 
 def test_strips_are_small_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block score is made of 64 tile scores: of all at once there would be 4 MB, a strip of rows holds 64 KB."""
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 1 << 14)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 1 << 14)
     layout = TokenLayout.causal(2048)
     q, k = inputs(layout, 1)
     with Largest() as seen:

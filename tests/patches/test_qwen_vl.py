@@ -19,9 +19,10 @@ from hf_sparse_attn import BlockPattern
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.hosts import vision_segments
 from hf_sparse_attn.method import Decline, Method
-from hf_sparse_attn.patching import DenseFallback, active_patch
+from hf_sparse_attn.patching import active_patch
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.selection import pattern_from_rule
+from hf_sparse_attn.session import DenseFallback
 from tests.support.patched import (
     WINDOWED,
     assert_same_state,
@@ -647,7 +648,7 @@ def test_grouped_calls_are_exact_and_do_not_lose_on_a_gpu(name):
 
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from hf_sparse_attn.patching import LayerRecord
+    from hf_sparse_attn.record import LayerRecord
 
     lengths = [1196] * 16 if name == "frames" else [min(8, 74 - 8 * r) * min(8, 74 - 8 * c) for r in range(10) for c in range(10)]  # fmt: skip  # noqa: E501
     module = SimpleNamespace(num_key_value_groups=1, training=False, is_causal=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_sparse_attn import BlockPattern
-from hf_sparse_attn.pattern.block_pattern import causal_tiles
+from hf_sparse_attn.pattern.layout import causal_tiles
 from tests.support.patterns import FEATURES, random_pattern
 
 SIZES = [(1, 1), (63, 63), (111, 130), (130, 111), (32, 64)]

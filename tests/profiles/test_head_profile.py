@@ -18,7 +18,7 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.profiles import file
 from hf_sparse_attn.profiles.card import card
 from hf_sparse_attn.profiles.head_profile import HeadProfile, StepPlan
-from hf_sparse_attn.profiling.measurements import Case, Measurements
+from hf_sparse_attn.profiles.measurements import Case, Measurements
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import is_hub_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ class Reordered(Method):
         order = torch.stack([torch.randperm(n, generator=made) for _ in range(q.shape[1])])[None]
         keep = (torch.arange(-(-n // 16)) - torch.arange(-(-n // 32))[:, None] * 2).abs() < 3
         pattern = hsa.BlockPattern.from_block_map(keep[None, None], 32, 16, n, n)
-        return hsa.BlockPattern(**{**pattern.__dict__, "q_order": order, "kv_order": order})
+        return replace(pattern, q_order=order, kv_order=order)
 
     def attention(self, q: Any, k: Any, v: Any, ctx: Context, run: Any) -> Any:
         from hf_sparse_attn.selection import merge_by_lse

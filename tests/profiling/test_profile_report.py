@@ -17,7 +17,7 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.profiles.head_profile import HeadProfile, StepPlan
-from hf_sparse_attn.profiling.measurements import Case, HeadMap, Measurements
+from hf_sparse_attn.profiles.measurements import Case, HeadMap, Measurements
 from hf_sparse_attn.profiling.view import plots as profile_plots
 from hf_sparse_attn.profiling.view import report as profile_report
 from hf_sparse_attn.profiling.view.curves import _shown, _singles

@@ -11,12 +11,12 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn.profiling.observe import capture
 from hf_sparse_attn.recipe import Run, read_recipe
-from hf_sparse_attn.recipes import byte_llama
+from hf_sparse_attn.recipes.shipped import byte_llama
 from hf_sparse_attn.shipped.byte_llama import load_model
 from hf_sparse_attn.shipped.corpus import needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.training.loop import train
 
-YAML = Path(__file__).parents[2] / "recipes" / "byte_llama.yaml"
+YAML = Path(__file__).parents[2] / "recipes" / "shipped" / "byte_llama.yaml"
 
 
 @pytest.fixture(scope="module")

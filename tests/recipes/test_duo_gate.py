@@ -13,10 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.method import make_method
 from hf_sparse_attn.profiles.published import from_duo_attention
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, read_recipe
 from hf_sparse_attn.recipes.duo_gate import DuoGate, MixedHeads, PasskeyData
+from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.text.data import TextSettings
 from hf_sparse_attn.training.text.model import load_language_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.dispatch import BackendUnavailable
+from hf_sparse_attn.backend import BackendUnavailable
 from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.recipes.llama_long_context import (
     LlamaLongContext,

@@ -83,8 +83,9 @@ def test_documents_of_a_fresh_seed(tmp_path: Path) -> None:
         told = {f"loss_{how}_16384": loss, f"needles_{how}_16384": 0.5}
         (folder / "fresh-7.json").write_text(json.dumps(told))
     found = report.collect(sparse, dense, fresh_seed=7)
-    assert "of seed 7, read once: loss 0.6060 trained" in report.page(found)
-    assert "0.6000 trained and read dense (+1.00 %); needles 0.500 and 0.500." in report.page(found)
+    text = "\n".join(report.page(found))
+    assert "of seed 7, read once: loss 0.6060 trained" in text
+    assert "0.6000 trained and read dense (+1.00 %); needles 0.500 and 0.500." in text
 
 
 def test_what_is_missing_on_the_command_line() -> None:

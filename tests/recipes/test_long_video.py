@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipes import video_models
 from hf_sparse_attn.recipes.hunyuan_long_video import HunyuanLongVideo
-from hf_sparse_attn.recipes.reports import wan_long_video_report
+from hf_sparse_attn.recipes.reports import page, wan_long_video_report
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
 from hf_sparse_attn.settings import plain
 from hf_sparse_attn.shipped import moving
 from hf_sparse_attn.shipped.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
 from hf_sparse_attn.training.flow_matching import noise_levels, sample_seed
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video import material as video_material
 from hf_sparse_attn.training.video.data import VideoSettings
 from hf_sparse_attn.training.video.latents import LatentSample, write_latents
@@ -546,16 +547,18 @@ def test_an_empty_prompt_stands_for_none(wan: Any, run: Run, monkeypatch: pytest
 def test_the_report_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     settings = plain(read_recipe("moving_wan_long"))
-    assert wan_long_video_report.recipe_of(settings | {"recipe": "x"}) == read_recipe("moving_wan_long")
-    lengths = []
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"recipe": "wan_long_video"}))
+    assert page.recipe_of(WanLongVideo, tmp_path) == read_recipe("moving_wan_long")
+    lengths, sampled = [], []
     for times in (2, 4):
         names = ("dense, not adapted", "radial, not adapted", "radial + LoRA", "dense + LoRA")
         row = {"flow_loss": 0.25, "right": 0.5, "motion_error": 1.0, "seen": 1.0, "flicker": 0.01, "psnr": 20.0}
+        sampled.append({name: torch.rand(2, 12 * times, 3, 24, 24) for name in names})
         lengths.append(
             {
                 "times": times,
+                "clips": 2,
                 "rows": {name: {**row, "psnr": None} if name == "dense + LoRA" else row for name in names},
-                "clips": {name: torch.rand(2, 12 * times, 3, 24, 24) for name in names},
                 "steps": {
                     kind: {"density": 0.2, "processor_seconds": 1.5, "peak_memory": 1 << 30}
                     for kind in ("dense", "radial")
@@ -564,11 +567,16 @@ def test_the_report_is_written(tmp_path: Path) -> None:
                 "radial": settings,
             }
         )
-    wan_long_video_report.write(lengths, tmp_path)
-    text = (tmp_path / "wan_long_video.md").read_text()
+    found = {"machine": {"device": "some"}, "lengths": lengths}
+
+    def draw(file: Path) -> None:
+        wan_long_video_report.contact_sheet(lengths, sampled, file)
+
+    page.write(tmp_path / "page", "wan_long_video", wan_long_video_report.page(found), found, draw)
+    text = (tmp_path / "page" / "wan_long_video.md").read_text()
     assert "4x, 48 frames" in text and "6912" in text and "1024" in text and "0.2500" in text
-    assert "clips" not in json.loads((tmp_path / "wan_long_video.json").read_text())["lengths"][0]
-    assert (tmp_path / "wan_long_video.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "page" / "wan_long_video.json").read_text()) == found
+    assert (tmp_path / "page" / "wan_long_video.png").stat().st_size > 10_000
 
 
 def test_the_report_evaluates_what_was_trained(run: Run) -> None:
@@ -581,14 +589,15 @@ def test_the_report_evaluates_what_was_trained(run: Run) -> None:
         with torch.no_grad():
             expected = task.held_out_loss()
     (run.output / "settings.json").write_text(json.dumps(plain(recipe) | {"recipe": "wan_long_video"}))
-    found = {w: wan_long_video_report.piece(run.output, w, None, 1, 2) for w in ("before", "after")}
-    losses = {when: json.loads(file.read_text()) for when, file in found.items()}
-    assert losses["after"]["flow_loss"] == pytest.approx(expected)
-    assert losses["before"]["flow_loss"] != pytest.approx(expected) and losses["before"]["density"] < 1
-    clip = wan_long_video_report.piece(run.output, "after", 0, 1, 2)
-    assert load_file(clip)["clip"].shape == (1, 8, 3, 12, 12)
-    found["after"].write_text("kept")
-    assert wan_long_video_report.piece(run.output, "after", None, 1, 2).read_text() == "kept"
+    found = {when: wan_long_video_report.evaluated(run.output, when, 1, 2) for when in ("before", "after")}
+    losses = {when: figures["flow_loss"] for when, (figures, _) in found.items()}
+    assert losses["after"] == pytest.approx(expected) and losses["before"] != pytest.approx(expected)
+    assert found["before"][0]["density"] < 1 and found["after"][1].shape == (1, 8, 3, 12, 12)
+    kept = run.output / "evaluation" / "after.safetensors"
+    save_file({**load_file(kept), "flow_loss": torch.tensor(7.0)}, kept)
+    assert wan_long_video_report.evaluated(run.output, "after", 1, 2)[0]["flow_loss"] == 7
+    cost = page._cost(WanLongVideo, run.output, 1, None)
+    assert cost["cpu_seconds"] > 0 and cost["peak"] >= cost["before"] > 0
     with pytest.raises(ValueError, match="`saved` must have the weights"):
         wan_long_video_report.put_weights({"a.default.weight": torch.nn.Parameter(torch.zeros(1))}, {})
 

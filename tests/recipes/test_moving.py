@@ -12,14 +12,14 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.recipe import Run, read_recipe
-from hf_sparse_attn.recipes import moving_wan
 from hf_sparse_attn.recipes.reports import moving_wan_report
+from hf_sparse_attn.recipes.shipped import moving_wan
 from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon, _orthogonal
 from hf_sparse_attn.shipped import moving
 from hf_sparse_attn.shipped.moving import DIRECTIONS, SceneClass, check_motion, moving_clips, scene_classes
 from hf_sparse_attn.training.loop import train
 
-YAML = Path(__file__).parents[2] / "recipes" / "moving_wan.yaml"
+YAML = Path(__file__).parents[2] / "recipes" / "shipped" / "moving_wan.yaml"
 SOME = SceneClass("disc", "red", "down-right")
 
 
@@ -351,11 +351,13 @@ def test_the_report_measures_heads_and_motion(model: Any, tmp_path: Path, monkey
     monkeypatch.setattr(moving_wan_report, "_FRAMES", 4)
     monkeypatch.setattr(moving_wan_report, "_SIDE", 12)
     text = moving_wan_report.report(model, 2, 0, [(2, 1.0)], tmp_path / "sheet.png")
-    assert text.count("\n| ") == 2 + 16 and (tmp_path / "sheet.png").exists()
+    assert text.count("\n| ") == 4 + 16 and (tmp_path / "sheet.png").exists()
     heads = moving_wan_report.head_table(model, 1, 0, steps=2)
-    assert [(head.layer, head.head) for head in heads] == [(layer, head) for layer in range(4) for head in range(4)]
-    assert all(0 < share < 1 for head in heads for share in (head.frame, head.place, head.near, head.most))
-    assert {"temporal"} < {head.kind for head in heads}
+    places = [(row["layer"], row["head"]) for row in heads]
+    assert places == [(str(layer), str(head)) for layer in range(4) for head in range(4)]
+    shares = ("own frame", "own place", "near", "keys for 0.9")
+    assert all(0 < float(row[title]) < 1 for row in heads for title in shares)
+    assert {"temporal"} < {row["kind"] for row in heads}
 
 
 @pytest.mark.parametrize(
@@ -365,4 +367,4 @@ def test_the_report_measures_heads_and_motion(model: Any, tmp_path: Path, monkey
     ids=["temporal", "spatial", "local", "global", "spread"],
 )  # fmt: skip
 def test_heads_are_named(shares: tuple[float, ...], kind: str) -> None:
-    assert moving_wan_report.HeadFigures(0, 0, *shares).kind == kind
+    assert moving_wan_report.kind_of(*shares) == kind

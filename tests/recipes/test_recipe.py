@@ -14,9 +14,10 @@ from hf_sparse_attn import recipe
 from hf_sparse_attn.cli import commands as cli
 from hf_sparse_attn.cli import train as train_command
 from hf_sparse_attn.extras import MissingExtra
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Recipe, SparseSettings, read_recipe, shipped_recipes
-from hf_sparse_attn.recipes.moving_wan import MovingWan
+from hf_sparse_attn.recipe import OptimizerSettings, Recipe, SparseSettings, read_recipe, shipped_recipes
+from hf_sparse_attn.recipes.shipped.moving_wan import MovingWan
 from hf_sparse_attn.settings import build_config, plain, read_yaml
+from hf_sparse_attn.training.lora.settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,25 @@ def test_unknown_recipes_are_refused_with_the_known_ones(tmp_path: Path) -> None
         read_recipe(tmp_path / "a.yaml")
 
 
+def test_recipes_that_only_the_repository_has_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where the package is installed without the repository; every recipe that is left out is known."""
+    folder = Path(__file__).parents[2] / "recipes" / "shipped"
+    assert sorted(recipe._IN_REPOSITORY) == sorted(path.stem for path in folder.glob("*.yaml"))
+    assert set(recipe._IN_REPOSITORY) < set(shipped_recipes())
+    monkeypatch.setattr(recipe, "_PACKAGES", recipe._PACKAGES[:1])
+    assert not set(recipe._IN_REPOSITORY) & set(shipped_recipes())
+    (tmp_path / "a.yaml").write_text("recipe: byte_llama\n")
+    for source in ("byte_llama", tmp_path / "a.yaml"):
+        with pytest.raises(ValueError, match=r"recipe 'byte_llama' made a model .* in the repository alone"):
+            read_recipe(source)
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ImportError("no diffusers", name="diffusers")
 
     monkeypatch.setattr(recipe.importlib, "import_module", lambda name: absent(name) if "moving" in name else recipe)
-    monkeypatch.setattr(recipe, "_recipe_names", lambda: ["moving_wan"])
+    monkeypatch.setattr(recipe, "_recipe_modules", lambda: {"moving_wan": "a.moving_wan"})
     with pytest.raises(MissingExtra, match=r"recipe 'moving_wan' needs diffusers .*hf-sparse-attn\[diffusers\]"):
         recipe.recipe_class("moving_wan")
 

@@ -13,10 +13,11 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn import GateSet
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.profiling.observe import Seen
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipes import seer_gate
 from hf_sparse_attn.recipes.seer_gate import SeerGate, gate_divergence, pooled_attention
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.text.data import TextSettings
 from tests.support.tiny_lm import FAMILIES
 

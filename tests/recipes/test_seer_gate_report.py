@@ -14,12 +14,13 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, GateSet, TokenLayout
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.recipe import OptimizerSettings
 from hf_sparse_attn.recipes.reports import seer_gate_report as report
 from hf_sparse_attn.recipes.reports.seer_gate_report import Oracle
 from hf_sparse_attn.recipes.seer_gate import SeerGate
+from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.text.data import TextSettings
@@ -108,7 +109,7 @@ def test_strips_of_rows_choose_the_same_and_hold_no_map_of_tokens(monkeypatch: p
     method = Oracle(of=make_method("block_topk", {"block_size": SIZE, "density": 0.3}))
     whole = method.pattern(q, k, ctx).to_dense()
     # Four of 63 rows of blocks at a time.
-    monkeypatch.setattr("hf_sparse_attn.selection._SCORES_AT_A_TIME", 4 * 2 * HEADS * 63 * SIZE * SIZE)
+    monkeypatch.setattr("hf_sparse_attn.pattern.layout._SCORES_AT_A_TIME", 4 * 2 * HEADS * 63 * SIZE * SIZE)
     with Largest() as seen:
         strips = method.pattern(q, k, ctx)
     assert torch.equal(strips.to_dense(), whole)

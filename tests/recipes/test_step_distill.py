@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.recipes import video_models
 from hf_sparse_attn.recipes.reports import step_distill_report
 from hf_sparse_attn.recipes.step_distill import ClipSettings, FakeSettings, StepDistill, StudentSettings
@@ -27,6 +27,7 @@ from hf_sparse_attn.training.flow_matching import sample_seed
 from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.lora.adapter import add_lora
 from hf_sparse_attn.training.lora.companion import add_companion
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video import prompts as video_prompts
 from hf_sparse_attn.training.video.material import HELD_OUT
 from hf_sparse_attn.training.video.prompts import read_prompts

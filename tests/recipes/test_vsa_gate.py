@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.patching import active_patch
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings, read_recipe
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings, read_recipe
 from hf_sparse_attn.training.loop import train
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video.scenes import SceneSettings
 
 pytest.importorskip("diffusers")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.recipe import LoraSettings
 from hf_sparse_attn.training.lora.adapter import Adapter
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from tests.support import tiny_hunyuan, tiny_lm, tiny_qwen, tiny_wan
 
 LM = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import hf_sparse_attn as hsa
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import active_patch
-from hf_sparse_attn.recipe import LoraSettings, OptimizerSettings, Run, SparseSettings
+from hf_sparse_attn.recipe import OptimizerSettings, Run, SparseSettings
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask, checkpoint_gradients
 from hf_sparse_attn.training.loop import train
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.sparse import check_backward
 from tests.support.tiny_lm import FAMILIES, tokens
 

@@ -23,11 +23,14 @@ from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import StepPlan
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.sharing import gates
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.training import adapter_task, gates, rope_scaling
+from hf_sparse_attn.training import rope_scaling
 from hf_sparse_attn.training.bundle import bundle
 from hf_sparse_attn.training.bundle import file as bundle_file
 from hf_sparse_attn.training.bundle.card import card
+from hf_sparse_attn.training.bundle.hub import fetch
+from hf_sparse_attn.training.lora import adapter as lora_adapter
 from hf_sparse_attn.training.lora import file as lora_file
 from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
 from hf_sparse_attn.training.sparse import make_patch
@@ -141,7 +144,7 @@ def test_all_settings_come_back(tmp_path: Path) -> None:
         dense_steps=(0.25, 0.5), min_tokens="auto",
     )  # fmt: skip
     save(tmp_path, trained("wan"), sparse=sparse, rope={"type": "yarn", "factor": 4.0, "mscale": [1, 2.5]}, part="")
-    folder, found = bundle_file.fetch(tmp_path)
+    folder, found = fetch(tmp_path)
     assert found.settings_in(folder) == sparse
     assert found.rope == {"type": "yarn", "factor": 4.0, "mscale": [1, 2.5]}
     assert found.fingerprint == Fingerprint.of(CASES["wan"].build())
@@ -226,7 +229,7 @@ class Gates:
 
 @pytest.mark.parametrize("how", ["named", "given", "live"])
 def test_gates_are_in_the_bundle(how: str, gated: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "hf_sparse_attn.training.gates", types.SimpleNamespace(GateSet=Gates))
+    monkeypatch.setitem(sys.modules, "hf_sparse_attn.sharing.gates", types.SimpleNamespace(GateSet=Gates))
     model = llama()
     gates = Gates(Fingerprint.of(model), 7)
     gates.save(tmp_path / "elsewhere")
@@ -453,9 +456,9 @@ def test_an_exception_on_the_way_leaves_the_model(stage: str, tmp_path: Path, mo
     owner, name = {
         "scale": (sys.modules["hf_sparse_attn.training.rope_scaling"], "scale_rope"),
         "compare": (bundle, "_check_model"),
-        "adapter": (lora_file, "add_lora"),
-        "weights": (lora_file, "_fill"),
-        "patch": (adapter_task, "patch"),
+        "adapter": (lora_adapter, "add_lora"),
+        "weights": (lora_file, "fill"),
+        "patch": (sys.modules["hf_sparse_attn.training.sparse"], "patch"),
     }[stage]
     original, calls = getattr(owner, name), []
 

@@ -17,11 +17,10 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.recipe import LoraSettings
 from hf_sparse_attn.training.adapter_task import checkpoint_gradients
 from hf_sparse_attn.training.lora import adapter as lora
-from hf_sparse_attn.training.lora import file as lora_file
 from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
+from hf_sparse_attn.training.lora.settings import LoraSettings
 from tests.support import tiny_hunyuan, tiny_lm, tiny_wan
 from tests.support.lora_cases import CASES, LM, VIDEO, assert_same, shake, snapshot
 
@@ -522,7 +521,7 @@ def test_plain_peft_reads_what_is_saved(name: str, full: bool, tmp_path: Path) -
     with torch.no_grad():
         assert torch.equal(case.run(PeftModel.from_pretrained(case.build(), tmp_path)), expected)
         model = case.build()
-        again = lora_file.load(model, tmp_path)
+        again = lora.load_lora(model, tmp_path)
         settings = adapter.settings
         alpha = settings.rank if settings.alpha is None else settings.alpha
         assert again.settings == replace(settings, alpha=alpha, targets=tuple(sorted(settings.targets)))
@@ -690,5 +689,5 @@ def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
     model = llama()
     before = snapshot(model)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        lora_file.load(model, tmp_path)
+        lora.load_lora(model, tmp_path)
     assert_same(before, snapshot(model))

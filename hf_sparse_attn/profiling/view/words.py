@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.measurements import label_of
+from hf_sparse_attn.profiles.measurements import label_of
 
 
 def short_labels(methods: Sequence[Method]) -> list[str]:

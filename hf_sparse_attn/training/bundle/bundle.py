@@ -26,13 +26,12 @@ from hf_sparse_attn.training.bundle.file import (
     PROFILE,
     Bundle,
     as_json,
-    fetch,
     files_in,
     to_json,
     write,
 )
-from hf_sparse_attn.training.bundle.hub import push_bundle
-from hf_sparse_attn.training.lora.adapter import Adapter
+from hf_sparse_attn.training.bundle.hub import fetch, push_bundle
+from hf_sparse_attn.training.lora.adapter import Adapter, load_lora
 
 __all__ = ["LoadedBundle", "load_bundle", "push_bundle", "save_bundle"]
 
@@ -215,9 +214,7 @@ def _put_on(
         loaded._undo.append(scale_rope(target, bundle.rope))
         _check_model(target, bundle)
     if bundle.has_adapter:
-        from hf_sparse_attn.training.lora.file import load
-
-        loaded.adapter = load(target, folder)
+        loaded.adapter = load_lora(target, folder)
         loaded._undo.append(loaded.adapter.remove)
         for parameter in loaded.adapter.parameters().values():
             parameter.requires_grad_(False)
@@ -225,7 +222,7 @@ def _put_on(
         from hf_sparse_attn.training.sparse import make_patch
 
         if bundle.has_gates:
-            from hf_sparse_attn.training.gates import GateSet
+            from hf_sparse_attn.sharing.gates import GateSet
 
             GateSet.load(folder / GATES).check(target)
         loaded.patch = make_patch(patched, settings)
@@ -241,7 +238,7 @@ def _own_parts(
     params = dict(sparse.params)
     given = params.pop("gates", None)
     if gates is None and given:
-        from hf_sparse_attn.training.gates import GateSet
+        from hf_sparse_attn.sharing.gates import GateSet
 
         gates = given if isinstance(given, GateSet) else GateSet.load(given)
     profile = find_profile(sparse.method) if profile is None else profile

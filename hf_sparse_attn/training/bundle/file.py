@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -160,31 +159,6 @@ def as_json(name: str, value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- reading
-
-
-def fetch(source: str | os.PathLike[str]) -> tuple[Path, Bundle]:
-    """The folder of a bundle, downloaded where it is on the Hub, and what `bundle.json` in it says; all files checked.
-
-    Raises:
-        FileNotFoundError: a folder without a bundle, or with a file missing.
-        ValueError: a file that is no whole, valid bundle; or `source` is neither a folder nor a Hub id.
-        OSError: the Hub cannot be reached, or has no such repository.
-        TypeError: `source` is neither a text nor a path.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        folder = path.resolve()
-        found = read(folder)
-    elif path.exists():
-        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
-    else:
-        from hf_sparse_attn.training.bundle.hub import download
-
-        folder, found = download(source)
-    check_files(folder, found)
-    return folder, found
 
 
 def read(folder: Path) -> Bundle:

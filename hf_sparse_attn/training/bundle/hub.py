@@ -1,4 +1,4 @@
-"""Bundles on the Hub."""
+"""Bundles in folders and on the Hub: found, downloaded, pushed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.sharing.hub import check_hub_id, told
+from hf_sparse_attn.training.bundle.card import card
 from hf_sparse_attn.training.bundle.file import CARD, FILE, Bundle, check_files, read
 from hf_sparse_attn.training.lora.file import DIFFUSERS_WEIGHTS
+
+
+def fetch(source: str | os.PathLike[str]) -> tuple[Path, Bundle]:
+    """The folder of a bundle, downloaded where it is on the Hub, and what `bundle.json` in it says; all files checked.
+
+    Raises:
+        FileNotFoundError: a folder without a bundle, or with a file missing.
+        ValueError: a file that is no whole, valid bundle; or `source` is neither a folder nor a Hub id.
+        OSError: the Hub cannot be reached, or has no such repository.
+        TypeError: `source` is neither a text nor a path.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
+    path = Path(source)
+    if path.is_dir():
+        folder = path.resolve()
+        found = read(folder)
+    elif path.exists():
+        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
+    else:
+        folder, found = download(source)
+    check_files(folder, found)
+    return folder, found
 
 
 def download(source: object) -> tuple[Path, Bundle]:
@@ -62,8 +86,6 @@ def push_bundle(
         OSError: the Hub cannot be reached or refuses.
     """
     import huggingface_hub
-
-    from hf_sparse_attn.training.bundle.card import card
 
     check_hub_id("repo_id", repo_id)
     path = Path(folder)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.recipe import LoraSettings
+from hf_sparse_attn.training.lora import file
+from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
-ADAPTER = "default"
 _ABSENT = object()
 
 
@@ -62,6 +62,28 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     adapter = Adapter(model, settings)
     try:
         adapter._install(seed)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def load_lora(model: nn.Module, folder: Path) -> Adapter:
+    """Puts the adapter of a folder on a model, with its weights trainable.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, holds another kind of adapter, or one for another
+            model. The model is then as it was.
+        MissingExtra: peft is not installed.
+    """
+    config, weights = folder / file.CONFIG, folder / file.WEIGHTS
+    settings = file.read_settings(config)
+    state = file.read_weights(weights)
+    file.check_rank(settings, state, weights)
+    adapter = add_lora(model, settings)
+    try:
+        file.check_plain(adapter, config)
+        file.fill(adapter, state, weights)
     except BaseException:
         adapter.remove()
         raise
@@ -175,10 +197,8 @@ class Adapter:
             folder: where; it is made if need be, and an earlier adapter in it replaced.
             base_model: name or folder of the model, noted for whoever loads the adapter.
         """
-        from hf_sparse_attn.training.lora.file import save
-
         self._check_there()
-        save(self, Path(folder), base_model)
+        file.save(self, Path(folder), base_model)
 
     def remove(self) -> None:
         """Takes the adapter off; the model is then as it was before. A second call does nothing.

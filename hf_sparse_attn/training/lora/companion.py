@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse_attn.training.lora.adapter import ADAPTER, Adapter
+from hf_sparse_attn.training.lora.adapter import Adapter
+from hf_sparse_attn.training.lora.settings import ADAPTER
 
 COMPANION = "companion"
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.recipe import LoraSettings
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.strict_json import refuse_word, shortened, unique_keys
-from hf_sparse_attn.training.lora.adapter import ADAPTER, Adapter, add_lora
+from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.training.lora.adapter import Adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -48,27 +50,6 @@ def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
         replace_file(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     return [CONFIG, *files]
-
-
-def load(model: nn.Module, folder: Path) -> Adapter:
-    """Puts the adapter of a folder on a model, with its weights trainable.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, holds another kind of adapter, or one for another
-            model. The model is then as it was.
-        MissingExtra: peft is not installed.
-    """
-    settings = read_settings(folder / CONFIG)
-    state = _read_weights(folder / WEIGHTS)
-    _check_rank(settings, state, folder / WEIGHTS)
-    adapter = add_lora(model, settings)
-    try:
-        _check_plain(adapter, folder / CONFIG)
-        _fill(adapter, state, folder / WEIGHTS)
-    except BaseException:
-        adapter.remove()
-        raise
-    return adapter
 
 
 def read_settings(file: Path) -> LoraSettings:
@@ -137,7 +118,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -150,7 +131,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): value for name, value in found.items()}
 
 
-def _check_rank(settings: LoraSettings, state: dict[str, Tensor], file: Path) -> None:
+def check_rank(settings: LoraSettings, state: dict[str, Tensor], file: Path) -> None:
     """Raises where matrices have another rank than the settings: before memory is taken for what a stranger asks."""
     for name, value in state.items():
         if name.endswith(".lora_A.weight") and len(value) != settings.rank:
@@ -160,7 +141,7 @@ def _check_rank(settings: LoraSettings, state: dict[str, Tensor], file: Path) ->
             )
 
 
-def _check_plain(adapter: Adapter, file: Path) -> None:
+def check_plain(adapter: Adapter, file: Path) -> None:
     """Raises where a file asks peft for more than LoraSettings have."""
     given, own = _read_json(file), _config(adapter, "")
     for key in sorted(given.keys() - _INDIFFERENT - _SETTINGS):
@@ -169,7 +150,7 @@ def _check_plain(adapter: Adapter, file: Path) -> None:
             raise ValueError(f"`{file}` must hold a plain LoRA adapter, got {key}: {shortened(given[key])}")
 
 
-def _fill(adapter: Adapter, state: dict[str, Tensor], file: Path) -> None:
+def fill(adapter: Adapter, state: dict[str, Tensor], file: Path) -> None:
     """Copies weights into an adapter, once all of them are known to fit."""
     own = _tensors(adapter)
     for name in sorted(own.keys() ^ state.keys()):

@@ -32,33 +32,45 @@ _SHARD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoSettings:
-    """Where videos come from, and what is taken of each.
+class VideoSize:
+    """How large a video is, and how long the text that it goes with.
 
     Args:
-        source: a folder of video files or of folders of frames, with captions (see `video_source.find_clips`); or a
-            folder of latents, as `train_latents.write_latents` leaves it.
-        frames, height, width: of a sample, in pixels; a video is scaled to cover the size and cut around its centre.
-        fps: frames a second to take from a video; None takes every frame. Either way the first ones are taken.
-        tokens: longest caption; None takes what the pipeline takes when it generates.
-        skip_short: whether a video with too few frames is left out, with a warning, or refused.
+        frames, height, width: of the video, in pixels.
+        tokens: longest text; None takes what the pipeline takes when it generates.
     """
 
-    source: str
     frames: int
     height: int
     width: int
-    fps: float | None = None
     tokens: int | None = None
-    skip_short: bool = False
 
     def __post_init__(self) -> None:
-        if not self.source:
-            raise ValueError("`source` must not be empty")
         for name in ("frames", "height", "width"):
             check_int(name, getattr(self, name), 1)
         if self.tokens is not None:
             check_int("tokens", self.tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings(VideoSize):
+    """Where videos come from, and what is taken of each: it is scaled to cover the size and cut around its centre.
+
+    Args:
+        source: a folder of video files or of folders of frames, with captions (see `video_source.find_clips`); or a
+            folder of latents, as `train_latents.write_latents` leaves it.
+        fps: frames a second to take from a video; None takes every frame. Either way the first ones are taken.
+        skip_short: whether a video with too few frames is left out, with a warning, or refused.
+    """
+
+    source: str
+    fps: float | None = None
+    skip_short: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source:
+            raise ValueError("`source` must not be empty")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"`fps` must be more than 0, or none, got {self.fps}")
 
@@ -117,7 +129,7 @@ def open_videos(
         return _encoded(settings, pipe, source, Path(cache), run, first_frame, shard_bytes)
 
 
-def latent_shape(settings: VideoSettings, pipe: Any) -> tuple[int, int, int]:
+def latent_shape(settings: VideoSize, pipe: Any) -> tuple[int, int, int]:
     """Frames, height and width of the latents of a sample.
 
     Raises:

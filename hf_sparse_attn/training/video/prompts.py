@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
-from hf_sparse_attn.training.video.data import VideoSettings, latent_shape, text_key
+from hf_sparse_attn.training.video.data import VideoSize, latent_shape, text_key
 from hf_sparse_attn.training.video.latents import LatentData, LatentSample, LatentWriter
 from hf_sparse_attn.training.video.vae import TEXT_ENCODERS, check_vae, encode_caption, parts_of, placed
 
@@ -20,28 +19,25 @@ _SHARD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSettings:
+class ClipSettings(VideoSize):
+    """The videos that a model is to make of prompts; see VideoSize.
+
+    Args:
+        negative: what guidance points away from.
+    """
+
+    negative: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(ClipSettings):
     """Prompts, and the videos that a model is to make of them.
 
     Args:
         source: a text file with a prompt a line; empty lines are passed over.
-        frames, height, width: of a video, in pixels.
-        tokens: longest prompt; None takes what the pipeline takes when it generates.
-        negative: what guidance points away from.
     """
 
     source: str
-    frames: int
-    height: int
-    width: int
-    tokens: int | None = None
-    negative: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            check_int(name, getattr(self, name), 1)
-        if self.tokens is not None:
-            check_int("tokens", self.tokens, 1)
 
 
 class PromptData:
@@ -79,10 +75,9 @@ def open_prompts(settings: PromptSettings, pipe: Any, *, cache: Path, run: Run) 
         TypeError: a VAE of an unknown class.
     """
     check_vae(getattr(pipe, "vae", None))
-    size = VideoSettings(source=settings.source, frames=settings.frames, height=settings.height, width=settings.width)
     vae: Any = pipe.vae.config
     channels = int(vae.get("z_dim") or vae.latent_channels)
-    shape = (channels, *latent_shape(size, pipe))
+    shape = (channels, *latent_shape(settings, pipe))
     prompts = read_prompts(Path(settings.source).expanduser())
     with run.main_first():
         return PromptData(_encoded(settings, pipe, prompts, cache, run), shape)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hf_sparse_attn
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.sharing.strict_json import check_format, shortened
+from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, read_document, shortened
+from hf_sparse_attn.version import __version__
 
 FORMAT = "hf_sparse_attn.gates"
 VERSION = 1
@@ -91,7 +91,7 @@ class GateSet(nn.Module):
         for name, weight in weights.items():
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"gates must have finite weights to be saved, got others in {name}")
-        versions = {"hf_sparse_attn": hf_sparse_attn.__version__, "torch": torch.__version__}
+        versions = {"hf_sparse_attn": __version__, "torch": torch.__version__}
         value = {
             "format": FORMAT, "version": VERSION, "kind": self.kind, "model": asdict(self.model),
             "settings": self.settings, "versions": versions,
@@ -308,21 +308,12 @@ def _settings(file: Path) -> dict[str, Any]:
     if size > _LARGEST_FILE:
         raise ValueError(f"{SETTINGS_FILE} must have at most {_LARGEST_FILE} bytes, got {size}")
     try:
-        value = json.loads(file.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{SETTINGS_FILE} must be a JSON file: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{SETTINGS_FILE} must be a JSON object, got {shortened(value)}")
-    check_format(value, FORMAT, VERSION)
-    if set(value) != set(_KEYS):
-        raise ValueError(f"{SETTINGS_FILE} must have the keys {', '.join(_KEYS)}; got {shortened(sorted(value))}")
-    model, fields = value["model"], Fingerprint.__dataclass_fields__
-    if not isinstance(model, dict) or set(model) != set(fields):
-        raise ValueError(f"`model` must have the keys {', '.join(fields)}; got {shortened(model)}")
-    if not isinstance(value["settings"], dict):
-        raise ValueError(f"`settings` must be an object, got {shortened(value['settings'])}")
-    if not isinstance(value["kind"], str):
-        raise ValueError(f"`kind` must be the name of a method, got {shortened(value['kind'])}")
+        value = read_document(file.read_bytes().decode("utf-8"), SETTINGS_FILE, FORMAT, VERSION, _KEYS)
+        check_keys("model", value["model"], tuple(Fingerprint.__dataclass_fields__))
+        as_dict("settings", value["settings"])
+        as_text("kind", value["kind"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{SETTINGS_FILE} must be a JSON file of gates: {str(error)[:200]}") from None
     return value
 
 

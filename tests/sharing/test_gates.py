@@ -21,8 +21,8 @@ from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.profiling.observe import observing
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.gates import find_gates, gate_of
 from hf_sparse_attn.span import Span
-from hf_sparse_attn.training.gates import find_gates, gate_of
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,7 +135,7 @@ def test_gates_of_a_bundle_on_the_hub_are_asked_for_once(folder: Path, monkeypat
         return str(folder.parent / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("hf_sparse_attn.training.gates._DOWNLOADED", {})
+    monkeypatch.setattr("hf_sparse_attn.sharing.gates._DOWNLOADED", {})
     found = find_gates("somebody/bundle", KIND)
     assert torch.equal(found.layers[0].key, GateSet(KIND, MODEL, SETTINGS, seed=3).layers[0].key)
     assert find_gates("somebody/bundle", KIND) is found
@@ -170,6 +170,9 @@ def change_weights(change) -> Any:
 
 DAMAGES = {
     "no_json": (lambda f: (f / "gates.json").write_text("{"), "gates.json must be a JSON file"),
+    "twice": (lambda f: (f / "gates.json").write_text('{"kind": 1, "kind": 2}'), "given once, got 'kind' twice"),
+    "infinite": (lambda f: edit(f, settings__hidden=float("inf")), "numbers must be finite, got Infinity"),
+    "no_object": (lambda f: edit(f, settings=[]), "`settings` must be an object"),
     "list": (lambda f: (f / "gates.json").write_text("[]"), "must be a JSON object"),
     "version": (lambda f: edit(f, version=2), "version 1, got .*2"),
     "key": (lambda f: edit(f, other=1), "must have the keys"),

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.method import Method, make_method
+from hf_sparse_attn.method import Method
+from hf_sparse_attn.registry import make_method
 
 FORMAT = "hf_sparse_attn.measurements"
 VERSION = 1

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.evaluation.fidelity import dense_attention
-from hf_sparse_attn.profiling.measurements import Case, HeadMap, Measurements, label_of, weights_of
+from hf_sparse_attn.profiles.measurements import Case, HeadMap, Measurements, label_of, weights_of
 from hf_sparse_attn.profiling.observe import Seen
 from hf_sparse_attn.profiling.probe import Probe
 

@@ -1,0 +1,160 @@
+"""What runs for a call, sparse or dense attention, and why: decided here, by the same rules whatever the host.
+
+In the order in which more is known: what was asked for (`as_before`, `of_call`, `of_sequence`), what holds for every
+call of a shape (`by_shape`), and a `Case`, which is decided before its method is asked and again by its pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context
+from hf_sparse_attn.cost.judge import PAUSED, Call, Loss
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.record import LayerRecord
+    from hf_sparse_attn.session import Session
+
+# Shapes of calls that are kept in mind.
+KEPT_SHAPES = 256
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs for a call, or for one sequence of it.
+
+    Args:
+        reason: why it is dense, in words or as a prediction; None means that it is sparse.
+        origin: of the table of costs behind a prediction.
+        fallback: nobody asked for dense attention: with strict=True it is an error.
+        counted: whether the report tells of it.
+    """
+
+    reason: str | Loss | None = None
+    origin: str = ""
+    fallback: bool = False
+    counted: bool = True
+
+
+SPARSE = Decision()
+
+
+def as_before(session: Session) -> Decision:
+    """Whether the model runs as without a patch, to the bit: in a pause, not counted, or by method "dense"."""
+    if session.pauses:
+        return Decision("paused", counted=False)
+    return Decision("method dense") if session.method.name == "dense" else SPARSE
+
+
+def of_sequence(session: Session, ctx: Context, device: torch.device) -> Decision:
+    """Whether the policy keeps a sequence dense, be it a whole call or one of several in it."""
+    return Decision(session.policy.why_dense(ctx, device))
+
+
+def of_call(session: Session, ctx: Context, device: torch.device) -> Decision:
+    """Whether the method by its own word, or the policy, keeps a call dense."""
+    word = session.method.dense_here(ctx)
+    return of_sequence(session, ctx, device) if word is None else Decision(word)
+
+
+def by_shape(
+    session: Session, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, context: Callable[[], Context]
+) -> Decision:
+    """Whether a call is dense whatever its content, remembered by the record for all calls of the shape.
+
+    For hosts without steps, whose layout is known by the shape of `q` and the number of keys.
+
+    Args:
+        session, record: of the layer.
+        q, k, v: the call's tensors.
+        context: makes the call's context; not asked where the shape is known.
+    """
+    shape, known = (q.shape, k.shape[2], q.dtype), record.by_shape
+    steady = session.steady(q, k, v)
+    decision, left = known.get(shape, (SPARSE, 0))
+    # Pauses, which end, are not for steady calls.
+    if left == math.inf or (left and not steady):
+        known[shape] = decision, left - 1
+        return decision
+    ctx, left = context(), math.inf
+    decision = of_call(session, ctx, q.device)
+    if decision.reason is None:
+        decision = _bound(session, q, ctx)
+    if decision.reason is None and session.policy.min_tokens == "auto" and not steady:
+        left = session.judge.take_pause(record.name, q, ctx) - 1
+        decision = Decision(PAUSED) if left >= 0 else SPARSE
+    if decision.reason is not None:
+        if len(known) >= KEPT_SHAPES:
+            known.clear()
+        known[shape] = decision, left
+    return decision
+
+
+def _bound(session: Session, q: Tensor, ctx: Context) -> Decision:
+    """Whether no pattern of the method could pay."""
+    return Decision(*session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE
+
+
+class NotWorth(Exception):
+    """Leaves Method.attention where its pattern shows that the sequence is better dense."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__(decision)
+        self.decision = decision
+
+
+class Case:
+    """One sequence of a call, or a batch of equal ones, on its way through the method.
+
+    Args:
+        session, record: of the layer. A record on trial is sparse whatever is predicted, and teaches nothing.
+        q, k, v: its tensors.
+        ctx: where it is.
+        known: whether `by_shape` has said that some pattern could pay.
+    """
+
+    call: Call
+
+    def __init__(
+        self, session: Session, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
+    ) -> None:
+        self.session, self.name, self.q, self.ctx = session, record.name, q, ctx
+        self.known = known
+        self.auto = session.policy.min_tokens == "auto" and not record.on_trial
+        self.learns = not record.on_trial and not session.steady(q, k, v)
+
+    def before(self) -> Decision:
+        """Whether the method need not be asked: it cannot pay, or did not lately. Else its clock starts."""
+        if self.auto and not self.known:
+            # A short sequence that stays dense must pay for no more than this.
+            decision = _bound(self.session, self.q, self.ctx)
+            if decision.reason is not None:
+                return decision
+        self.call = self.session.judge.call(self.name, self.q, self.ctx)
+        reason = self.call.why_not_ask() if self.auto and self.learns else None
+        if reason is None and self.learns:
+            self.call.start()
+        return Decision(reason, self.call.table.origin)
+
+    def check(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Decides again, now that (another) pattern of the method is known.
+
+        Raises:
+            NotWorth: the sequence is dense.
+        """
+        prediction = self.call.found(pattern, q, k, v)
+        if self.auto and not prediction.pays:
+            raise NotWorth(Decision(self.call.rejected(self.learns), self.call.table.origin))
+
+    def done(self) -> float:
+        """The sequence ends sparse; the gain that was predicted for it, or 0."""
+        if self.learns:
+            self.call.done()
+        return self.call.dense / self.call.sparse if self.call.sparse else 0.0

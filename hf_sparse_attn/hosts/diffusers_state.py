@@ -1,0 +1,281 @@
+"""What is running: a forward of a transformer, and in it an attention layer. Each thread knows of its own alone."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_sparse_attn.context import LayerInputs
+from hf_sparse_attn.hosts import compiled_layer as opaque
+from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
+from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
+from hf_sparse_attn.hosts.diffusers_model import NUMBER, Call, Layer, Tokens, pipeline_of, rotary_table
+from hf_sparse_attn.patching import Patch
+
+log = logging.getLogger(__name__)
+
+_TICKETS = itertools.count()
+_MOST_TICKETS = 256
+# What no call of attention has.
+_NO_SIZES = -1, -1
+
+
+@dataclass
+class Running:
+    """A module at work: a transformer, a block that backward runs again, or an attention layer.
+
+    Args:
+        forwards: those it is one of, or a part of one of.
+        call: what its forward is; None where nobody knows, as in a copy of a patched model.
+        ticket: of a transformer, by which compiled layers find the call.
+        layer: of an attention; while torch.compile traces it is not asked.
+        inputs: what the attention was given, where the method reads it.
+        text: how many keys are the text alone; see DiffusersFamily.text_keys.
+        outer: what it runs inside of, of any patch.
+    """
+
+    forwards: Forwards
+    module: nn.Module
+    call: Call | None = None
+    ticket: Tensor | None = None
+    layer: Layer | None = None
+    inputs: LayerInputs | None = None
+    text: int = 0
+    outer: Running | None = None
+    sizes: tuple[int, int] | None = None
+
+    def takes(self, queries: int, keys: int) -> bool:
+        """Whether a call of attention is the layer's own: its first one, and others of those sizes.
+
+        Differential attention makes two of one size; another attention inside the layer (an adapter's) must not pass
+        for its self-attention.
+        """
+        if self.text and keys == self.text:
+            self.sizes = _NO_SIZES
+        elif self.sizes is None:
+            self.sizes = queries, keys
+        return self.sizes == (queries, keys)
+
+
+_RUNNING: ContextVar[Running | None] = ContextVar("hf_sparse_attn_running", default=None)
+
+
+def innermost() -> Running | None:
+    """The innermost module at work, of any patch."""
+    return _RUNNING.get()
+
+
+def _around(module: nn.Module) -> Running | None:
+    """What a module runs inside of; where it does not run, what runs."""
+    top = at = innermost()
+    while at is not None:
+        if at.module is module:
+            return at.outer
+        at = at.outer
+    return top
+
+
+def _enter(running: Running) -> None:
+    # An interrupt, after which torch calls no hook, leaves modules behind that run no more: they are dropped here.
+    outer = _around(running.module)
+    # No layer runs inside of one; the end of one that backward stopped in the middle goes unnoticed.
+    while running.layer is not None and outer is not None and outer.layer is not None:
+        outer = outer.outer
+    running.outer = outer
+    _RUNNING.set(running)
+
+
+class Traced:
+    """The same while torch.compile traces, which knows no context variables but does read and write attributes.
+
+    What a graph reads when it runs is the ticket, a tensor, for a number is a reason to compile anew: that of the
+    thread's last forward, for a compiled layer that backward runs again has no other way to tell which it was.
+    """
+
+    def __init__(self) -> None:
+        self.ticket = opaque.ticket(-1)
+        self.layer: Running | None = None
+        # Whether a forward runs whose beginning is part of a graph.
+        self.began = False
+
+
+class _Thread(threading.local):
+    # An object of its own, for what graphs write to the local storage itself is lost.
+    def __init__(self) -> None:
+        self.traced = Traced()
+
+
+class Forwards:
+    """The forwards of the transformers of one patch, and the hooks that note them.
+
+    Args:
+        why_lost: how an attention was changed since it was taken over, or None.
+    """
+
+    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any], str | None]) -> None:
+        self.patch = patch
+        self.session = patch.session
+        self.family = family
+        self.why_lost = why_lost
+        self.layers: dict[nn.Module, Layer] = {}
+        self.attentions: dict[nn.Module, list[nn.Module]] = {}
+        # Arguments of the forwards; looked up before, because dynamo cannot follow how.
+        self.names: dict[type[nn.Module], list[str]] = {}
+        self.clock = Clock()
+        self.thread = _Thread()
+        self.tickets: OrderedDict[int, Call] = OrderedDict()
+        # Backward may recompute a layer in a thread of its own, long after its forward or after another one: its
+        # rotary tensor, which checkpointing hands over unchanged and every forward makes anew, says which it was.
+        self.calls = WeakTensorKeyDictionary()
+        self.warned: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        # A copied model takes the hooks along; they know by the module that it is a copy.
+        return self
+
+    def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward by name."""
+        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+
+    def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
+        inputs = self.by_name(transformer, args, kwargs)
+        time = inputs.get("timestep")
+        if torch.compiler.is_compiling():
+            given, tokens = [time] if isinstance(time, Tensor) else [], self.family.tokens(transformer, inputs)
+            traced = self.thread.traced
+            traced.ticket = opaque.begin(getattr(transformer, NUMBER), given, tokens.sizes())
+            traced.began = True
+            return
+        if transformer not in self.attentions:
+            self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
+            _enter(Running(self, transformer))
+            return
+        number, call = self.begin(transformer, time, self.family.tokens(transformer, inputs))
+        ticket = self.thread.traced.ticket = opaque.ticket(number)
+        _enter(Running(self, transformer, call, ticket))
+
+    def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
+        """Notes a forward, and the number under which compiled layers find it."""
+        step = self.clock.step(time)
+        generation = self.clock.generation
+        num_steps = generation.announced[1] or run_length(pipeline_of(self.patch))
+        step = step if num_steps is None else min(step, num_steps - 1)
+        for attention in self.attentions[transformer]:
+            reason = self.why_lost(attention)
+            if reason is not None:
+                self._warn(f"{reason}: set the backend first, then call patch()")
+                self.session.give_up(self.layers[attention].record, reason)
+        call = Call(tokens, step, num_steps, generation.branch, WeakTensorKeyDictionary())
+        number = next(_TICKETS)
+        self.tickets[number] = call
+        # A backward asks for the forwards of the steps whose gradients it adds up, and not for older ones.
+        while len(self.tickets) > _MOST_TICKETS:
+            self.tickets.popitem(last=False)
+        return number, call
+
+    def leave_forward(self, transformer: nn.Module, *_: object) -> None:
+        """Ends what `enter_forward` began; runs after an exception too."""
+        self.thread.traced.began = False
+        if torch.compiler.is_compiling():
+            return
+        _RUNNING.set(_around(transformer))
+        outer = self._innermost(layers=False)
+        if outer is not None and outer.ticket is not None:
+            self.thread.traced.ticket = outer.ticket
+
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the tensors of a block, by which its recomputation in backward is known again."""
+        if torch.compiler.is_compiling():
+            return
+        tensors, call = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], self.call
+        if call is None:
+            call = next((known for t in tensors if (known := self.calls.get(t)) is not None), None)
+            _enter(Running(self, block, call))
+        else:
+            for tensor in tensors:
+                self.calls[tensor] = call
+
+    def leave_block(self, block: nn.Module, *_: object) -> None:
+        """Ends what `enter_block` began."""
+        if not torch.compiler.is_compiling():
+            _RUNNING.set(_around(block))
+
+    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
+        given = self.by_name(attention, args, kwargs)
+        inputs = self.family.layer_inputs(given) if self.session.reads else None
+        running = Running(self, attention, inputs=inputs, text=self.family.text_keys(given))
+        if torch.compiler.is_compiling():
+            self.thread.traced.layer = running
+            return
+        running.layer, running.call, rotary = self.layers.get(attention), self.call, rotary_table(args, kwargs)
+        if running.layer is None:
+            return
+        if rotary is not None and running.call is None:
+            running.call = self.calls.get(rotary)
+        elif rotary is not None:
+            self.calls[rotary] = running.call
+        _enter(running)
+
+    def leave_layer(self, attention: nn.Module, *_: object) -> None:
+        """Ends what `enter_layer` began, also where a step cache gave the output and attention was never asked."""
+        if torch.compiler.is_compiling():
+            self.thread.traced.layer = None
+        else:
+            _RUNNING.set(_around(attention))
+
+    @property
+    def layer(self) -> Running | None:
+        """The attention layer at work."""
+        if torch.compiler.is_compiling():
+            return self.thread.traced.layer
+        running = self._innermost()
+        return None if running is None or running.layer is None else running
+
+    def called(self, attention: nn.Module) -> Running | None:
+        """An attention whose processor runs, which no graph does; None where it is not ours, as in a deep copy."""
+        layer, running = self.layers.get(attention), self._innermost()
+        if layer is None:
+            return None
+        if running is not None and running.module is attention:
+            return running
+        # The hooks before it were part of a graph.
+        traced = self.thread.traced.layer
+        text = traced.text if traced is not None and traced.module is attention else 0
+        return Running(self, attention, self.call, layer=layer, text=text)
+
+    @property
+    def call(self) -> Call | None:
+        """The forward that runs or is run again, where it is known; not for graphs that are being traced."""
+        running = self._innermost(layers=False)
+        if running is not None:
+            return running.call
+        return self.find(self.thread.traced.ticket) if self.thread.traced.began else None
+
+    def find(self, ticket: Tensor) -> Call | None:
+        """The forward of a ticket; where its thread never ran one, as those of autograd, the last one of all."""
+        number = int(ticket)
+        return self.tickets.get(max(self.tickets, default=-1) if number < 0 else number)
+
+    def _innermost(self, layers: bool = True) -> Running | None:
+        """The innermost module at work that is of this patch, and no layer where these are not asked for."""
+        running = innermost()
+        while running is not None and (running.forwards is not self or not (layers or running.layer is None)):
+            running = running.outer
+        return running
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            log.warning("%s", text)

@@ -1,0 +1,254 @@
+"""The rules by which a call of a transformers layer stays dense: one table, for eager calls and for traced ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
+from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
+from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, whole
+from hf_sparse_attn.span import Span
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.hosts.transformers_hook import LayerState
+    from hf_sparse_attn.hosts.vision_layout import Tokens
+    from hf_sparse_attn.session import Session
+
+# The masks that a graph can hand over, by whether the layer is causal.
+MASK_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a patched attention module, as the rules see it.
+
+    Args:
+        state, module: the layer.
+        q, k, v, mask, kwargs: what transformers hands to an attention function.
+        tokens: what the tokens are, where the family tells.
+        kept: what was kept of the layer for a method that reads it, or None.
+    """
+
+    state: LayerState
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+    tokens: Tokens | None = None
+    kept: dict[str, Tensor] | None = None
+
+    @property
+    def session(self) -> Session:
+        """The session of the patch."""
+        return self.state.session
+
+    @cached_property
+    def known(self) -> Decision:
+        """What is known of all calls of this shape."""
+        return by_shape(self.session, self.state.record, self.q, self.k, self.v, lambda: self.by_shape)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the layer's dense implementation would take a call without a mask for causal."""
+        given = self.kwargs.get("is_causal")
+        # The eager functions of transformers know masks alone; modules of old say nothing, which others take for yes.
+        return bool(getattr(self.module, "is_causal", self.state.dense != "eager") if given is None else given)
+
+    @cached_property
+    def by_shape(self) -> Context:
+        """Where the call is, as far as the shapes of its tensors tell."""
+        return Context(
+            self._layout(self.k.shape[2], self.causal),
+            layer=self.state.record.index,
+            num_layers=self.state.num_layers,
+            num_heads=self.q.shape[1],
+            num_kv_heads=self.k.shape[1],
+            head_dim=self.q.shape[3],
+            scale=self.kwargs.get("scaling"),
+            softcap=self.kwargs.get("softcap") or 0.0,
+        )
+
+    @property
+    def ctx(self) -> Context:
+        """Where the call is, with the keys that exist and what the method reads."""
+        inputs = self.inputs if isinstance(self.inputs, LayerInputs) else None
+        return replace(self.by_shape, layout=self._layout(self.plan.kv_end, self.plan.causal), inputs=inputs)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The sequences of the batch."""
+        plan = self.plan
+        return plan.spans if self.tokens is None else self.tokens.describe(plan.spans, plan.kv_end)
+
+    @cached_property
+    def inputs(self) -> LayerInputs | str | None:
+        """What else the method reads, or why it cannot be handed over; None where it reads nothing."""
+        watch = self.state.watch
+        return None if watch is None or self.kept is None else watch.inputs(self.kept, self.q, self.k)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The sequences of the call, or why they cannot be told; looks at the values of the mask."""
+        plan = with_cu_seq_lens(self._masked(), self.state.dense, self.q, self.kwargs)
+        window = self.kwargs.get("sliding_window")
+        # Where the mask cannot be read, more queries than the window is wide are enough to know that it hides some.
+        reach = plan.reach if plan.reason is None else self.q.shape[2]
+        if window is not None and reach > window and not plan.own:
+            return replace(plan, reason=f"layer's own sliding window of {window}", own=True)
+        return plan
+
+    def _masked(self) -> Plan:
+        """The plan of the mask, where layer and mask agree on what a token sees (eager functions know masks alone)."""
+        if self.mask is None:
+            batch, _, tokens, _ = self.q.shape
+            return Plan(tokens, whole(batch, tokens, tokens), causal=False)
+        plan: Plan = self.mask.plan()
+        if plan.reason is None and plan.causal != self.causal and self.state.dense != "eager":
+            causal = "bidirectional mask in a causal layer"
+            return replace(plan, reason=causal if self.causal else "causal mask in a layer with is_causal=False")
+        return plan
+
+    def _layout(self, kv_len: int, causal: bool) -> TokenLayout:
+        """The tokens of a whole row whose last are the queries."""
+        hints = self.state.hints
+        if causal:
+            row = TokenLayout.causal(kv_len)
+        else:
+            row = TokenLayout.bidirectional(kv_len) if hints is None else hints.layout(self.q.shape[0], kv_len)
+        return row.continued(kv_len - self.q.shape[2])
+
+
+def with_cu_seq_lens(plan: Plan, dense: str, q: Tensor, kwargs: dict[str, Any]) -> Plan:
+    """The plan where boundaries of packed sequences come beside the mask, as for flash attention."""
+    edges = kwargs.get("cu_seq_lens_k")
+    if edges is None or plan.packed or plan.reason is not None or len(edges) <= 2:
+        return plan
+    if "flash" not in dense:
+        return replace(plan, reason=f"cu_seq_lens_k tells of {len(edges) - 1} sequences, the mask of one")
+    edges, own = edges.tolist(), kwargs.get("cu_seq_lens_q")
+    one_row = q.shape[0] == 1 and edges[0] == 0 and edges[-1] == q.shape[2] == plan.kv_end
+    if not one_row or own is None or own.tolist() != edges:
+        return replace(plan, reason="cu_seq_lens of a batch or of cached keys")
+    pairs = [(a, b) for a, b in pairwise(edges) if b > a]
+    return replace(plan, spans=tuple(Span((0,), pair, pair) for pair in pairs), packed=True)
+
+
+class Rule(NamedTuple):
+    """One reason for which a call stays dense.
+
+    Args:
+        name: what the rule looks at.
+        holds: whether the call is dense by it.
+        says: the reason, or the whole Decision.
+        fallback: nobody asked for dense attention: with strict=True it is an error.
+        eager: whether the rule is for calls that run.
+        traced: whether it is for calls of a graph that is being traced, or what it says there. A graph can neither
+            look at values nor name its sizes: what needs them is decided when its operator runs.
+        noted: whether a graph tells of it; that makes a graph for each layer.
+    """
+
+    name: str
+    holds: Callable[[LayerCall], bool]
+    says: str | Callable[[LayerCall], Decision | str]
+    fallback: bool = True
+    eager: bool = True
+    traced: bool | str = True
+    noted: bool = True
+
+
+def _given(argument: str) -> Callable[[LayerCall], bool]:
+    return lambda call: call.kwargs.get(argument) is not None
+
+
+def _share_of_a_rank(call: LayerCall) -> bool:
+    if call.mask is None and call.kwargs.get("is_causal") is True and getattr(call.module, "is_causal", False):
+        raise ValueError(
+            "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
+            "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
+        )
+    return False
+
+
+def _misfit(call: LayerCall) -> bool:
+    q, k, mask = call.q.shape, call.k.shape, call.mask
+    return mask is not None and (mask.shape[0] != q[0] or mask.shape[2:] != (q[2], k[2]))
+
+
+def _wants_weights(call: LayerCall) -> bool:
+    return bool(call.kwargs.get("output_attentions") or getattr(call.module.config, "output_attentions", False))
+
+
+def _odd_mask(call: LayerCall) -> bool:
+    return call.mask is not None and call.mask.wanted.get("mask_function") is not MASK_FUNCTIONS[call.causal]
+
+
+def _unknown_tokens(call: LayerCall) -> bool:
+    return call.tokens is not None and call.tokens.unknown is not None and "video grid" in call.session.method.needs
+
+
+# In the order in which they are asked. What is known of a shape comes before a look at the mask: decoding and short
+# texts are to pay nothing for the patch.
+RULES = (
+    Rule("patch", lambda c: as_before(c.session).reason is not None, lambda c: as_before(c.session), noted=False),
+    Rule("context parallelism", _share_of_a_rank, "", traced=False),
+    Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
+         lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),
+    Rule("shape", lambda c: c.known.reason is not None, lambda c: c.known, traced=False),
+    Rule("decoding", lambda c: c.q.shape[2] < c.session.policy.min_queries, "decoding",
+         fallback=False, eager=False, noted=False),
+    Rule("reads", lambda c: bool(c.session.reads),
+         lambda c: f"method {c.session.method.name} reads more of a layer than a graph hands over", eager=False),
+    # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
+    Rule("no mask", lambda c: c.mask is None and c.causal, "no mask was described to the layer"),
+    Rule("ready mask", lambda c: c.mask is not None and not isinstance(c.mask, MaskSpec),
+         lambda c: f"mask given as a {type(c.mask).__name__}"),
+    Rule("mask of other sizes", _misfit, lambda c: f"mask for {list(c.mask.shape)} where the layer has "
+         f"{[c.q.shape[0], 1, c.q.shape[2], c.k.shape[2]]}", traced=False),
+    Rule("other tokens", lambda c: c.mask is None and (c.k.shape[0] != c.q.shape[0] or c.k.shape[2] != c.q.shape[2]),
+         lambda c: f"{c.q.shape[0]} x {c.q.shape[2]} queries for {c.k.shape[0]} x {c.k.shape[2]} keys",
+         traced="queries of another sequence than the keys"),
+    Rule("dropout", lambda c: bool(c.kwargs.get("dropout")),
+         lambda c: f"dropout of {c.kwargs['dropout']} on the attention weights",
+         traced="dropout on the attention weights"),
+    Rule("weights", _wants_weights, "output_attentions=True"),
+    Rule("scaling", lambda c: not isinstance(c.kwargs.get("scaling"), (int, float, type(None))),
+         lambda c: f"scaling given as a {type(c.kwargs['scaling']).__name__}"),
+    Rule("position bias", _given("position_bias"), "position bias", traced="position_bias under torch.compile"),
+    Rule("paged cache", _given("cache"), "paged cache", traced="cache under torch.compile"),
+    Rule("own mask", lambda c: c.plan.own, lambda c: c.plan.reason or "", fallback=False, traced=False),
+    Rule("own mask", lambda c: c.kwargs.get("sliding_window") is not None and _odd_mask(c), "layer's own mask",
+         fallback=False, eager=False),
+    Rule("mask", lambda c: c.plan.reason is not None, lambda c: c.plan.reason or "", traced=False),
+    Rule("mask", _odd_mask, lambda c: f"mask other than {'causal' if c.causal else 'bidirectional'} under "
+         "torch.compile (give an attention_mask of ones where nothing is packed)", eager=False),
+    Rule("packing", _given("cu_seq_lens_k"), "cu_seq_lens_k under torch.compile", eager=False),
+    Rule("inputs", lambda c: isinstance(c.inputs, str), lambda c: str(c.inputs), traced=False),
+    Rule("tokens", _unknown_tokens, lambda c: f"vision tokens unknown: {c.tokens and c.tokens.unknown}", traced=False),
+)  # fmt: skip
+_EAGER = tuple(rule for rule in RULES if rule.eager)
+_TRACED = tuple(rule for rule in RULES if rule.traced)
+
+
+def decide(call: LayerCall, traced: bool = False) -> Decision:
+    """Whether a call is dense by any rule, or with `traced` as far as tracing can tell.
+
+    Raises:
+        ValueError: the call is one rank's share of a sequence under context parallelism.
+    """
+    for rule in _TRACED if traced else _EAGER:
+        if rule.holds(call):
+            says = rule.traced if traced and isinstance(rule.traced, str) else rule.says
+            said = says if isinstance(says, str) else says(call)
+            if isinstance(said, str):
+                return Decision(said, fallback=rule.fallback, counted=rule.noted or not traced)
+            return Decision(said.reason, counted=False) if traced else said
+    return SPARSE

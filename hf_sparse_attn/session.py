@@ -1,0 +1,221 @@
+"""Session: what the layers of one patch share while they run, and how each of their calls is run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn import decision
+from hf_sparse_attn.autocast import no_autocast
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.cost.judge import Judge
+from hf_sparse_attn.cost.timing import compare
+from hf_sparse_attn.decision import Case, Decision, NotWorth
+from hf_sparse_attn.dispatch import dense_attention, run_pattern
+from hf_sparse_attn.method import Decline, Method, PartlyDense
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.policy import Policy
+from hf_sparse_attn.record import Done, LayerRecord
+from hf_sparse_attn.span import Span
+
+
+class DenseFallback(RuntimeError):
+    """Raised with strict=True where sparse attention had to be given up."""
+
+
+# Shown q, k, v, place and output of every sparse sequence, with gradients; again when checkpointing computes it again.
+Watcher = Callable[[Tensor, Tensor, Tensor, Context, Tensor], object]
+
+# All that are alive, by number: what a compiled graph can name.
+SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Session:
+    """What the layers of one patch share: the method, the policy, the backend and the records."""
+
+    def __init__(self, method: Method, policy: Policy, backend: str, strict: bool) -> None:
+        self.method: Method = method
+        self.policy: Policy = policy
+        self.backend = backend
+        self.strict = strict
+        # Fields of LayerInputs that the hooks fill in.
+        self.reads: frozenset[str] = method.reads
+        self.judge = Judge(method, backend)
+        self.in_training: Callable[[], bool] = bool
+        self.watcher: Watcher | None = None
+        self.pauses = self._steady = 0
+        self.records: dict[str, LayerRecord] = {}
+        self.number = next(_NUMBERS)
+        SESSIONS[self.number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        # A copied model goes on with the same counts; copying a session would split them silently.
+        return self
+
+    def steady(self, *inputs: Tensor) -> bool:
+        """Whether a call must decide as the same call did before and will again: in training, for recomputation.
+
+        What earlier calls taught is then left aside; prediction by the table is not.
+        """
+        if self._steady > 0 or self.in_training():
+            return True
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    @contextmanager
+    def steadily(self, training: bool) -> Iterator[None]:
+        """Within it, with `training`, calls are steady whatever the state of torch."""
+        self._steady += training
+        try:
+            yield
+        finally:
+            self._steady -= training
+
+    def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
+        """Whether a call is dense by what was decided, which is then counted.
+
+        Raises:
+            DenseFallback: nobody asked for it, and the patch is strict.
+        """
+        if found.reason is None:
+            return False
+        if found.fallback:
+            self._check_strict(record, found.reason)
+        if found.counted:
+            record.count_dense(found)
+        return True
+
+    def _check_strict(self, record: LayerRecord, reason: object) -> None:
+        if self.strict:
+            raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
+
+    def as_before(self, record: LayerRecord) -> bool:
+        """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""
+        return self.stays_dense(record, decision.as_before(self))
+
+    def record(self, name: str, index: int) -> LayerRecord:
+        """The record of the layer called `name`, made at first use."""
+        return self.records.setdefault(name, LayerRecord(name, index))
+
+    def give_up(self, record: LayerRecord, reason: str) -> None:
+        """Counts a dense call that was not asked for.
+
+        Raises:
+            DenseFallback: with strict=True.
+        """
+        self.stays_dense(record, Decision(reason, fallback=True))
+
+    def sparse(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
+        dense: Callable[[], object] | None = None, decided: TokenLayout | None = None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Sparse attention of one call, or None where the host must run its own dense attention; counted either way.
+
+        Args:
+            record: the layer's record.
+            q: [batch, heads, q_len, dim].
+            k, v: [batch, kv_heads, kv_len, dim]; all three in the dtype to compute in (autocast.cast_inputs).
+            ctx: where the call is; its layout is that of a whole row.
+            spans: the valid sequences in the batch; None means that every row is one. Places outside get output 0.
+            dense: runs the host's own dense attention on the same inputs; without it no gain is measured.
+            decided: the layout for which the host has asked `decision.by_shape`, whose answer still holds for it.
+
+        Returns:
+            output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
+        """
+        if ctx.layout != decided and self.stays_dense(record, decision.of_call(self, ctx, q.device)):
+            return None
+        own = ctx
+        if spans and len(spans) == 1 and spans[0].is_whole(q, k):
+            own, spans = replace(ctx, layout=spans[0].layout or ctx.layout), None
+
+        def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
+            with no_autocast(q.device):
+                if spans:
+                    return self._attend_spans(record, q, k, v, ctx, spans)
+                done = self._attend(record, q, k, v, own, known=own.layout == decided)
+                if done is None:
+                    return None
+                record.count_sparse([done])
+                return done.out, done.lse
+
+        result = sparse(record)
+        if record.to_measure and result is not None and dense is not None:
+            record.to_measure -= 1
+            # The runs that are timed count for a record of nobody.
+            again = LayerRecord(record.name, record.index, on_trial=True)
+            record.measured.append(compare(lambda: sparse(again), dense, q.device))
+        return result
+
+    def _attend_spans(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Each sequence of the batch by itself; None where none of them is sparse."""
+        contexts = [span.context(ctx) for span in spans]
+        results: list[Done | None] = []
+        for span, own in zip(spans, contexts, strict=True):
+            short = self.stays_dense(record, decision.of_sequence(self, own, q.device))
+            results.append(None if short else self._attend(record, *span.cut(q, k, v), own))
+        if not any(results):
+            return None
+        record.count_sparse([done for done in results if done is not None])
+        # One by one: dense outputs are not kept beside one another.
+        parts = (
+            dense_attention(*span.cut(q, k, v), own) if done is None else done[:2]
+            for span, own, done in zip(spans, contexts, results, strict=True)
+        )
+        return gathered(q, v, spans, parts)
+
+    def _attend(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
+    ) -> Done | None:
+        """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
+        case = Case(self, record, q, k, v, ctx, known)
+        if self.stays_dense(record, case.before()):
+            return None
+        densities: list[float | Tensor] = []
+
+        def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+            case.check(pattern, q, k, v)
+            out, lse, name = run_pattern(q, k, v, pattern, ctx.softmax_scale, self.backend, ctx.softcap)
+            record.count(record.backends, name)
+            # A method may run some of the heads by themselves.
+            share = q.shape[1] / ctx.num_heads
+            densities.append(pattern.density_later(ctx.layout.density_count) * share)
+            return out, lse
+
+        try:
+            done = self.method.attention(q, k, v, ctx, run)
+        except NotWorth as lost:
+            record.count_dense(lost.decision)
+            return None
+        if isinstance(done, Decline):
+            self.give_up(record, done.reason)
+            return None
+        for reason in done.reasons if isinstance(done, PartlyDense) else ():
+            self._check_strict(record, reason)
+            record.count(record.partly_dense, reason)
+        gain = case.done()
+        if self.watcher is not None and not record.on_trial:
+            self.watcher(q, k, v, ctx, done[0])
+        # Several passes of one method read disjoint keys, so that their densities add up.
+        return Done(*done, sum(densities), gain)
+
+
+def gathered(
+    q: Tensor, v: Tensor, spans: Iterable[Span], parts: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a batch with queries `q` and values `v` from those of its sequences; 0 outside."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    for span, (one, two) in zip(spans, parts, strict=True):
+        rows = span.row_index
+        out[rows, :, slice(*span.q)], lse[rows, :, slice(*span.q)] = one, two.to(lse.dtype)
+    return out, lse
