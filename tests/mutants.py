@@ -42,6 +42,7 @@ class Mutant(NamedTuple):
 
 
 POLICY, METHOD, DISPATCH = "hf_sparse_attn/policy.py", "hf_sparse_attn/method.py", "hf_sparse_attn/dispatch.py"
+BACKEND = "hf_sparse_attn/backend.py"
 REGISTRY, CHOICE = "hf_sparse_attn/registry.py", "hf_sparse_attn/profiling/budget.py"
 JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
 SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
@@ -77,8 +78,8 @@ MUTANTS = [
         "reads, what is there", METHOD, "getattr(ctx.inputs, name, None) is None]", "getattr(ctx.inputs, name, None)]"
     ),
     Mutant("reads, nothing", METHOD, "for name in sorted(self.reads) if", "for name in () if"),
-    Mutant("parameters of a ready method", METHOD, "        if params:\n", "        if False:\n"),
-    Mutant("unknown parameters", METHOD, "    if unknown:\n", "    if False:\n"),
+    Mutant("parameters of a ready method", REGISTRY, "        if params:\n", "        if False:\n"),
+    Mutant("unknown parameters", REGISTRY, "    if unknown:\n", "    if False:\n"),
     Mutant("axes", DISPATCH, "if t.ndim != 4:", "if t.ndim < 4:"),
     Mutant("whole numbers", DISPATCH, "if not t.is_floating_point():", "if False:"),
     Mutant("dtypes of arguments", DISPATCH, "if t.dtype != q.dtype or t.device", "if t.device"),
@@ -91,15 +92,15 @@ MUTANTS = [
     Mutant("pattern of other lengths", DISPATCH, "    if want != got:\n", "    if want[0] != got[0]:\n"),
     Mutant("pattern of another batch", DISPATCH, "if size not in (1, limit):", "if size < 1:"),
     Mutant("dtypes of a call", DISPATCH, "if not q.dtype == k.dtype == v.dtype:", "if not q.dtype == k.dtype:"),
-    Mutant("refused by name", DISPATCH, "if reason is not None:\n            raise", "if False:\n            raise"),
+    Mutant("refused by name", BACKEND, "if reason is not None:\n            raise", "if False:\n            raise"),
     Mutant(
         "refused by auto",
-        DISPATCH,
+        BACKEND,
         "if reason is None:\n            return name, found",
         "if True:\n            return name, found",
     ),
-    Mutant("ranks", DISPATCH, "key=lambda n: (ranks[n], n)", "key=lambda n: n, reverse=True"),
-    Mutant("devices without a rank", DISPATCH, "for n, rank in ranks.items() if rank is not None)", "for n in ranks)"),
+    Mutant("ranks", BACKEND, "key=lambda n: (ranks[n], n)", "key=lambda n: n, reverse=True"),
+    Mutant("devices without a rank", BACKEND, "for n, rank in ranks.items() if rank is not None)", "for n in ranks)"),
     Mutant("gradients that are not recorded", DISPATCH, "torch.is_grad_enabled() and (q.req", "(q.req"),
     Mutant("gradients of values", DISPATCH, "or k.requires_grad or v.requires_grad)", "or k.requires_grad)"),
     Mutant("names of entries", REGISTRY, "or name != name.lower():", ":"),
@@ -136,7 +137,6 @@ MUTANTS = [
     Mutant("no plans in a layer", CHOICE, "np.integer)) or most < 1:", "np.integer)) or most < 0:", BUDGET),
     Mutant("losses, one more", JUDGE, "if self.losses >= LOSSES:", "if self.losses > LOSSES:", COST),
     Mutant("losses, never", JUDGE, "            return PAUSED\n", "            pass\n", COST),
-    Mutant("at best, not asked", JUDGE, "        if loss is not None:\n            return loss\n", "", COST),
     Mutant(
         "pays, without a margin",
         JUDGE,

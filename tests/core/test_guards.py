@@ -12,11 +12,19 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import dispatch
+from hf_sparse_attn import backend, dispatch
 from hf_sparse_attn.context import LayerInputs
-from hf_sparse_attn.method import Decline, Method, make_method
+from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.registry import BACKENDS, METHODS, Registry, _check_backend, _check_family, _check_method
+from hf_sparse_attn.registry import (
+    BACKENDS,
+    METHODS,
+    Registry,
+    _check_backend,
+    _check_family,
+    _check_method,
+    make_method,
+)
 from tests.support.patterns import random_pattern
 
 CPU = torch.device("cpu")
@@ -261,10 +269,10 @@ def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_the_lowest_rank_that_can_run_a_call_is_taken(three: dict[str, Any]) -> None:
-    assert dispatch.auto_order("cpu") == ["early", "late"] and dispatch.auto_order("meta") == []
+    assert backend.auto_order("cpu") == ["early", "late"] and backend.auto_order("meta") == []
 
-    def chosen(backend: str = "auto") -> str:
-        return dispatch.choose_backend(backend, None, *tensors(), False)[0]
+    def chosen(name: str = "auto") -> str:
+        return backend.choose_backend(name, None, *tensors(), False)[0]
 
     assert chosen() == "early" and chosen("late") == "late" and chosen("never") == "never"
     three["early"] = "too early"
