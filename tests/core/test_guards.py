@@ -93,9 +93,9 @@ def test_few_keys_are_dense() -> None:
 
 
 def test_automatic_keys_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_sparse_attn.cost.judge.fewest_keys", lambda ctx, device: 65)
+    monkeypatch.setattr("hf_sparse_attn.policy.fewest_keys", lambda ctx, device: 65)
     assert why_dense(Policy()) == "fewer than 65 keys (min_tokens=auto)"
-    monkeypatch.setattr("hf_sparse_attn.cost.judge.fewest_keys", lambda ctx, device: 64)
+    monkeypatch.setattr("hf_sparse_attn.policy.fewest_keys", lambda ctx, device: 64)
     assert why_dense(Policy()) is None
 
 
