@@ -12,10 +12,12 @@ from tests.support.patterns import FEATURES, expected, random_inputs, random_pat
 
 SHAPES = {
     "one_token": {"q_len": 1, "kv_len": 1, "heads": 1, "kv_heads": 1, "dim": 16},
+    # Few tokens, for what is interpreted.
+    "few": {"q_len": 37, "kv_len": 55, "heads": 2, "kv_heads": 1, "dim": 24},
     "odd": {"q_len": 63, "kv_len": 111, "heads": 4, "kv_heads": 2, "dim": 40},
-    "batch": {"q_len": 130, "kv_len": 130, "heads": 2, "kv_heads": 1, "dim": 24, "batch": 2},
+    "batch": {"q_len": 70, "kv_len": 70, "heads": 2, "kv_heads": 1, "dim": 24, "batch": 2},
     "wide_value": {"q_len": 65, "kv_len": 64, "heads": 2, "kv_heads": 2, "dim": 16, "value_dim": 40},
-    "narrow_value": {"q_len": 64, "kv_len": 200, "heads": 8, "kv_heads": 1, "dim": 48, "value_dim": 8},
+    "narrow_value": {"q_len": 64, "kv_len": 100, "heads": 4, "kv_heads": 1, "dim": 48, "value_dim": 8},
 }
 
 # A shape with every feature, and every shape with all of them at once.
