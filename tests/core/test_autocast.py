@@ -15,7 +15,8 @@ from hf_sparse_attn.method import Method
 from tests.support import tiny_diffusers, tiny_wan
 from tests.support.tiny_hunyuan import Recorder
 from tests.support.tiny_lm import FAMILIES, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOW = (torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch_reference", "torch_gather", "cpp_block_sparse")

@@ -13,9 +13,10 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.family import Family
 from hf_sparse_attn.registry import FAMILIES
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_lm import padded
 from tests.support.tiny_qwen import prompt, tiny_qwen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Play = Callable[[], Tensor]
 

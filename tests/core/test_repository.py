@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse_attn as hsa
+from tests.support.processes import run_code
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "patches", "recipes")
@@ -32,11 +33,18 @@ def tracked() -> list[Path]:
     return [Path(line) for line in found.stdout.splitlines()]
 
 
-def run_python(code: str, *, cwd: Path, path: Path | None = None, **env: str) -> str:
-    """What a fresh interpreter prints; `path` goes first on its module path."""
+def said(code: str, *, cwd: Path, path: Path | None = None, **env: str) -> str:
+    """What code prints in a process that has imported torch and nothing else; `path` goes first on its module path."""
     lead = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else ""
+    done = run_code(lead + code, cwd=cwd, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def said_alone(code: str, cwd: Path = ROOT, **env: str) -> str:
+    """What code prints in an interpreter of its own."""
     given = {**os.environ, **env}
-    done = subprocess.run([sys.executable, "-c", lead + code], cwd=cwd, capture_output=True, text=True, env=given)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=given)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -100,7 +108,7 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
         "assert cost.table_for(torch.device('meta')).origin == 'assumed';"
         "print(hsa.__file__, {'llama', 'wan'} <= set(FAMILIES.names()), 'torch_gather' in BACKENDS)"
     )
-    out = run_python(code, cwd=tmp_path, path=tmp_path / "site", HF_HOME=str(tmp_path))
+    out = said(code, cwd=tmp_path, path=tmp_path / "site", HF_HOME=str(tmp_path))
     assert str(tmp_path) in out and "True True" in out
 
 
@@ -132,14 +140,14 @@ def test_a_clone_without_links_works(tmp_path: Path) -> None:
         "import hf_sparse_attn as hsa; from hf_sparse_attn.registry import FAMILIES, BACKENDS;"
         "print(hsa.__file__, hsa.list_methods(), FAMILIES.names(), BACKENDS.names())"
     )
-    out = run_python(code, cwd=tmp_path, path=tmp_path)
+    out = said(code, cwd=tmp_path, path=tmp_path)
     assert str(tmp_path) in out and "llama" in out and "torch_gather" in out
 
 
 def test_import_is_light() -> None:
     heavy = ("transformers", "diffusers", "triton", "matplotlib", "peft")
-    code = f"import sys, hf_sparse_attn; print([m for m in {heavy!r} if m in sys.modules])"
-    assert run_python(code, cwd=ROOT) == "[]"
+    code = "import sys, hf_sparse_attn; from hf_sparse_attn.native import install; install();"
+    assert said_alone(f"{code} print([m for m in {heavy!r} if m in sys.modules])") == "[]"
 
 
 def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
         "p = hsa.patch(model, 'sliding_window', window=8, sink=2, min_tokens=0); model(**inputs);"
         "print(p.report().density < 1, BACKENDS.names(), BACKENDS.missing)"
     )
-    out = run_python(code, cwd=tmp_path)
+    out = said_alone(code, tmp_path)
     assert out.startswith("True") and "'triton_block_sparse': 'needs the package triton'" in out
 
 
@@ -186,10 +194,11 @@ def python_blocks() -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", python_blocks())
 def test_code_of_the_documents_runs_and_prints_what_it_says(block: str, tmp_path: Path) -> None:
     # Predicted gains are those of the shipped table, on two threads.
-    printed = run_python(block, cwd=tmp_path, HF_HOME=str(tmp_path), OMP_NUM_THREADS="2")
+    printed = said_alone(block, tmp_path, HF_HOME=str(tmp_path), OMP_NUM_THREADS="2")
     said = [line[2:] for line in block.splitlines() if line.startswith("# ")]
     shown = [line for line in printed.splitlines() if line.strip()]
     # What is chosen by content may differ in the last digit from one processor to the next; the words may not.

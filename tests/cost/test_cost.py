@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -238,7 +239,7 @@ def test_a_bad_table_does_not_replace_a_good_one(home, monkeypatch):
     before = path.read_text()
     with pytest.raises(ValueError, match="version"):
         calibrate.write(broken(version=0), path)
-    monkeypatch.setattr(calibrate.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         calibrate.write(data(pair=2e-9), path)
     assert path.read_text() == before and len(list(path.parent.iterdir())) == 1

@@ -20,9 +20,10 @@ from tests.coverage import trial
 from tests.coverage.trial import Failed, listed, try_diffusers, verified
 from tests.support import patch_faults
 from tests.support.tiny_diffusers import TABLE, Tiny, tiny_inputs, tiny_model, tiny_sizes
-from tests.support.tiny_wan import one_thread  # noqa: F401
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LISTED: dict[str, Any] = json.loads((Path(__file__).parents[2] / ".github" / "coverage.json").read_text())
 CLASSES = {c["name"]: c for c in LISTED["classes"] if c["library"] == "diffusers"}

@@ -1,6 +1,7 @@
 """Turning the knob of every method until its density is the one asked for."""
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,13 @@ def sweep(knob, count):
     return [knob.low * (high / knob.low) ** s if knob.log else knob.low + (high - knob.low) * s for s in steps]
 
 
+@lru_cache
+def swept(name):
+    """Densities of the method from one end of its knob to the other."""
+    method, seen = smallest(name), calls(name)
+    return [mean_density(method.turned(value), seen) for value in sweep(method.knob, 13)]
+
+
 def test_every_budgeted_method_has_a_knob():
     assert {"block_topk", "radial", "sliding_window", "vertical_slash"} <= set(TURNABLE)
     assert METHODS.get("dense").knob is None
@@ -58,8 +66,7 @@ def test_found_density_is_the_one_asked_for(name, density):
     fit = fit_density(smallest(name), density, seen)
     assert fit.density == pytest.approx(mean_density(fit.method, seen))
     # Whole blocks and tiles of short inputs leave few densities to choose from: none that is tried here is nearer.
-    others = [mean_density(smallest(name).turned(value), seen) for value in sweep(fit.method.knob, 13)]
-    nearest = min(abs(other - density) for other in others)
+    nearest = min(abs(other - density) for other in swept(name))
     assert abs(fit.density - density) <= max(nearest, 0.01 * density)
 
 

@@ -7,7 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hf_sparse_attn as hsa
-from tests.support.tiny_lm import FAMILIES, one_thread, padded, positions, tokens  # noqa: F401
+from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 WINDOW = dict(method="sliding_window", window=24, sink=3, block_size=16, min_tokens=0)
 SLASH = dict(method="vertical_slash", vertical=12, slash=20, block_size=16, min_tokens=0)
@@ -23,13 +25,6 @@ def build(family: str, **changes):
     return model
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def counts(patch) -> list[tuple[int, dict[str, int]]]:
     return [(layer.sparse_calls, layer.reasons) for layer in patch.report().layers]
 
@@ -38,7 +33,7 @@ def full(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [WINDOW, SLASH], ids=lambda m: m["method"])
 @torch.no_grad()
 def test_whole_model_is_one_graph(method: dict, backend: str) -> None:
@@ -91,7 +86,14 @@ def test_soft_caps_sinks_and_own_windows(family: str) -> None:
     assert [n for n, _ in counts(patch)] == ([0, 2] if family != "qwen3" else [2, 2])
 
 
-@pytest.mark.parametrize("family, backend", [("llama", "inductor"), ("llama", "aot_eager"), ("gpt_oss", "aot_eager")])
+@pytest.mark.parametrize(
+    "family, backend",
+    [
+        pytest.param("llama", "inductor", marks=pytest.mark.slow),
+        ("llama", "aot_eager"),
+        ("gpt_oss", "aot_eager"),
+    ],
+)
 def test_gradients(family: str, backend: str) -> None:
     model, ids = build(family), tokens(2, 77)
     found = []
@@ -149,7 +151,7 @@ def test_static_cache_prefills_sparse_and_decodes_dense_in_the_graph() -> None:
 def test_dense_steps_compile_too_and_a_removed_patch_is_gone_from_the_graph() -> None:
     model, ids = FAMILIES["llama"]("sdpa"), tokens(1, 70)
     dense = model(**full(ids)).logits
-    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    run = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(run(**full(ids)).logits, dense, **CLOSE)
     with hsa.patch(model, **WINDOW) as patch:
         sparse = model(**full(ids)).logits
@@ -170,7 +172,7 @@ def test_what_a_graph_cannot_tell_is_dense_and_counted_or_raises() -> None:
     mask[..., 5, 5] = True
     with hsa.patch(model, **WINDOW) as patch:
         want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        run = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(run(input_ids=ids, attention_mask=mask, use_cache=False).logits, want, **CLOSE)
         assert counts(patch) == [(0, {"mask given as a Tensor": 1, f"mask given as a Tensor {PER_GRAPH}": 1})] * 2
         # Without a mask transformers cannot see in a graph that nothing is packed.
@@ -178,7 +180,7 @@ def test_what_a_graph_cannot_tell_is_dense_and_counted_or_raises() -> None:
         assert any("give an attention_mask of ones" in reason for reason in counts(patch)[0][1])
     torch._dynamo.reset()
     with hsa.patch(model, strict=True, **WINDOW):
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        run = torch.compile(model, fullgraph=True, backend="eager")
         with pytest.raises(hsa.DenseFallback, match="mask given as a Tensor"):
             run(input_ids=ids, attention_mask=mask, use_cache=False)
 

@@ -2,95 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
-from hf_sparse_attn.patching import PATCH_ATTRIBUTE
-from tests.patches.test_llama import WINDOWED, assert_same_state, sparse_share, state_of
+from tests.support.composed_text import (
+    FULL,
+    KINDS,
+    assert_full_budget,
+    assert_no_trace,
+    attention_in,
+    fresh,
+    play,
+)
+from tests.support.patched import WINDOWED, assert_same_state, sparse_share, state_of
 from tests.support.tiny_lm import FAMILIES, padded, tokens
-from tests.support.tiny_lm import one_thread as one_thread
-from tests.support.tiny_qwen import prompt, tiny_qwen
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-KINDS = ("llama", "qwen2_5_vl")
-FULL = {"method": "sliding_window", "min_tokens": 0, **hsa.get_method("sliding_window").full_budget()}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = ["q_proj", "v_proj"]
 Undo = Callable[[], object] | None
-
-
-def fresh(kind: str) -> Any:
-    return FAMILIES["llama"]("sdpa") if kind == "llama" else tiny_qwen(kind)
-
-
-def play(model: Any, kind: str) -> torch.Tensor:
-    given = {"input_ids": tokens(2, 111)} if kind == "llama" else prompt(kind, [9, (2, 4, 6), 30])
-    if model.dtype == torch.bfloat16:
-        given = {k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}
-    with torch.no_grad():
-        logits = model(**given).logits
-    if kind != "llama":
-        # What the model itself keeps of its last prompt.
-        model.model.rope_deltas = None
-    return logits
-
-
-def attend(dtype: torch.dtype, module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
-    k, v = (t.repeat_interleave(module.num_key_value_groups, 1).to(dtype) for t in (k, v))
-    out = F.scaled_dot_product_attention(q.to(dtype), k, v, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), None
-
-
-for precision in (torch.float64, torch.float32, torch.bfloat16):
-    AttentionInterface.register(f"test_{precision}", functools.partial(attend, precision))
-    AttentionMaskInterface.register(
-        f"test_{precision}", lambda **kw: sdpa_mask(**{**kw, "allow_is_causal_skip": False})
-    )
-
-
-@contextmanager
-def attention_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Text attention of an unpatched model in `dtype`."""
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
-    with pytest.MonkeyPatch.context() as configs:
-        for config in {id(m.config): m.config for m in attentions}.values():
-            configs.setitem(config.__dict__, "_attn_implementation_internal", f"test_{dtype}")
-        yield
-
-
-def assert_full_budget(model: Any, kind: str) -> None:
-    """At full budget the logits are those of dense attention; a rounding is what attention in the dtype is off."""
-    with hsa.patch(model, **FULL) as patch:
-        got = play(model, kind)
-    assert sparse_share(patch) == 1
-    dtype = model.dtype
-    with attention_in(model, torch.float64):
-        exact = play(model, kind)
-    with attention_in(model, dtype):
-        rounding = (play(model, kind) - exact).abs().max()
-    assert (got - exact).abs().max() <= 4 * rounding + 4 * torch.finfo(dtype).eps * exact.abs().max()
-
-
-def assert_no_trace(model: Any) -> None:
-    """Nothing of ours is left in a model whose modules were changed while it was patched."""
-    for name, module in model.named_modules():
-        assert not [k for k in module.__dict__ if k in (PATCH_ATTRIBUTE, STATE_ATTRIBUTE) or "hsa" in k], name
-        held = [v for k, v in module.__dict__.items() if k.endswith("_hooks") and isinstance(v, dict)]
-        hooks = [h for found in held for h in found.values()]
-        assert not [h for h in hooks if "hf_sparse_attn" in str(getattr(h, "__module__", ""))], name
-        config = getattr(module, "config", None)
-        assert not str(getattr(config, "_attn_implementation", "")).startswith("hsa"), name
 
 
 # ------------------------------------------------------------------ what is done to a model; each gives its undoing
@@ -163,7 +100,7 @@ def test_changed_before_and_after_the_patch(change: Callable[..., Undo], kind: s
         assert torch.equal(play(before, kind), changed)
     with hsa.patch(before, **WINDOWED, strict=True) as patch:
         sparse = play(before, kind)
-    assert sparse_share(patch) == 1 and not torch.equal(sparse, changed)
+    assert sparse_share(patch.report().layers) == 1 and not torch.equal(sparse, changed)
     assert_full_budget(before, kind)
     assert_same_state(state, without_meta(state_of(before)))
     assert torch.equal(play(before, kind), changed)
@@ -172,7 +109,7 @@ def test_changed_before_and_after_the_patch(change: Callable[..., Undo], kind: s
     play(after, kind)
     back = change(after, tmp_path / "after")
     assert torch.equal(play(after, kind), sparse)
-    assert sparse_share(later) == 1
+    assert sparse_share(later.report().layers) == 1
     later.remove()
     assert_no_trace(after)
     assert torch.equal(play(after, kind), changed)
@@ -202,7 +139,7 @@ def test_saved_while_patched(kind: str, tmp_path: Any) -> None:
     assert torch.equal(play(loaded, kind), play(plain, kind))
     with hsa.patch(plain, **WINDOWED), hsa.patch(loaded, **WINDOWED) as patch:
         assert torch.equal(play(loaded, kind), play(plain, kind))
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     assert_no_trace(loaded)
 
 
@@ -257,11 +194,11 @@ def test_one_line_on_one_line_off(mode: str) -> None:
     for name, how in ways.items():
         with hsa.patch(model, **how) as patch:
             assert torch.equal(generate(model, mode), dense), name
-        assert (sparse_share(patch) > 0) == (name == "full")
+        assert (sparse_share(patch.report().layers) > 0) == (name == "full")
         assert torch.equal(generate(model, mode), dense)
     with hsa.patch(model, **{**WINDOWED, "window": 4, "sink": 1, "block_size": 16}) as patch:
         sparse = generate(model, mode)
-    assert sparse_share(patch) > 0 and sparse.shape == dense.shape and not torch.equal(sparse, dense)
+    assert sparse_share(patch.report().layers) > 0 and sparse.shape == dense.shape and not torch.equal(sparse, dense)
     assert_same_state(before, state_of(model))
     assert torch.equal(generate(model, mode), dense)
 
@@ -286,7 +223,7 @@ def test_text_generation_pipeline(what: str) -> None:
     for name, how in {"dense": {"method": "dense"}, "full": FULL, "sparse": {**WINDOWED, "window": 4}}.items():
         with hsa.patch(pipe if what == "pipeline" else model, **how) as patch:
             assert (write() == dense) == (name != "sparse")
-        assert (sparse_share(patch) > 0) == (name != "dense")
+        assert (sparse_share(patch.report().layers) > 0) == (name != "dense")
         assert_same_state(before, state_of(model))
         assert write() == dense
     assert all(text.count("w") == n + 5 for text, n in zip(dense, (61, 40), strict=True))
@@ -347,7 +284,7 @@ def test_trainer_with_lora(tmp_path: Any) -> None:
     full, _ = train(FULL, tmp_path)
     assert (adapters(full) - exact).abs().max() <= bound
     sparse, patch = train({**WINDOWED, "strict": True}, tmp_path)
-    assert sparse_share(patch) == 1 and (adapters(sparse) - exact).abs().max() > 10 * bound
+    assert sparse_share(patch.report().layers) == 1 and (adapters(sparse) - exact).abs().max() > 10 * bound
     # Merged while patched: as sparse as before, and once the patch is off the model that a merge without it gives.
     other, _ = train({**WINDOWED, "strict": True}, tmp_path)
     hsa.unpatch(other)
@@ -371,7 +308,7 @@ def test_gradients_accumulate(checkpointing: bool, tmp_path: Any) -> None:
     plain = [adapters(train(None, tmp_path, **options)[0]) for options in ({}, parts)]
     bound = 4 * (plain[0] - plain[1]).abs().max() + 4 * torch.finfo(torch.float32).eps * plain[0].abs().max()
     runs = [train({**WINDOWED, "strict": True}, tmp_path, **options) for options in ({}, parts)]
-    assert all(sparse_share(patch) == 1 for _, patch in runs)
+    assert all(sparse_share(patch.report().layers) == 1 for _, patch in runs)
     one, two = (adapters(model) for model, _ in runs)
     assert (one - two).abs().max() <= bound < (one - plain[0]).abs().max()
     for model, patch in runs:

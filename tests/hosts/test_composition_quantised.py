@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import hf_sparse_attn as hsa
-from tests.hosts import test_composition as text
-from tests.hosts import test_composition_video as video
-from tests.patches.test_llama import WINDOWED, sparse_share
-from tests.support.tiny_lm import one_thread as one_thread
+from tests.support import composed_text as text
+from tests.support import composed_video as video
+from tests.support.patched import WINDOWED, sparse_share
+from tests.support.tiny_lm import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The methods of both modules, and what plays, checks and looks for traces in the models of each.
 KINDS = {"llama": text, "qwen2_5_vl": text, "wan": video, "hunyuan_video": video}
@@ -28,7 +30,7 @@ def large(kind: str) -> Any:
         return tiny_wan.transformer(attention_head_dim=32, ffn_dim=64)
     if kind == "hunyuan_video":
         return tiny_hunyuan.transformer(attention_head_dim=32, rope_axes_dim=(8, 12, 12))
-    return text.FAMILIES["llama"]("sdpa", head_dim=32, intermediate_size=64) if kind == "llama" else text.fresh(kind)
+    return FAMILIES["llama"]("sdpa", head_dim=32, intermediate_size=64) if kind == "llama" else text.fresh(kind)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -125,7 +127,7 @@ def test_quantised_before_and_after_the_patch(quantise: Callable[[nn.Module], No
         assert torch.equal(tools.play(before, kind), dense)
     with hsa.patch(before, **window) as patch:
         sparse = tools.play(before, kind)
-    assert sparse_share(patch) == 1 and not torch.equal(sparse, dense)
+    assert sparse_share(patch.report().layers) == 1 and not torch.equal(sparse, dense)
     if tools is text:
         text.assert_full_budget(before, kind)
     else:
@@ -135,7 +137,7 @@ def test_quantised_before_and_after_the_patch(quantise: Callable[[nn.Module], No
 
     patch = hsa.patch(after, **window)
     quantise(after)
-    assert torch.equal(tools.play(after, kind), sparse) and sparse_share(patch) == 1
+    assert torch.equal(tools.play(after, kind), sparse) and sparse_share(patch.report().layers) == 1
     patch.remove()
     tools.assert_no_trace(after)
     assert torch.equal(tools.play(after, kind), dense)
@@ -176,7 +178,7 @@ def test_loaded_quantised(kind: str, config: Callable[[str], Any], tmp_path: Any
         assert torch.equal(tools.play(loaded, kind), dense)
     with hsa.patch(loaded, **WINDOWED, strict=True) as patch:
         assert not torch.equal(tools.play(loaded, kind), dense)
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     if tools is text:
         text.assert_full_budget(loaded, kind)
     else:

@@ -22,8 +22,9 @@ from hf_sparse_attn.hosts import diffusers_state
 from hf_sparse_attn.hosts.diffusers_model import self_attentions
 from hf_sparse_attn.record import Done, LayerRecord
 from tests.support import tiny_diffusers, tiny_hunyuan, tiny_wan
-from tests.support.tiny_lm import one_thread  # noqa: F401
 from tests.support.tiny_wan import Spy, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 pytest.importorskip("diffusers")
 

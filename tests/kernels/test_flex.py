@@ -15,21 +15,14 @@ from hf_sparse_attn.kernels import flex_attention as flex
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from tests.support.patterns import expected, random_inputs, random_pattern
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FlexAttention = flex.FlexAttention
 
 
 def tiny(dim: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = torch.zeros(3, 1, 2, 40, dim, dtype=dtype)
     return q, k, v
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny operations wait for each other for seconds on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -79,6 +72,7 @@ def test_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         check(random_pattern(77, 77, aligned=True), heads=4, kv_heads=2, dim=32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_batch_heads_and_value_dim_in_bfloat16() -> None:
     pattern = random_pattern(63, 70, aligned=True, batch=2, heads=4, block_q=16, q_order=(2, 4), kv_order=(2, 1))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,8 +16,8 @@ from torch import Tensor
 from hf_sparse_attn.cost import tuning
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from tests.kernels.test_triton import BIG, CASES, gpu, make, no_gpu, poisoned, unread
 from tests.support.patterns import random_inputs, random_pattern
+from tests.support.triton_testing import BIG, CASES, gpu, make, no_gpu, poisoned, unread
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 kernel = pytest.importorskip("hf_sparse_attn.kernels.triton_block_sparse")
@@ -121,25 +120,12 @@ def _in_worker(payload: bytes) -> bytes:
         return pickle.dumps(by_kernel(p))
 
 
-def _is_interpreted() -> bool:
-    return bool(parts.runs_interpreted())
-
-
 @pytest.fixture(scope="module")
-def worker() -> Iterator[ProcessPoolExecutor]:
-    """As in test_triton: a process of its own whose Triton interprets."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            patch.setenv("OMP_NUM_THREADS", "1")
-            assert pool.submit(_is_interpreted).result(timeout=120)
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def interpreted(worker: ProcessPoolExecutor) -> Callable[..., list[Tensor]]:
+def interpreted(interpreter: ProcessPoolExecutor) -> Callable[..., list[Tensor]]:
     def run(p: Problem, pieces: tuple[int, int] | None = None) -> list[Tensor]:
-        found: list[Tensor] = pickle.loads(worker.submit(_in_worker, pickle.dumps((p, pieces))).result(timeout=120))
+        found: list[Tensor] = pickle.loads(
+            interpreter.submit(_in_worker, pickle.dumps((p, pieces))).result(timeout=120)
+        )
         return found
 
     return run
@@ -155,14 +141,14 @@ MORE: dict[str, dict[str, Any]] = {
                                             "q_order": (1, 4), "inputs": {"heads": 4, "kv_heads": 2, "dim": 16}},
     "grouped_one_pattern_an_order_for_each_head": {"q_len": 40, "kv_len": 63, "columns": 5, "kv_order": (1, 4),
                                                    "inputs": {"heads": 4, "kv_heads": 2, "dim": 16}},
-    "rows_of_very_different_lengths": {"q_len": 130, "kv_len": 100, "batch": 2, "heads": 2, "empty_rows": (0, 3),
+    "rows_of_very_different_lengths": {"q_len": 130, "kv_len": 63, "batch": 2, "heads": 2, "empty_rows": (0, 3),
                                        "keep": 0.9, "inputs": {"heads": 2, "kv_heads": 2, "batch": 2, "dim": 16}},
     "padded_batch_of_whole_blocks": {"q_len": 63, "kv_len": 70, "batch": 2, "aligned": True, "tiles": 0, "keep": 1.0,
                                      "kv_range": [(5, 45), (17, 17)], "inputs": {"batch": 2, "dim": 16}},
     "dim_96": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 96, "value_dim": 64}},
     "dim_128": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 128}},
     "dim_256": {"q_len": 40, "kv_len": 40, "inputs": {"dim": 256}},
-    "queries_of_128": {"q_len": 150, "kv_len": 200, "block_q": 128, "keep": 0.9, "columns": 5, "inputs": {"dim": 16}},
+    "queries_of_128": {"q_len": 150, "kv_len": 79, "block_q": 128, "keep": 0.9, "columns": 5, "inputs": {"dim": 16}},
 }  # fmt: skip
 ALL = {**CASES, **MORE}
 
@@ -206,7 +192,7 @@ def test_blocks_cut_into_pieces(pieces: tuple[int, int], name: str, interpreted:
 @pytest.mark.parametrize("name", ["unaligned", "columns"])
 def test_keys_cut_finer_than_blocks_of_64(name: str, interpreted: Run) -> None:
     """An unaligned block overlaps up to five tiles of 16 keys."""
-    p = problem({**CASES[name], "block_q": 64, "block_k": 64, "kv_len": 150})
+    p = problem({**CASES[name], "block_q": 64, "block_k": 64, "kv_len": 100})
     check(interpreted(p, (32, 16)), p)
 
 
@@ -242,7 +228,7 @@ def sweep(number: int) -> Problem:
     return p if p.grad_lse is None else p._replace(grad_lse=p.grad_lse * some)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(8))
 def test_random_sweep(number: int, interpreted: Run) -> None:
     p = sweep(number)
     check(interpreted(p), p)
@@ -251,7 +237,7 @@ def test_random_sweep(number: int, interpreted: Run) -> None:
 # ---- what nobody reads
 
 
-@pytest.mark.parametrize("name", ["tiles", "columns", "kv_order", "kv_range", "all", "padded_batch_in_order"])
+@pytest.mark.parametrize("name", ["tiles", "columns", "all", "padded_batch_in_order"])
 def test_unread_keys_have_no_gradient_and_do_not_matter(name: str, interpreted: Run) -> None:
     p = problem({**CASES[name], "keep": 0.2, "tiles": 2})
     nobody = unread(p.pattern, p.q, p.k)
@@ -307,8 +293,8 @@ def _far_in_worker() -> str:
     return "equal" if all(same) else f"differ: {same}"
 
 
-def test_offsets_beyond_32_bits(worker: ProcessPoolExecutor) -> None:
-    found = worker.submit(_far_in_worker).result(timeout=120)
+def test_offsets_beyond_32_bits(interpreter: ProcessPoolExecutor) -> None:
+    found = interpreter.submit(_far_in_worker).result(timeout=120)
     if found.startswith("no memory"):
         pytest.skip(found)
     assert found == "equal"
@@ -329,12 +315,12 @@ def _plan_in_worker(payload: bytes) -> bytes:
     ("size", "q_len", "lead"), [(16, 70, (2, 4)), (32, 70, (2, 4)), (32, 4800, (1, 2))], ids=["16", "32", "long_lists"]
 )
 def test_transposed_blocks(
-    size: int, q_len: int, lead: tuple[int, int], merged: int, worker: ProcessPoolExecutor
+    size: int, q_len: int, lead: tuple[int, int], merged: int, interpreter: ProcessPoolExecutor
 ) -> None:
     """Every row that reads a tile of keys stands in its list once, whole readers first, rows in order."""
     pattern = random_pattern(q_len, 111, batch=lead[0], heads=lead[1])
     payload = pickle.dumps((pattern, size, merged, False))
-    _, found = pickle.loads(worker.submit(_plan_in_worker, payload).result(timeout=60))
+    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))
     walk = plan.Keys(*found)
     whole = replace(pattern, tiles=torch.ones_like(pattern.tiles))
     # Which row covers which key with any block, and which with a whole one.
@@ -354,10 +340,10 @@ def test_transposed_blocks(
 
 
 @pytest.mark.parametrize("merged", [1, 2], ids=["a_list_for_each_head", "two_heads_in_a_list"])
-def test_transposed_columns(merged: int, worker: ProcessPoolExecutor) -> None:
+def test_transposed_columns(merged: int, interpreter: ProcessPoolExecutor) -> None:
     pattern = random_pattern(70, 111, heads=4, keep=0.1, columns=30)
     payload = pickle.dumps((pattern, 16, merged, True))
-    _, found = pickle.loads(worker.submit(_plan_in_worker, payload).result(timeout=60))
+    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))
     walk, seen = plan.Keys(*found), []
     for lead in range(4 // merged):
         places = walk.places[lead, : int(walk.used[lead])].tolist()
@@ -382,9 +368,9 @@ def test_transposed_columns(merged: int, worker: ProcessPoolExecutor) -> None:
     ],
     ids=["short_rows", "long_rows"],
 )
-def test_whole_blocks_stand_first(pattern: BlockPattern, worker: ProcessPoolExecutor) -> None:
+def test_whole_blocks_stand_first(pattern: BlockPattern, interpreter: ProcessPoolExecutor) -> None:
     payload = pickle.dumps((pattern, 32, 1, False))
-    found = plan.Rows(*pickle.loads(worker.submit(_plan_in_worker, payload).result(timeout=60))[0])
+    found = plan.Rows(*pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))[0])
     mixed = 0
     for row in range(pattern.heads * pattern.rows):
         at = row + row // pattern.rows
@@ -423,8 +409,8 @@ def test_heads_that_fit_the_cache_are_one_queue(monkeypatch: pytest.MonkeyPatch)
     assert plan.schedule(pattern, "b", sizes, 1, 4, 10).tolist() == [1, 5, 8, 3, 2, 0, 6, 7, 4, 9, 10, 11]
 
 
-def test_a_plan_is_made_once(worker: ProcessPoolExecutor) -> None:
-    assert worker.submit(_plans_are_kept).result(timeout=60)
+def test_a_plan_is_made_once(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(_plans_are_kept).result(timeout=60)
 
 
 def _plans_are_kept() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,51 +17,44 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn import dispatch
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from tests.support.patterns import FEATURES, Expected, expected, random_inputs, random_pattern
+from tests.support.patterns import Expected, expected, random_inputs, random_pattern
 
 pytest.importorskip("triton", reason="needs the package triton")
 from hf_sparse_attn.kernels import triton_common as common
 from hf_sparse_attn.kernels import triton_int8 as kernel
-from tests.support.triton_testing import TARGETS, Recorder, compile_for, equal, expected_capped, poisoned
+from tests.support.triton_testing import (
+    BIG,
+    TARGETS,
+    Recorder,
+    compile_for,
+    equal,
+    expected_capped,
+    gpu,
+    make,
+    no_gpu,
+    poisoned,
+)
+from tests.support.triton_testing import (
+    CASES as triton_cases,
+)
 
 Outputs = tuple[Tensor, Tensor]
 Quantised = tuple[Tensor, Tensor, Tensor]
 Attention = Callable[..., Outputs]
 
-gpu = pytest.mark.gpu
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
-
-# Arguments of random_pattern() and, under "inputs", of random_inputs().
+# In 16 bits: what is float32 in the others is float16 here.
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"q_len": 70, "kv_len": 111, **feature} for name, feature in FEATURES.items()},
-    "one_token": {"q_len": 1, "kv_len": 1, "keep": 1.0, "tiles": 0, "aligned": True},
-    "one_query": {"q_len": 1, "kv_len": 63, "columns": 5},
-    "tokens_63": {"q_len": 63, "kv_len": 63, "columns": 5},
-    "chunk_70_of_200": {"q_len": 70, "kv_len": 200, "columns": 5},
-    "more_queries_than_keys": {"q_len": 130, "kv_len": 40, "columns": 5},
-    "blocks_64_by_16": {"q_len": 111, "kv_len": 63, "block_q": 64, "block_k": 16, "columns": 5},
-    "blocks_16_by_64": {"q_len": 63, "kv_len": 130, "block_q": 16, "block_k": 64, "columns": 20},
-    "heads_differ": {"q_len": 70, "kv_len": 70, "batch": 2, "heads": 2, "columns": 5, "q_order": (2, 2),
-                     "kv_order": (2, 2), "inputs": {"batch": 2, "kv_heads": 2}},
+    **{
+        name: case
+        for name, case in triton_cases.items()
+        if not name.startswith(("float16", "blocks_16_by", "grouped"))
+    },
+    "blocks_16_by_64": {"q_len": 40, "kv_len": 130, "block_q": 16, "block_k": 64, "columns": 20},
     "grouped_8_to_1": {"q_len": 63, "kv_len": 63, "columns": 5, "inputs": {"heads": 8, "kv_heads": 1}},
-    "padded_batch": {"q_len": 63, "kv_len": 70, "batch": 2, "columns": 5, "kv_range": [(0, 45), (17, 70)],
-                     "inputs": {"batch": 2}},
-    "padded_batch_in_order": {"q_len": 63, "kv_len": 70, "columns": 5, "kv_order": (1, 2), "heads": 2,
-                              "kv_range": [(0, 45)], "inputs": {"kv_heads": 2}},
-    **{f"dim_{dim}": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": dim}} for dim in (40, 96, 128, 256)},
-    "dim_80_value_dim_24": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 80, "value_dim": 24}},
-    "dim_7_value_dim_1": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 7, "value_dim": 1}},
-    "bfloat16": {"q_len": 70, "kv_len": 70, **FEATURES["all"], "inputs": {"dtype": torch.bfloat16}},
-    "bfloat16_unaligned": {"q_len": 70, "kv_len": 70, "inputs": {"dtype": torch.bfloat16}},
-}  # fmt: skip
+    **{f"dim_{dim}": {"q_len": 40, "kv_len": 70, "columns": 5, "inputs": {"dim": dim}} for dim in (96, 128, 256)},
+}
 
-
-def make(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, BlockPattern]:
-    """q, k, v and the pattern of a case."""
-    case = dict(case)
-    inputs = {"heads": 2, "kv_heads": 1, "dim": 32, "dtype": torch.float16, **case.pop("inputs", {})}
-    pattern = random_pattern(**case)
-    return *random_inputs(pattern, **inputs), pattern
+half = partial(make, dtype=torch.float16)
 
 
 def _run_in_worker(payload: bytes) -> bytes:
@@ -230,21 +224,21 @@ def test_equal_keys_need_no_steps(interpreted: Attention) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_same_rounding(case: dict[str, Any], interpreted: Attention, quantised: Any) -> None:
-    q, k, v, pattern = make(case)
+    q, k, v, pattern = half(case)
     as_expected(q, k, v, pattern, 0.3, quantised).check(*interpreted(q, k, v, pattern, 0.3))
 
 
 @pytest.mark.parametrize("case", ["aligned", "all"])
 @pytest.mark.parametrize("pieces", [(16, 16), (32, 16), (16, 32)], ids=lambda p: f"{p[0]}_queries_{p[1]}_keys")
 def test_blocks_cut_into_pieces(pieces: tuple[int, int], case: str, interpreted: Attention, quantised: Any) -> None:
-    q, k, v, pattern = make(CASES[case])
+    q, k, v, pattern = half(CASES[case])
     as_expected(q, k, v, pattern, 0.3, quantised).check(*interpreted(q, k, v, pattern, 0.3, 0.0, pieces))
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.3, 30.0])
 def test_soft_cap(scale: float, interpreted: Attention, quantised: Any) -> None:
     """It bends the whole logits: what the mean key adds goes in before it."""
-    q, k, v, pattern = make(CASES["columns"])
+    q, k, v, pattern = half(CASES["columns"])
     k = k + 2
     want = as_expected(q, k, v, pattern, scale, quantised, 4.0)
     want.check(*interpreted(q, k, v, pattern, scale, 4.0))
@@ -252,13 +246,13 @@ def test_soft_cap(scale: float, interpreted: Attention, quantised: Any) -> None:
 
 
 def test_large_logits_do_not_overflow(interpreted: Attention, quantised: Any) -> None:
-    q, k, v, pattern = make(CASES["columns"])
+    q, k, v, pattern = half(CASES["columns"])
     as_expected(q, k, v, pattern, 200.0, quantised).check(*interpreted(q, k, v, pattern, 200.0))
 
 
 def test_any_strides(interpreted: Attention) -> None:
     """Inputs whose last dimension is not the dense one, or lies within others."""
-    q, k, v, pattern = make(CASES["dim_40"])
+    q, k, v, pattern = half(CASES["dim_40"])
     apart = [x.mT.contiguous().mT for x in (q, k, v)]
     within_nan = [torch.nn.functional.pad(x, (3, 50), value=torch.nan)[..., 3:43] for x in (q, k, v)]
     want = interpreted(q, k, v, pattern, 0.3)
@@ -266,7 +260,7 @@ def test_any_strides(interpreted: Attention) -> None:
 
 
 def test_two_runs_give_the_same_bits(interpreted: Attention) -> None:
-    q, k, v, pattern = make(CASES["all"])
+    q, k, v, pattern = half(CASES["all"])
     assert equal(*(interpreted(q, k, v, pattern, 0.3) for _ in range(2)))
 
 
@@ -320,7 +314,7 @@ def test_error_is_as_documented(dim: int, outliers: bool, interpreted: Attention
 @pytest.mark.parametrize("garbage", [float("nan"), 1e4], ids=["nan", "large"])
 @pytest.mark.parametrize("name", ["kv_range", "padded_batch", "padded_batch_in_order"])
 def test_padding_does_not_matter(name: str, garbage: float, interpreted: Attention) -> None:
-    q, k, v, pattern = make(CASES[name])
+    q, k, v, pattern = half(CASES[name])
     places = torch.arange(k.shape[2])
     assert pattern.kv_range is not None
     padded = (places < pattern.kv_range[:, :1]) | (places >= pattern.kv_range[:, 1:])
@@ -332,7 +326,7 @@ def test_padding_does_not_matter(name: str, garbage: float, interpreted: Attenti
 
 @pytest.mark.parametrize("name", ["tiles", "columns", "all"])
 def test_unread_keys_need_not_be_finite(name: str, interpreted: Attention, quantised: Any) -> None:
-    q, k, v, pattern = make({**CASES[name], "keep": 0.2, "tiles": 2})
+    q, k, v, pattern = half({**CASES[name], "keep": 0.2, "tiles": 2})
     nobody = ~pattern.to_dense().any(2).expand(1, 2, -1).any(1, keepdim=True)[..., None]
     assert nobody.any() and not nobody.all()
     with_nan, with_inf = (
@@ -357,7 +351,7 @@ def test_value_read_only_by_queries_that_do_not_exist(interpreted: Attention) ->
 
 def test_queries_of_a_strip_are_rounded_apart(interpreted: Attention) -> None:
     """A query that is not finite, and one that is large, change no bit of their neighbours."""
-    q, k, v, pattern = make(CASES["unaligned"])
+    q, k, v, pattern = half(CASES["unaligned"])
     dirty = q.clone()
     dirty[:, :, 5], dirty[:, :, 6] = torch.nan, 6e4
     clean, found = interpreted(q, k, v, pattern, 0.3), interpreted(dirty, k, v, pattern, 0.3)
@@ -386,11 +380,6 @@ def tiny(dim: int = 16, value_dim: int = 16, dtype: torch.dtype = torch.float16)
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None = None, grad: bool = False) -> str | None:
     return kernel.TritonInt8.why_not(pattern, q, k, v, grad)
-
-
-@pytest.fixture
-def as_if_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "runs_interpreted", lambda: True)
 
 
 @pytest.mark.usefixtures("as_if_interpreted")
@@ -484,9 +473,10 @@ _PRODUCTS = {"sm_90": ("ptx", "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"
 @pytest.mark.skipif(common.runs_interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
     ("target", "dtype", "dim", "features"),
-    [("sm_90", "bf16", 128, False), ("sm_80", "fp16", 64, False), ("sm_89", "fp16", 80, True),
-     ("gfx942", "bf16", 64, False)],
-    ids=["h100_bfloat16_plain", "a100_float16_plain", "ada_float16_all_features", "mi300_bfloat16_plain"],
+    [pytest.param("sm_90", "bf16", 128, False, id="h100_bfloat16_plain"),
+     pytest.param("sm_80", "fp16", 64, False, id="a100_float16_plain", marks=pytest.mark.slow),
+     pytest.param("sm_89", "fp16", 80, True, id="ada_float16_all_features", marks=pytest.mark.slow),
+     pytest.param("gfx942", "bf16", 64, False, id="mi300_bfloat16_plain", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_compiles_without_a_gpu(target: str, dtype: str, dim: int, features: bool) -> None:
     pad = 128 if dim == 80 else dim
@@ -514,15 +504,6 @@ def test_compiles_without_a_gpu(target: str, dtype: str, dim: int, features: boo
 
 # ---- on a GPU
 
-BIG: dict[str, dict[str, Any]] = {
-    "tokens_4096_blocks_128": {"q_len": 4096, "kv_len": 4096, "block_q": 128, "block_k": 128, "keep": 0.2,
-                               "columns": 100, "inputs": {"heads": 8, "kv_heads": 2, "dim": 128}},
-    "tokens_3001_dim_256": {"q_len": 1000, "kv_len": 3001, "block_q": 64, "block_k": 64, "keep": 0.2,
-                            "kv_range": [(100, 2900)], "inputs": {"dim": 256}},
-    "tokens_2500_blocks_256": {"q_len": 2500, "kv_len": 2500, "block_q": 256, "block_k": 256, "q_order": (1, 1),
-                               "kv_order": (1, 1), "inputs": {"dim": 80}},
-}  # fmt: skip
-
 
 @gpu
 @no_gpu
@@ -531,7 +512,7 @@ BIG: dict[str, dict[str, Any]] = {
 def test_compiled_matches_exact_attention(case: dict[str, Any], dtype: torch.dtype) -> None:
     """A GPU fuses products and sums, so that a number on the border of two steps may fall to the other one: it is
     compared with exact attention, by twice the error of the same rounding in plain torch."""
-    q, k, v, pattern = make({**case, "inputs": {**case.get("inputs", {}), "dtype": dtype}})
+    q, k, v, pattern = half({**case, "inputs": {**case.get("inputs", {}), "dtype": dtype}})
     on_gpu, there = [x.cuda() for x in (q, k, v)], pattern.to("cuda")
     assert why_not(*on_gpu, there) is None
     with poisoned():

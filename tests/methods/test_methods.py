@@ -85,11 +85,17 @@ def chosen(method: hsa.Method, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return pattern
 
 
+MADE: dict[tuple[str, str, str], tuple] = {}
+
+
 def made(name: str, params: dict, layout: str):
-    """(method, context, q, k, v, pattern)."""
-    method = hsa.get_method(name)(**params)
-    ctx, q, k, v = call(LAYOUTS[layout])
-    return method, ctx, q, k, v, chosen(method, q, k, v, ctx)
+    """(method, context, q, k, v, pattern); made once, and changed by no test."""
+    key = name, repr(params), layout
+    if key not in MADE:
+        method = hsa.get_method(name)(**params)
+        ctx, q, k, v = call(LAYOUTS[layout])
+        MADE[key] = method, ctx, q, k, v, chosen(method, q, k, v, ctx)
+    return MADE[key]
 
 
 @pytest.mark.parametrize("name, params, layout", CASES)

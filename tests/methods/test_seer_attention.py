@@ -16,7 +16,8 @@ from hf_sparse_attn.method import Decline
 from hf_sparse_attn.methods.seer_attention import AttnGate, SeerAttention
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 16
 MODEL = Fingerprint("tiny", "llama", 2, HEADS, KV_HEADS, DIM, "", "")

@@ -22,7 +22,9 @@ from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.gates import GateSet
 from tests.support import tiny_wan
 from tests.support.golden import golden
-from tests.support.tiny_wan import one_thread, run  # noqa: F401
+from tests.support.tiny_wan import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Grids with every kind of edge, tiles that fill blocks, straddle them, or are larger than the canvas; and text.
 CASES = {

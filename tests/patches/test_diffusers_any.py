@@ -22,9 +22,11 @@ from hf_sparse_attn.patches.diffusers_any import TOKENS
 from hf_sparse_attn.registry import FAMILIES
 from tests.support import tiny_diffusers as tiny
 from tests.support.tiny_hunyuan import Recorder
-from tests.support.tiny_wan import assert_same, one_thread, spy, state  # noqa: F401
+from tests.support.tiny_wan import assert_same, spy, state
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW: dict[str, Any] = {"window": 20, "sink": 3, "block_size": 16}
 SPARSE: dict[str, Any] = {"backend": "torch_reference", "min_tokens": 0, **WINDOW}
@@ -132,8 +134,13 @@ def test_the_tiny_model_of_a_family_is_of_that_family(family: str) -> None:
     assert all(r.sparse_calls == 1 for r in patch.report().layers)
 
 
-@pytest.mark.parametrize("name", TWO)
-@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
+@pytest.mark.parametrize(
+    "name, whole",
+    [
+        pytest.param(name, whole, id=f"{'whole' if whole else 'blocks'}-{name}", marks=[pytest.mark.slow] * slow)
+        for name, whole, slow in ((TWO[0], True, 0), (TWO[1], False, 0), (TWO[0], False, 1), (TWO[1], True, 1))
+    ],
+)
 def test_compiled(name: str, whole: bool) -> None:
     """Whole graphs by the dispatcher; PyTorch's function ends them. Layers and steps share them, training included."""
     model, given = tiny.build(name)

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
@@ -20,10 +18,11 @@ from hf_sparse_attn.hosts.transformers_encoder import Hints, patch_embedding, wa
 from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.registry import FAMILIES, METHODS
-from tests.patches.test_llama import assert_same_state, state_of
+from tests.support.patched import assert_same_state, register_masked, state_of
 from tests.support.tiny_encoders import CLIP, ENCODERS, GRID, LENGTH, SPECIAL, TEXT, WINDOW, inputs, output
-from tests.support.tiny_lm import one_thread as one_thread
-from tests.support.tiny_lm import padded, positions, tokens
+from tests.support.tiny_lm import mask_spec, padded, positions, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOWED: dict[str, Any] = dict(method="sliding_window", window=9, sink=2, block_size=16, min_tokens=0)
 WHOLE: dict[str, Any] = dict(method="sliding_window", window=1 << 20, sink=0, block_size=16, min_tokens=0)
@@ -81,42 +80,27 @@ def test_every_self_attention_is_sparse_and_a_whole_window_is_dense(family: str)
 # ------------------------------------------------------------------ sparse is what the pattern says
 
 
-class Masked:
-    """An attention function of the test's own: SDPA under the pattern's token mask."""
-
-    method: Method
-    family: str
-
-    @classmethod
-    def attention(cls, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=cls.mask(module, query, key, attention_mask), scale=scaling
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    @classmethod
-    def mask(cls, module, query, key, attention_mask):
-        if cls.family == "vit":
-            layout = TokenLayout.video(1, *GRID, text_before=1)
-        elif getattr(module, "is_causal", False):
-            layout = TokenLayout.causal(key.shape[2])
-        else:
-            layout = TokenLayout.bidirectional(key.shape[2])
-        if "encoder_attn" in module.test_name:
-            return attention_mask
-        heads = dict(num_heads=query.shape[1], num_kv_heads=key.shape[1], head_dim=query.shape[3])
-        found = cls.method.pattern_for(query, key, hsa.Context(layout, scale=module.test_scale, **heads))
-        if isinstance(found, Decline):
-            return attention_mask
-        mask = found.to_dense()
-        return mask if attention_mask is None else mask & attention_mask
+# The method whose pattern is the mask of "test_masked_encoder", and the family that it runs in.
+MASKED: dict[str, Any] = {}
 
 
-AttentionInterface.register("test_masked_encoder", Masked.attention)
-AttentionMaskInterface.register(
-    "test_masked_encoder",
-    lambda **kw: sdpa_mask(**{**kw, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}),
-)
+def mask_of(module, query, key, attention_mask):
+    if MASKED["family"] == "vit":
+        layout = TokenLayout.video(1, *GRID, text_before=1)
+    elif getattr(module, "is_causal", False):
+        layout = TokenLayout.causal(key.shape[2])
+    else:
+        layout = TokenLayout.bidirectional(key.shape[2])
+    if "encoder_attn" in module.test_name:
+        return attention_mask
+    heads = dict(num_heads=query.shape[1], num_kv_heads=key.shape[1], head_dim=query.shape[3])
+    found = MASKED["method"].pattern_for(query, key, hsa.Context(layout, scale=module.test_scale, **heads))
+    if isinstance(found, Decline):
+        return attention_mask
+    return found.to_dense() if attention_mask is None else found.to_dense() & attention_mask
+
+
+register_masked("test_masked_encoder", mask_of)
 
 HAS = {
     "bert": {"bidirectional"},
@@ -135,7 +119,7 @@ EXAMPLES = [
 
 def masked(family: str, method: Method) -> nn.Module:
     """One layer (two would let rounding choose other keys in the second), every module with its name."""
-    Masked.method, Masked.family = method, family
+    MASKED.update(method=method, family=family)
     model = ENCODERS[family]("test_masked_encoder", **ONE_LAYER.get(family, dict(num_hidden_layers=1)))
     for name, module in model.named_modules():
         module.test_name, module.test_scale = name, getattr(module, "scaling", None)
@@ -307,13 +291,6 @@ def test_gradients_equal_those_under_the_mask_with_and_without_checkpointing() -
             assert (one - p.grad).abs().max() <= tolerance("bert") * scale, name
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @torch.no_grad()
 def test_compiled_bert_is_one_graph(fresh_compiler: None) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -384,14 +361,14 @@ def test_dropout_and_attention_weights_stay_dense() -> None:
 
 def test_a_mask_against_the_module_is_dense() -> None:
     """What a call sees must be said alike by its mask and by what an implementation does without one."""
-    from tests.patches.test_llama_masks import mu, spec
+    from transformers import masking_utils as mu
 
     model = ENCODERS["bert"]()
     with hsa.patch(model, **WINDOWED) as patch:
         module = model.encoder.layer[0].attention.self
         q = torch.randn(2, 4, 20, 8)
         attend = AttentionInterface()[model.config._attn_implementation]
-        both, past = spec(mu.bidirectional_mask_function), spec()
+        both, past = mask_spec(mu.bidirectional_mask_function), mask_spec()
         for mask, causal in ((past, None), (both, True), (None, None), (both, None), (past, True)):
             attend(module, q, q, q, mask, **({} if causal is None else {"is_causal": causal}))
         attend(module, q, q.repeat_interleave(2, 2), q.repeat_interleave(2, 2), None)

@@ -8,20 +8,25 @@ from itertools import permutations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE, active_patch
+from tests.support.patched import (
+    WINDOWED,
+    assert_same_state,
+    eight_roundings,
+    register_masked,
+    sparse_share,
+    state_of,
+)
+from tests.support.patterns import Largest
 from tests.support.tiny_lm import EAGER_ONLY, FAMILIES, padded, positions, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = dict(min_tokens=0)
-WINDOWED = dict(method="sliding_window", window=24, sink=3, block_size=32, **SPARSE)
 CASES = [
     pytest.param(name, implementation, id=f"{name}-{implementation}")
     for name in FAMILIES
@@ -51,12 +56,7 @@ def full_budgets() -> list[object]:
 
 @lru_cache
 def tolerance(family: str = "llama") -> float:
-    """Eight times the error that float32 makes in the dense model's logits, against float64."""
-    ids = tokens(2, 111)
-    with torch.no_grad():
-        low = FAMILIES[family]("eager")(ids).logits
-        high = FAMILIES[family]("eager").double()(ids).logits
-    return 8 * float((low - high).abs().max())
+    return eight_roundings(lambda dtype: logits(FAMILIES[family]("eager").to(dtype), tokens(2, 111)))
 
 
 def logits(model, ids, **kwargs):
@@ -66,12 +66,6 @@ def logits(model, ids, **kwargs):
 
 def generate(model, ids, mask, **kwargs):
     return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **kwargs)
-
-
-def sparse_share(patch) -> float:
-    layers = patch.report().layers
-    calls = sum(r.sparse_calls + r.dense_calls for r in layers)
-    return sum(r.sparse_calls for r in layers) / calls
 
 
 # ------------------------------------------------------------------ dense is untouched
@@ -109,28 +103,10 @@ def test_dense_fallback_of_a_sparse_method_changes_no_bit(family, implementation
     with hsa.patch(model, "sliding_window") as patch:
         within = [logits(model, ids, attention_mask=mask), generate(model, ids, mask, cache_implementation="static")]
     assert all(torch.equal(a, b) for a, b in zip(before, within, strict=True))
-    assert sparse_share(patch) == 0
+    assert sparse_share(patch.report().layers) == 0
 
 
 # ------------------------------------------------------------------ removal
-
-
-def state_of(model):
-    modules = {n: {k: v for k, v in m.__dict__.items() if k != "config"} for n, m in model.named_modules()}
-    flat = {n: {k: (id(v), copy.copy(v)) for k, v in d.items()} for n, d in modules.items()}
-    configs = {n: dict(m.config.__dict__) for n, m in model.named_modules() if hasattr(m, "config")}
-    return flat, configs, {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def assert_same_state(before, after):
-    assert before[0].keys() == after[0].keys()
-    for name, values in before[0].items():
-        assert {k: v[0] for k, v in values.items()} == {k: v[0] for k, v in after[0][name].items()}
-        for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            assert values[key][1] == after[0][name][key][1]
-    assert before[1] == after[1]
-    assert before[2].keys() == after[2].keys()
-    assert all(torch.equal(v, after[2][k]) for k, v in before[2].items())
 
 
 @pytest.mark.parametrize("family, implementation", CASES)
@@ -201,23 +177,15 @@ def test_copy_of_a_patched_model_runs_and_saving_leaves_no_name(tmp_path):
 
 # ------------------------------------------------------------------ sparse is what the pattern says
 
-
-class Masked:
-    """An attention function of the test's own: SDPA under the pattern's token mask, keys repeated."""
-
-    method: Method
-
-    @classmethod
-    def attention(cls, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        ctx = hsa.Context.for_tensors(query, key)
-        mask = cls.method.pattern_for(query, key, ctx).to_dense()
-        key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask & attention_mask, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
+# The method whose pattern is the mask of "test_masked".
+MASKED: list[Method] = []
 
 
-AttentionInterface.register("test_masked", Masked.attention)
-AttentionMaskInterface.register("test_masked", lambda **kw: sdpa_mask(**{**kw, "allow_is_causal_skip": False}))
+def masked(module, query, key, attention_mask):
+    return MASKED[0].pattern_for(query, key, hsa.Context.for_tensors(query, key)).to_dense() & attention_mask
+
+
+register_masked("test_masked", masked)
 
 
 @pytest.mark.parametrize("name, params", examples())
@@ -227,13 +195,13 @@ def test_sparse_equals_masked_with_gradients(name, params):
         pytest.skip("has a branch beside its pattern")
     ids = tokens(2, 111)
     model, other = FAMILIES["llama"]("sdpa"), FAMILIES["llama"]("test_masked")
-    Masked.method = cls(**params)
+    MASKED[:] = [cls(**params)]
     want = other(input_ids=ids, labels=ids)
     with hsa.patch(model, name, strict=True, **SPARSE, **params) as patch:
         got = model(input_ids=ids, labels=ids)
         if cls.trainable:
             got.loss.backward()
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     assert (got.logits - want.logits).abs().max() <= tolerance()
     if cls.trainable:
         want.loss.backward()
@@ -252,7 +220,7 @@ def test_full_budget_equals_dense(family, name, budget):
     dense = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
     with hsa.patch(model, name, **SPARSE, **budget) as patch:
         sparse = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
-    assert sparse_share(patch) > 0
+    assert sparse_share(patch.report().layers) > 0
     valid = mask.bool()
     assert (dense - sparse)[valid].abs().max() <= tolerance(family)
 
@@ -272,7 +240,7 @@ def test_full_budget_generates_the_same(name, budget):
             sparse.append(generate(model, *single, prompt_lookup_num_tokens=3))
             sparse.append(generate(model, *single, assistant_model=model))
     assert all(torch.equal(a, b) for a, b in zip(dense, sparse, strict=True))
-    assert 0 < sparse_share(patch) < 1
+    assert 0 < sparse_share(patch.report().layers) < 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -282,7 +250,7 @@ def test_padded_batch_equals_single_runs(name, side):
     ids, mask, singles = padded([61, 111, 40, 61], side)
     with hsa.patch(model, name, strict=True, **SPARSE, **hsa.get_method(name).examples()[0]) as patch:
         batch = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
-        assert sparse_share(patch) == 1
+        assert sparse_share(patch.report().layers) == 1
         for row, single in enumerate(singles):
             alone = logits(model, single)[0]
             assert (batch[row][mask[row].bool()] - alone).abs().max() <= tolerance()
@@ -302,7 +270,7 @@ def test_packed_equals_single_runs(name):
         packed = logits(model, ids, position_ids=place, use_cache=False)
         assert torch.equal(packed, logits(model, ids, position_ids=place, use_cache=False, **flash))
         alone = torch.cat([logits(model, s) for s in singles], 1)
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     assert (packed - alone).abs().max() <= tolerance()
 
 
@@ -318,7 +286,7 @@ def test_chunks_and_decoding_equal_one_shot(cache):
         object.__setattr__(policy, "min_queries", 1)
         whole = logits(model, ids)
         parts = [logits(model, part, past_key_values=kept) for part in ids.split([50, 40, 20, 1], 1)]
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     assert (torch.cat(parts, 1) - whole).abs().max() <= tolerance()
 
 
@@ -361,25 +329,12 @@ def test_lora_trains_only_its_weights(first):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert sparse_share(patch) == 1
+    assert sparse_share(patch.report().layers) == 1
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if "lora_" in k}
     assert active_patch(base.model) is patch
     hsa.unpatch(model)
     assert not any(PATCH_ATTRIBUTE in m.__dict__ or STATE_ATTRIBUTE in m.__dict__ for m in model.modules())
-
-
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returned."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.size = max(self.size, t.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=["whole", "left", "right"])
@@ -389,8 +344,8 @@ def test_memory_grows_with_the_length_not_its_square(side):
         ids, mask, _ = padded([n, n - 99], side) if side else (tokens(2, n), torch.ones(2, n), None)
         with hsa.patch(model, **WINDOWED) as patch, Largest() as largest:
             logits(model, ids, attention_mask=mask)
-        assert sparse_share(patch) == 1
-        sizes.append(largest.size)
+        assert sparse_share(patch.report().layers) == 1
+        sizes.append(largest.bytes)
     assert sizes[1] < 3 * sizes[0]
     # The largest is the logits over the vocabulary, not anything the patch makes.
     assert sizes[1] <= 2 * 2048 * 97 * 4

@@ -13,13 +13,14 @@ from transformers import masking_utils as mu
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE, attend_sparse
-from hf_sparse_attn.hosts.transformers_mask import MaskSpec, packed_spans
+from hf_sparse_attn.hosts.transformers_mask import packed_spans
 from hf_sparse_attn.hosts.transformers_rules import with_cu_seq_lens
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.registry import FAMILIES as REGISTERED
 from hf_sparse_attn.span import Span
-from tests.support.tiny_lm import FAMILIES, WINDOW, padded, positions, tiny_vl, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+from tests.support.tiny_lm import FAMILIES, WINDOW, mask_spec, padded, positions, tiny_vl, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE: dict[str, Any] = dict(method="sliding_window", window=1 << 20, block_size=32, min_tokens=0)
 
@@ -34,16 +35,6 @@ def reasons(patch) -> list[dict[str, int]]:
 
 
 # ------------------------------------------------------------------ reading masks
-
-
-def spec(function=mu.causal_mask_function, q=20, kv=20, q_offset=0, kv_offset=0, padding=None, batch=2) -> MaskSpec:
-    return MaskSpec(
-        "sdpa",
-        dict(
-            batch_size=batch, q_length=q, kv_length=kv, q_offset=q_offset, kv_offset=kv_offset, mask_function=function,
-            attention_mask=padding, device="cpu", dtype=torch.float32, allow_is_causal_skip=False,
-        ),
-    )  # fmt: skip
 
 
 def packing(*lengths: int) -> Any:
@@ -75,34 +66,34 @@ def odd(batch, head, q, k):
 STATIC = dict(q=4, kv=10, q_offset=torch.tensor(3))
 # Every one is turned back into a token mask and compared with what transformers makes of the same arguments.
 PLANS = {
-    "whole": spec(),
-    "chunk": spec(q=5, kv=20, q_offset=15),
-    "static cache": spec(**STATIC),
-    "offset keys": spec(q=6, kv=10, q_offset=10, kv_offset=6),
-    "left": spec(q=6, kv=6, padding=rows("xxxxxx", "..xxxx")),
-    "right": spec(q=6, kv=6, padding=rows("xxx...", "xxxxxx")),
-    "both": spec(q=6, kv=6, padding=rows(".xxx..", "xxxxxx", ".xxx.."), batch=3),
-    "empty row": spec(q=6, kv=6, padding=rows("......", "xxxxxx")),
-    "left, chunk": spec(q=3, kv=6, q_offset=3, padding=rows("xxxxxx", "....xx")),
-    "left, static": spec(**STATIC, padding=rows("xxxxxxx", "..xxxxx")),
-    "right, chunk": spec(q=3, kv=6, q_offset=3, padding=rows("xxxx..", "xxxxxx")),
-    "packed": spec(packing(3, 7, 10), batch=1),
-    "wide window": spec(mu.sliding_window_causal_mask_function(20)),
-    "wide chunks": spec(mu.chunked_causal_mask_function(20, torch.zeros(2, dtype=torch.long))),
-    "bidirectional": spec(mu.bidirectional_mask_function),
-    "bidirectional, padded": spec(mu.bidirectional_mask_function, q=6, kv=6, padding=rows("xxx...", "..xxxx")),
-    "bidirectional, wide window": spec(mu.sliding_window_bidirectional_mask_function(19)),
-    "made bidirectional": spec(mu.or_masks(mu.causal_mask_function, lambda *args: torch.tensor(True))),
-    "no image": spec(union(mu.blockwise_overlay(blocks("....................")))),
-    "images of one token": spec(union(mu.blockwise_overlay(blocks("..0..1..............")))),
-    "image in the past": spec(union(mu.blockwise_overlay(blocks("..0000..............", 1))), 5, 20, 15, batch=1),
-    "no image, wide window": spec(
+    "whole": mask_spec(),
+    "chunk": mask_spec(q=5, kv=20, q_offset=15),
+    "static cache": mask_spec(**STATIC),
+    "offset keys": mask_spec(q=6, kv=10, q_offset=10, kv_offset=6),
+    "left": mask_spec(q=6, kv=6, padding=rows("xxxxxx", "..xxxx")),
+    "right": mask_spec(q=6, kv=6, padding=rows("xxx...", "xxxxxx")),
+    "both": mask_spec(q=6, kv=6, padding=rows(".xxx..", "xxxxxx", ".xxx.."), batch=3),
+    "empty row": mask_spec(q=6, kv=6, padding=rows("......", "xxxxxx")),
+    "left, chunk": mask_spec(q=3, kv=6, q_offset=3, padding=rows("xxxxxx", "....xx")),
+    "left, static": mask_spec(**STATIC, padding=rows("xxxxxxx", "..xxxxx")),
+    "right, chunk": mask_spec(q=3, kv=6, q_offset=3, padding=rows("xxxx..", "xxxxxx")),
+    "packed": mask_spec(packing(3, 7, 10), batch=1),
+    "wide window": mask_spec(mu.sliding_window_causal_mask_function(20)),
+    "wide chunks": mask_spec(mu.chunked_causal_mask_function(20, torch.zeros(2, dtype=torch.long))),
+    "bidirectional": mask_spec(mu.bidirectional_mask_function),
+    "bidirectional, padded": mask_spec(mu.bidirectional_mask_function, q=6, kv=6, padding=rows("xxx...", "..xxxx")),
+    "bidirectional, wide window": mask_spec(mu.sliding_window_bidirectional_mask_function(19)),
+    "made bidirectional": mask_spec(mu.or_masks(mu.causal_mask_function, lambda *args: torch.tensor(True))),
+    "no image": mask_spec(union(mu.blockwise_overlay(blocks("....................")))),
+    "images of one token": mask_spec(union(mu.blockwise_overlay(blocks("..0..1..............")))),
+    "image in the past": mask_spec(union(mu.blockwise_overlay(blocks("..0000..............", 1))), 5, 20, 15, batch=1),
+    "no image, wide window": mask_spec(
         mu.and_masks(union(mu.blockwise_overlay(blocks("." * 20))), mu.sliding_window_overlay(20))
     ),
-    "window or past": spec(
+    "window or past": mask_spec(
         mu.or_masks(mu.sliding_window_causal_mask_function(20), mu.and_masks(mu.causal_mask_function, odd))
     ),
-    "window over packed": spec(mu.and_masks(packing(3, 7, 10), mu.sliding_window_overlay(10)), batch=1),
+    "window over packed": mask_spec(mu.and_masks(packing(3, 7, 10), mu.sliding_window_overlay(10)), batch=1),
 }
 
 
@@ -130,49 +121,53 @@ def test_plan_is_the_mask_of_transformers(case):
 
 
 NO_PLANS = {
-    "holes": (spec(q=6, kv=6, padding=rows("xx.xxx", "xxxxxx")), "padding between", False),
-    "nothing valid": (spec(q=2, kv=2, padding=rows("..", "..")), "no valid token", False),
-    "bidirectional, cached": (spec(mu.bidirectional_mask_function, q=5), "bidirectional mask of 5 queries", False),
+    "holes": (mask_spec(q=6, kv=6, padding=rows("xx.xxx", "xxxxxx")), "padding between", False),
+    "nothing valid": (mask_spec(q=2, kv=2, padding=rows("..", "..")), "no valid token", False),
+    "bidirectional, cached": (
+        mask_spec(mu.bidirectional_mask_function, q=5),
+        "bidirectional mask of 5 queries",
+        False,
+    ),
     "bidirectional window": (
-        spec(mu.sliding_window_bidirectional_mask_function(18)),
+        mask_spec(mu.sliding_window_bidirectional_mask_function(18)),
         "own sliding window of 19",
         True,
     ),
-    "image": (spec(union(mu.blockwise_overlay(blocks("..00................")))), "see ahead", False),
+    "image": (mask_spec(union(mu.blockwise_overlay(blocks("..00................")))), "see ahead", False),
     "image, packed": (
-        spec(mu.or_masks(packing(3, 17), mu.blockwise_overlay(blocks("..00................", 1))), batch=1),
+        mask_spec(mu.or_masks(packing(3, 17), mu.blockwise_overlay(blocks("..00................", 1))), batch=1),
         "see ahead",
         False,
     ),
     "image and more": (
-        spec(union(mu.and_masks(mu.blockwise_overlay(blocks("." * 20)), odd))),
+        mask_spec(union(mu.and_masks(mu.blockwise_overlay(blocks("." * 20)), odd))),
         "unknown kind (odd)",
         False,
     ),
     "two block maps": (
-        spec(union(mu.and_masks(*[mu.blockwise_overlay(blocks("." * 20))] * 2))),
+        mask_spec(union(mu.and_masks(*[mu.blockwise_overlay(blocks("." * 20))] * 2))),
         "unknown kind (two kinds of blocks)",
         False,
     ),
-    "two unions": (spec(mu.and_masks(union(odd), union(odd))), "unknown kind", False),
+    "two unions": (mask_spec(mu.and_masks(union(odd), union(odd))), "unknown kind", False),
     "window or image": (
-        spec(mu.or_masks(mu.sliding_window_causal_mask_function(19), mu.blockwise_overlay(blocks("." * 20)))),
+        mask_spec(mu.or_masks(mu.sliding_window_causal_mask_function(19), mu.blockwise_overlay(blocks("." * 20)))),
         "own sliding window of 19",
         True,
     ),
     "not made bidirectional": (
-        spec(mu.or_masks(mu.causal_mask_function, lambda *args: args[2] >= 0)),
+        mask_spec(mu.or_masks(mu.causal_mask_function, lambda *args: args[2] >= 0)),
         "unknown kind",
         False,
     ),
-    "unknown": (spec(mu.and_masks(mu.causal_mask_function, odd)), "unknown kind (odd)", False),
-    "union": (spec(mu.or_masks(mu.causal_mask_function, odd)), "unknown kind", False),
-    "window": (spec(mu.sliding_window_causal_mask_function(19)), "own sliding window of 19", True),
-    "chunks": (spec(mu.chunked_causal_mask_function(19, torch.zeros(2))), "own chunks of 19", True),
-    "packed, padded": (spec(packing(3, 17), padding=rows("x" * 20)), "packed sequences with", False),
-    "packed, cached": (spec(packing(3, 7), q=10, kv=20, q_offset=10), "packed sequences with", False),
-    "two packings": (spec(mu.and_masks(packing(3, 17), packing(4, 16)), batch=1), "two packings", False),
-    "keys missing": (spec(q=6, kv=10, q_offset=9), "do not fit", False),
+    "unknown": (mask_spec(mu.and_masks(mu.causal_mask_function, odd)), "unknown kind (odd)", False),
+    "union": (mask_spec(mu.or_masks(mu.causal_mask_function, odd)), "unknown kind", False),
+    "window": (mask_spec(mu.sliding_window_causal_mask_function(19)), "own sliding window of 19", True),
+    "chunks": (mask_spec(mu.chunked_causal_mask_function(19, torch.zeros(2))), "own chunks of 19", True),
+    "packed, padded": (mask_spec(packing(3, 17), padding=rows("x" * 20)), "packed sequences with", False),
+    "packed, cached": (mask_spec(packing(3, 7), q=10, kv=20, q_offset=10), "packed sequences with", False),
+    "two packings": (mask_spec(mu.and_masks(packing(3, 17), packing(4, 16)), batch=1), "two packings", False),
+    "keys missing": (mask_spec(q=6, kv=10, q_offset=9), "do not fit", False),
 }
 
 
@@ -185,7 +180,7 @@ def test_no_plan_and_why(case):
 
 
 def test_cu_seq_lens_beside_the_mask():
-    q, plan = torch.zeros(1, 2, 20, 8), spec(batch=1).plan()
+    q, plan = torch.zeros(1, 2, 20, 8), mask_spec(batch=1).plan()
     edges = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
     assert with_cu_seq_lens(plan, "sdpa", q, {}) is plan
     assert "3 sequences" in with_cu_seq_lens(plan, "sdpa", q, {"cu_seq_lens_k": edges}).reason
@@ -208,13 +203,13 @@ def test_packed_rows_alike_are_one_span():
 
 def test_mask_counter_of_a_static_cache_is_read_when_the_mask_is_made():
     counter = torch.tensor(3)
-    mask = spec(q=4, kv=10, q_offset=counter)
+    mask = mask_spec(q=4, kv=10, q_offset=counter)
     counter.add_(4)
     assert mask.plan().kv_end == 7
 
 
 def test_indexing_a_mask_gives_the_tensor():
-    mask = spec()
+    mask = mask_spec()
     assert torch.equal(mask[:, 0], mask.dense("sdpa", torch.device("cpu"))[:, 0])
     assert mask.contiguous() is mask.to("cpu") is mask
     tensor, zeros = mask.dense("sdpa", torch.device("cpu")), torch.zeros(2, 1, 20, 20)
@@ -291,13 +286,13 @@ def test_dropout_and_attention_weights_stay_dense():
 GUARDS = {
     "no mask": (None, {}, "no mask was described"),
     "tensor": (torch.ones(2, 1, 20, 20), {}, "mask given as a Tensor"),
-    "other sizes": (spec(q=20, kv=21, q_offset=1), {}, "mask for [2, 1, 20, 21]"),
-    "other batch": (spec(batch=3), {}, "mask for [3, 1, 20, 20]"),
-    "not causal": (spec(), {"is_causal": False}, "is_causal=False"),
-    "bias": (spec(), {"position_bias": torch.zeros(1)}, "position bias"),
-    "paged": (spec(), {"cache": object()}, "paged cache"),
-    "scaling": (spec(), {"scaling": torch.ones(1)}, "scaling given as a Tensor"),
-    "packing": (spec(), {"cu_seq_lens_k": torch.tensor([0, 9, 20])}, "cu_seq_lens_k"),
+    "other sizes": (mask_spec(q=20, kv=21, q_offset=1), {}, "mask for [2, 1, 20, 21]"),
+    "other batch": (mask_spec(batch=3), {}, "mask for [3, 1, 20, 20]"),
+    "not causal": (mask_spec(), {"is_causal": False}, "is_causal=False"),
+    "bias": (mask_spec(), {"position_bias": torch.zeros(1)}, "position bias"),
+    "paged": (mask_spec(), {"cache": object()}, "paged cache"),
+    "scaling": (mask_spec(), {"scaling": torch.ones(1)}, "scaling given as a Tensor"),
+    "packing": (mask_spec(), {"cu_seq_lens_k": torch.tensor([0, 9, 20])}, "cu_seq_lens_k"),
 }
 
 
@@ -312,10 +307,10 @@ def test_guards(case):
         assert attend_sparse(state, module, q, k, k, mask, kwargs) is None
         assert any(reason in r for r in state.record.dense_reasons)
         # The window is told by the layer alone: the mask says nothing of it.
-        assert attend_sparse(state, module, q, k, k, spec(), {"sliding_window": 19}) is None
-        assert attend_sparse(state, module, q, k[:, :, :19], k[:, :, :19], spec(), {}) is None
+        assert attend_sparse(state, module, q, k, k, mask_spec(), {"sliding_window": 19}) is None
+        assert attend_sparse(state, module, q, k[:, :, :19], k[:, :, :19], mask_spec(), {}) is None
         assert {"layer's own sliding window of 19", "20 queries for 19 keys"} <= set(state.record.dense_reasons)
-        assert attend_sparse(state, module, q, k, k, spec(), {"sliding_window": 20}) is not None
+        assert attend_sparse(state, module, q, k, k, mask_spec(), {"sliding_window": 20}) is not None
         with pytest.raises(ValueError, match="context parallelism"):
             attend_sparse(state, module, q, k, k, None, {"is_causal": True})
 

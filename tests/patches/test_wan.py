@@ -10,9 +10,11 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn.registry import FAMILIES
 from tests.support import tiny_wan
-from tests.support.tiny_wan import assert_close, assert_same, one_thread, run, spy, state, window_mask  # noqa: F401
+from tests.support.tiny_wan import assert_close, assert_same, run, spy, state, window_mask
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PIPELINES = ("t2v", "experts", "low_only", "ti2v", "i2v")
 SPARSE = {"backend": "torch_reference", "min_tokens": 0, "window": 60, "sink": 5, "block_size": 32}

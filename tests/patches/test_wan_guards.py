@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import subprocess
-import sys
 import types
 import weakref
 from dataclasses import dataclass
@@ -20,9 +18,12 @@ from torch import nn
 import hf_sparse_attn as hsa
 from hf_sparse_attn.method import Method
 from tests.support import tiny_wan
-from tests.support.tiny_wan import assert_same, one_thread, run, spy, state, window_mask  # noqa: F401
+from tests.support.processes import run_code
+from tests.support.tiny_wan import assert_same, run, spy, state, window_mask
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = {"backend": "torch_reference", "min_tokens": 0, "window": 60, "sink": 5, "block_size": 32}
 
@@ -112,7 +113,8 @@ def test_other_models_are_refused_without_diffusers() -> None:
         "import sys, torch, hf_sparse_attn.patches.wan as f; d = f.Wan.targets(torch.nn.Linear(2, 2));"
         "assert 'holds no' in d.reason and 'diffusers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("why", ["method", "needs", "processor", "diffusers"])

@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,11 @@ from hf_sparse_attn.profiles.measurements import Case, Measurements
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import is_hub_id
+from tests.support.processes import run_code
 from tests.support.tiny_lm import FAMILIES as LMS
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_lm import tiny_vl, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 METHODS = (
@@ -317,7 +317,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
         f"torch.save(model(input_ids=tokens(2, 111)).logits.detach(), {str(tmp_path / 'out.pt')!r});"
         "assert p.report().density < 1"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "out.pt"), here)
 

@@ -20,7 +20,8 @@ from hf_sparse_attn.profiles.profiled_method import ProfiledMethod, _classes
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.patterns import FEATURES, random_pattern
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GET = hsa.get_method
 

@@ -19,7 +19,8 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.tiny_lm import FAMILIES, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GET = hsa.get_method
 

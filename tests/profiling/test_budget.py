@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from hf_sparse_attn.profiling import budget_milp
 from hf_sparse_attn.profiling.budget import BudgetError, choose, choose_elastic, pareto
 from hf_sparse_attn.profiling.budget_problem import SLACK
+from tests.support.processes import run_code
 
 SOLVERS = ("exact", "milp", "lagrangian")
 # HiGHS works to 1e-6 of numbers that are scaled to 1e4.
@@ -143,6 +142,12 @@ def test_at_most_k_candidates_per_layer(seed: int) -> None:
         for solver in SOLVERS:
             options = {"layers": layers, "max_plans_per_layer": most, "groups": groups}
             assert valid(tuple(choose(damage, cost, 0.5, solver=solver, **options).candidate))
+
+
+def test_dense_is_allowed_whatever_the_floor() -> None:
+    """Its own damage is what the metric leaves of rounding, or a metric in which dense is not 0."""
+    damage, cost = [[0.5, 0.2], [0.05, 0.05]], [[1.0, 0.1], [1.0, 0.1]]
+    assert choose(damage, cost, 1.0, floor=0.1).candidate.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -427,7 +432,7 @@ def test_without_scipy_the_lagrangian_chooses_and_says_so() -> None:
         "try: choose([[0, .5]], [[1, .2]], .5, solver='milp')\n"
         "except ImportError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_code(code)
     assert done.stderr == ""
     proven, warned, best, missing = done.stdout.splitlines()
     assert proven == "[0, 0]" and best == "[1, 2] True"

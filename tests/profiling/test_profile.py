@@ -23,7 +23,9 @@ from hf_sparse_attn.profiling.tally import Tally
 from hf_sparse_attn.registry import FAMILIES as FAMILIES_OF_MODELS
 from tests.support import tiny_wan
 from tests.support.patterns import Largest
-from tests.support.tiny_lm import FAMILIES, one_thread, padded, tiny_vl, tokens  # noqa: F401
+from tests.support.tiny_lm import FAMILIES, padded, tiny_vl, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILY_NAMES = FAMILIES_OF_MODELS.names()
 

@@ -9,7 +9,9 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiling.run import from_measurements
 from tests.support import planted
-from tests.support.tiny_lm import one_thread, tokens  # noqa: F401
+from tests.support.tiny_lm import tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, SIZE = 500, planted.BLOCK
 GRID = (6, 8, 9)

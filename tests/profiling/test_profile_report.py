@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -27,6 +26,7 @@ from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.plots import method_styles
 from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from tests.support.processes import run_code
 
 HOSTILE = '<script src="http://evil.example/x.js">alert(1)</script>\'"&$\\frac{1}$'
 CANDIDATES = (
@@ -363,7 +363,7 @@ def test_the_summary_does_not_load_matplotlib(saved: Path) -> None:
         "import sys; from hf_sparse_attn.cli.commands import main\n"
         f"main(['report', {str(saved)!r}]); print('matplotlib' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_code(code)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 

@@ -22,11 +22,12 @@ from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.matching import divergence, output_error
 from tests.support.patterns import Largest
 from tests.support.tiny_lm import FAMILIES, tokens
-from tests.support.tiny_lm import one_thread as one_thread
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTH = 150
 BLOCKS: dict[str, Any] = {"method": "block_topk", "params": {"density": 0.3, "block_size": 16}, "min_tokens": 0}

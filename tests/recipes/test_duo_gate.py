@@ -20,7 +20,8 @@ from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.text.data import TextSettings
 from hf_sparse_attn.training.text.model import load_language_model
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = TextSettings(source="needles", length=256, needles=3)
 

@@ -20,7 +20,8 @@ from hf_sparse_attn.settings import build_config, plain
 from hf_sparse_attn.shipped.corpus import needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.training.rope_scaling import scale_rope
 from hf_sparse_attn.training.text.model import load_language_model
-from tests.support.tiny_lm import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTH = 301
 TRAINED = ("embed_tokens", "norm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,8 @@ from hf_sparse_attn.training.video.vae import encode_first_frame, encode_video
 from tests.support import tiny_hunyuan, tiny_wan
 
 pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOME = SceneClass("cross", "blue", "down-left")
 SCENES = SceneSettings(frames=4, height=12, width=12, turn=3, clips=0)
@@ -627,11 +629,3 @@ def test_clips_up_to_the_turn_are_as_without() -> None:
     assert torch.equal(with_motion(empty, [SOME]), with_motion(empty, [SOME], turn=12))
     long = with_motion(torch.zeros(1, 3, 23, 24, 24), [SOME], turn=12)
     assert torch.equal(long[:, :, :12], with_motion(empty, [SOME])) and torch.equal(long, long.flip(2))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

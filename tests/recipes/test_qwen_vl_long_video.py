@@ -18,12 +18,13 @@ from hf_sparse_attn.recipe import Run, read_recipe
 from hf_sparse_attn.recipes.qwen_vl_long_video import QwenVLTask
 from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, process, read_sample, write_sample
 from hf_sparse_attn.training.loop import train
-from tests.support.tiny_lm import one_thread as one_thread
 from tests.support.tiny_qwen import BEGIN, END, MERGE, PIXELS, VIDEO, prompt, tiny_qwen
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SIZES = [(4, 3, 5), (3, 4, 4), (5, 3, 3), (4, 2, 6), (2, 5, 5)]

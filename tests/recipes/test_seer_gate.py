@@ -20,7 +20,8 @@ from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.text.data import TextSettings
 from tests.support.tiny_lm import FAMILIES
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 16
 DATA = TextSettings(source="needles", length=256, needles=3)

@@ -24,7 +24,8 @@ from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.text.data import TextSettings
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE, HEADS, KV_HEADS, DIM = 16, 4, 2, 8
 MODEL = Fingerprint("tiny", "llama", 1, HEADS, KV_HEADS, DIM, "", "")

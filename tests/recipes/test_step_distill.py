@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -36,6 +33,7 @@ from hf_sparse_attn.training.video.material import HELD_OUT
 from hf_sparse_attn.training.video.prompts import read_prompts
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from tests.support import tiny_prompts
+from tests.support.processes import run_code
 
 pytest.importorskip("peft")
 
@@ -336,11 +334,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeypatch:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*call, str(tmp_path / "two")], capture_output=True, text=True, timeout=240, env=env, check=False
-    )
+    code = f"import runpy, torch; torch.set_num_threads(1); found = runpy.run_path({__file__!r}); "
+    done = run_code(code + f"found['program'](found['Path']({str(tmp_path / 'two')!r}))", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     program(tmp_path / "one")
     one, two = (load_file(tmp_path / n / "result" / "adapter_model.safetensors") for n in ("one", "two"))
@@ -590,7 +585,3 @@ def test_the_report_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "page" / "step_distill.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="`runs` must hold a finished training, got none in"):
         step_distill_report.main(["--runs", str(tmp_path), "--output", str(tmp_path / "page")])
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

@@ -24,7 +24,8 @@ pytest.importorskip("accelerate")
 
 from hf_sparse_attn.recipes.vsa_gate import SparsitySchedule, VsaGate, VsaGateTask
 from hf_sparse_attn.shipped.moving import load_moving_wan
-from tests.support.tiny_wan import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # 256 tokens in four tiles.
 SCENES = SceneSettings(frames=4, height=16, width=16, turn=3, clips=0)

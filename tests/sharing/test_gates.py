@@ -24,7 +24,8 @@ from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.gates import find_gates, gate_of
 from hf_sparse_attn.span import Span
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KIND = "seer_attention"
 MODEL = Fingerprint("tiny", "llama", 3, 4, 2, 8, "", "")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 VOCAB = 97
@@ -81,15 +80,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 EAGER_ONLY = frozenset({"gemma2", "gpt_oss"})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread for the modules that import this: with tiny tensors more of them only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them special."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -141,3 +131,20 @@ def tiny_vl(implementation: str) -> tuple[Any, dict[str, Any]]:
         pixel_values_videos=torch.randn(2 * 8 * 12, 96, generator=torch.Generator().manual_seed(0)),
         video_grid_thw=torch.tensor([[2, 8, 12]]),
     )
+
+
+def mask_spec(function: Any = None, q: int = 20, kv: int = 20, q_offset: int = 0, kv_offset: int = 0,
+              padding: torch.Tensor | None = None, batch: int = 2) -> Any:  # fmt: skip
+    """What transformers asks a mask for, causal where no `function` is given."""
+    from transformers import masking_utils
+
+    from hf_sparse_attn.hosts.transformers_mask import MaskSpec
+
+    function = masking_utils.causal_mask_function if function is None else function
+    return MaskSpec(
+        "sdpa",
+        dict(
+            batch_size=batch, q_length=q, kv_length=kv, q_offset=q_offset, kv_offset=kv_offset, mask_function=function,
+            attention_mask=padding, device="cpu", dtype=torch.float32, allow_is_causal_skip=False,
+        ),
+    )  # fmt: skip

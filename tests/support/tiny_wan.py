@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -201,12 +200,3 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert all(torch.equal(v, after[name][k]) for k, v in value.items())
         else:
             assert value == after[name], name
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost more than they do at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share: poisoned memory, calls written down instead of launched, compiling for a GPU."""
+"""What tests of Triton kernels share: problems, poisoned memory, calls written down, compiling for a GPU."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from tests.support.patterns import Expected
+from tests.support.patterns import FEATURES, Expected, random_inputs, random_pattern
 
 # Triton's name of a target, and bytes of shared memory that one program may use there.
 TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
@@ -20,6 +21,59 @@ TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
     "sm_90": (("cuda", 90, 32), 232_448),
     "gfx942": (("hip", "gfx942", 64), 65_536),
 }
+
+
+gpu = pytest.mark.gpu
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+
+# Arguments of random_pattern() and, under "inputs", of random_inputs().
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"q_len": 45, "kv_len": 79, **feature} for name, feature in FEATURES.items()},
+    "one_token": {"q_len": 1, "kv_len": 1, "keep": 1.0, "tiles": 0, "aligned": True},
+    "one_query": {"q_len": 1, "kv_len": 63, "columns": 5},
+    "tokens_63": {"q_len": 63, "kv_len": 63, "columns": 5},
+    "chunk_45_of_120": {"q_len": 45, "kv_len": 120, "columns": 5},
+    "more_queries_than_keys": {"q_len": 70, "kv_len": 40, "columns": 5},
+    "blocks_16": {"q_len": 63, "kv_len": 63, "block_q": 16, "block_k": 16, "columns": 20},
+    "blocks_64_by_16": {"q_len": 70, "kv_len": 63, "block_q": 64, "block_k": 16, "columns": 5},
+    "blocks_16_by_64": {"q_len": 40, "kv_len": 130, "block_q": 16, "block_k": 64, "columns": 5},
+    "heads_differ": {"q_len": 40, "kv_len": 63, "batch": 2, "heads": 2, "columns": 5, "q_order": (2, 2),
+                     "kv_order": (2, 2), "inputs": {"batch": 2, "kv_heads": 2}},
+    "grouped_4_to_1": {"q_len": 63, "kv_len": 63, "columns": 5, "inputs": {"heads": 4, "kv_heads": 1}},
+    "padded_batch": {"q_len": 63, "kv_len": 70, "batch": 2, "columns": 5, "kv_range": [(0, 45), (17, 70)],
+                     "inputs": {"batch": 2}},
+    "padded_batch_in_order": {"q_len": 63, "kv_len": 70, "columns": 5, "kv_order": (1, 2), "heads": 2,
+                              "kv_range": [(0, 45)], "inputs": {"kv_heads": 2}},
+    "dim_40": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 40}},
+    "dim_80_value_dim_24": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 80, "value_dim": 24}},
+    "dim_7_value_dim_1": {"q_len": 63, "kv_len": 70, "columns": 5, "inputs": {"dim": 7, "value_dim": 1}},
+    "float16": {"q_len": 45, "kv_len": 63, **FEATURES["all"], "inputs": {"dtype": torch.float16}},
+    "float16_unaligned": {"q_len": 45, "kv_len": 63, "inputs": {"dtype": torch.float16}},
+    "bfloat16": {"q_len": 45, "kv_len": 63, **FEATURES["all"], "inputs": {"dtype": torch.bfloat16}},
+    "bfloat16_unaligned": {"q_len": 45, "kv_len": 63, "inputs": {"dtype": torch.bfloat16}},
+}  # fmt: skip
+BIG: dict[str, dict[str, Any]] = {
+    "tokens_4096_blocks_128": {"q_len": 4096, "kv_len": 4096, "block_q": 128, "block_k": 128, "keep": 0.2,
+                               "columns": 100, "inputs": {"heads": 8, "kv_heads": 2, "dim": 128}},
+    "tokens_3001_dim_256": {"q_len": 1000, "kv_len": 3001, "block_q": 64, "block_k": 64, "keep": 0.2,
+                            "kv_range": [(100, 2900)], "inputs": {"dim": 256}},
+    "tokens_2500_blocks_256": {"q_len": 2500, "kv_len": 2500, "block_q": 256, "block_k": 256, "q_order": (1, 1),
+                               "kv_order": (1, 1), "inputs": {"dim": 80}},
+}  # fmt: skip
+
+
+def make(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, BlockPattern]:
+    """q, k, v and the pattern of a case."""
+    case = dict(case)
+    inputs = {"heads": 2, "kv_heads": 1, "dim": 32, "dtype": dtype, **case.pop("inputs", {})}
+    pattern = random_pattern(**case)
+    return *random_inputs(pattern, **inputs), pattern
+
+
+def unread(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [batch, kv_heads, kv_len]: keys that no query of the group reads."""
+    read = pattern.to_dense().any(2).expand(q.shape[0], q.shape[1], -1)
+    return ~read.unflatten(1, (k.shape[1], -1)).any(2)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.sparse import check_backward
 from tests.support.tiny_lm import FAMILIES, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, warmup_steps=1)
 LORA = LoraSettings(targets=("q_proj", "v_proj"), rank=4, trained=("norm",))

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -37,7 +36,9 @@ from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
 from hf_sparse_attn.training.sparse import make_patch
 from tests.support import tiny_lm, tiny_wan
 from tests.support.lora_cases import CASES, assert_same, shake, snapshot
-from tests.support.tiny_lm import one_thread as one_thread
+from tests.support.processes import run_code
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_model = pytest.mark.parametrize("name", CASES)
 WINDOW = SparseSettings(
@@ -801,9 +802,10 @@ def test_another_base_is_warned_of(saved: Path, caplog: Any) -> None:
 def test_importing_the_names_does_not_import_peft() -> None:
     code = (
         "import sys, hf_sparse_attn as hsa; hsa.load_bundle, hsa.save_bundle, hsa.push_bundle; "
-        "import hf_sparse_attn.training.lora.adapter; print('peft' in sys.modules, 'diffusers' in sys.modules)"
+        "import hf_sparse_attn.training.lora.adapter, hf_sparse_attn.training.lora.file; "
+        "print('peft' in sys.modules, 'diffusers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_code(code)
     assert done.stdout.strip() == "False False", done.stderr
 
 

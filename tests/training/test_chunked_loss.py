@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.training.chunked_loss import CausalParts, chunked_cross_entropy
-from tests.support.tiny_lm import FAMILIES, VOCAB, one_thread, tokens  # noqa: F401
+from tests.support.tiny_lm import FAMILIES, VOCAB, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The heads of these do more to their logits than a matrix product: Cohere scales them, Gemma 2 caps them.
 MODELS = ["llama", "qwen3", "gemma2"]

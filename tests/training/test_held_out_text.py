@@ -15,7 +15,8 @@ from hf_sparse_attn.training.text.data import TextSample, TextSettings, open_tex
 from hf_sparse_attn.training.text.held_out import HeldOutScores, held_out_figures, held_out_settings, open_held_out
 from hf_sparse_attn.training.text.model import load_language_model
 from tests.support.tiny_lm import FAMILIES, VOCAB, tokens
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 NEEDLES = TextSettings(source="needles", length=701, needles=9)

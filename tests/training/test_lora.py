@@ -23,7 +23,8 @@ from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from tests.support import tiny_hunyuan, tiny_lm, tiny_wan
 from tests.support.lora_cases import CASES, LM, VIDEO, assert_same, shake, snapshot
-from tests.support.tiny_lm import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_model = pytest.mark.parametrize("name", CASES)
 CPU_BACKENDS = ("torch_reference", "torch_gather", "cpp_block_sparse")

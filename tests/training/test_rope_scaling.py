@@ -8,7 +8,9 @@ import torch
 import transformers
 
 from hf_sparse_attn.training.rope_scaling import RopeSettings, rotary_modules, scale_rope
-from tests.support.tiny_lm import FAMILIES, VOCAB, one_thread, tiny_vl, tokens  # noqa: F401
+from tests.support.tiny_lm import FAMILIES, VOCAB, tiny_vl, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = 63
 

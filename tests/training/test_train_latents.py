@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_sparse_attn.training.video import latents as train_latents
 from hf_sparse_attn.training.video.latents import INDEX, LatentData, LatentSample, LatentWriter, write_latents
+from tests.support.processes import exit_code
 
 # Above the bytes of two samples of `_sample` and below those of three.
 SHARD = 5000
@@ -122,21 +122,20 @@ def test_a_finished_folder_is_opened_and_not_written(tmp_path: Path) -> None:
 
 def test_kill_between_shards_and_index(tmp_path: Path) -> None:
     """A process that ends at once, with a shard on the disk that the index does not name yet."""
-    code = f"""
-        import os, sys
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from hf_sparse_attn.training.video import latents as train_latents
-        from tests.training.test_train_latents import SHARD, _samples
+
+    def run() -> None:
         real, calls = train_latents.LatentWriter._write_index, []
-        def write(self):
+
+        def write(self: Any) -> None:
             calls.append(0)
             if len(calls) == 3:
                 os._exit(9)
             real(self)
+
         train_latents.LatentWriter._write_index = write
-        train_latents.write_latents({str(tmp_path / "latents")!r}, _samples(), SHARD)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120).returncode == 9
+        write_latents(tmp_path / "latents", _samples(), SHARD)
+
+    assert exit_code(run) == 9
     assert len(_shards(tmp_path / "latents")) == 2
     index = json.loads((tmp_path / "latents" / INDEX).read_text())
     assert {s["shard"] for s in index["samples"]} == {"latents-00000.safetensors"}
@@ -146,13 +145,10 @@ def test_kill_between_shards_and_index(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_of_the_system_and_loses_nothing(tmp_path: Path) -> None:
-    program = textwrap.dedent(
-        """
-        import resource, sys
-        import torch
-        from hf_sparse_attn.training.video.latents import LatentSample, LatentWriter
+    folder, said = tmp_path / "latents", tmp_path / "said"
 
-        writer = LatentWriter(sys.argv[1])
+    def run() -> None:
+        writer = LatentWriter(folder)
         writer.add(LatentSample(torch.zeros(1, 1, 9, 9), {}))
         writer.flush()
         # No file can be larger than this, as on a disk that has no more room.
@@ -161,17 +157,12 @@ def test_a_full_disk_is_an_error_of_the_system_and_loses_nothing(tmp_path: Path)
         try:
             writer.flush()
         except OSError as error:
-            print(error)
-        """
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    call = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False, env=env)
-    assert f"{tmp_path}/latents-00001.safetensors must have room on its disk" in done.stdout, done.stderr
-    assert len(LatentWriter(tmp_path)) == 1 and {path.name for path in tmp_path.iterdir()} == {
-        INDEX,
-        "latents-00000.safetensors",
-    }
+            said.write_text(str(error))
+
+    assert exit_code(run) == 0
+    assert f"{folder}/latents-00001.safetensors must have room on its disk" in said.read_text()
+    assert len(LatentWriter(folder)) == 1
+    assert {path.name for path in folder.iterdir()} == {INDEX, "latents-00000.safetensors"}
 
 
 def test_left_over_files_are_removed_when_they_are_old(tmp_path: Path) -> None:

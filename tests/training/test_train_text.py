@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from hf_sparse_attn.shipped.corpus import needle_document, standard_library_text
 from hf_sparse_attn.training.text import data as train_text
 from hf_sparse_attn.training.text import source as train_text_source
 from hf_sparse_attn.training.text.data import TextData, TextSettings, document_weights, open_text, sample_order
+from tests.support.processes import exit_code
 
 DOCUMENTS = [f"Chapter {i}.\n" + f"the fox number {i * 37} jumps over {i} dogs.\r\n" * (3 + i % 5) for i in range(23)]
 LENGTH = 63
@@ -451,20 +450,18 @@ def test_an_exception_in_the_middle_leaves_nothing(
 
 def test_a_kill_in_the_middle_leaves_nothing_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = _jsonl(tmp_path), tmp_path / "cache"
-    code = f"""
-        import os
-        from pathlib import Path
-        from hf_sparse_attn.training.text import data as train_text
-        train_text._BATCH_CHARACTERS = 300
+
+    def run() -> None:
         real, calls = train_text._encode, []
-        def encode(*given):
+
+        def encode(*given: Any) -> Any:
             calls.append(0)
             return os._exit(9) if len(calls) == 3 else real(*given)
-        train_text._encode = encode
-        settings = train_text.TextSettings(source={str(source)!r}, length={LENGTH})
-        train_text.open_text(settings, None, seed=5, cache=Path({str(cache)!r}))
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120).returncode == 9
+
+        train_text._BATCH_CHARACTERS, train_text._encode = 300, encode
+        open_text(TextSettings(source=str(source), length=LENGTH), None, seed=5, cache=cache)
+
+    assert exit_code(run) == 9
     (left,) = cache.iterdir()
     assert left.name.startswith(".")
     # Another process may still be writing to it, so it stays for a while.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import struct
-import subprocess
 import sys
-import textwrap
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from hf_sparse_attn.training.video.vae import (
     placed,
 )
 from tests.support import tiny_hunyuan, tiny_prompts, tiny_wan
+from tests.support.processes import exit_code
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 CAPTIONS = {"a": "a cat walks", "b": "", "deep/c": "the grass, seen from above"}
@@ -343,21 +343,18 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_kill_keeps_what_was_encoded(tmp_path: Path) -> None:
     """The process ends at once while its third video is encoded."""
     source, cache = _videos(tmp_path / "videos"), tmp_path / "cache"
-    code = f"""
-        import os, sys
-        from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from hf_sparse_attn.training.video import data as train_videos
-        from tests.training.test_train_videos import FakePipe
+
+    def run() -> None:
         real, calls = train_videos.encode_video, []
-        def encode(*given):
+
+        def encode(*given: Any) -> Any:
             calls.append(0)
             return os._exit(9) if len(calls) == 3 else real(*given)
+
         train_videos.encode_video = encode
-        settings = train_videos.VideoSettings(source={str(source)!r}, frames=5, height=32, width=48)
-        train_videos.open_videos(settings, FakePipe(), cache=Path({str(cache)!r}), shard_bytes=1)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120).returncode == 9
+        open_videos(_settings(source), FakePipe(), cache=cache, shard_bytes=1)
+
+    assert exit_code(run) == 9
     pipe = FakePipe()
     with _counted(pipe.vae) as calls:
         data = open_videos(_settings(source), pipe, cache=cache, shard_bytes=1)

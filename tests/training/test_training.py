@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from hf_sparse_attn.recipe import OptimizerSettings, Run
 from hf_sparse_attn.training import files as training_files
 from hf_sparse_attn.training.loop import Interrupted, train
+from tests.support.processes import exit_code, run_code
 from tests.support.train_toy import Toy, ToyTask
 
 PROGRAM = Path(__file__).parents[1] / "support" / "train_toy.py"
@@ -37,9 +39,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def program(
     folder: Path, resume: bool = False, processes: int = 1, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launch = launch if processes > 1 else [sys.executable]
-    call = [*launch, str(PROGRAM), str(folder), json.dumps(settings), str(int(resume))]
+    call = (str(folder), json.dumps(settings), str(int(resume)))
+    return run_code(f"from tests.support.train_toy import main; main(*{call!r})", processes=processes)
+
+
+def launched(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Two processes as people start them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call = [*launch, str(PROGRAM), str(folder), json.dumps(settings), "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(call, capture_output=True, text=True, timeout=120, env=env, check=False)
 
@@ -152,8 +159,9 @@ def test_only_the_last_checkpoint_stays_and_none_in_the_end(tmp_path: Path) -> N
 def test_killed_and_resumed_ends_with_the_same_bits(
     whole: Path, tmp_path: Path, kill_at: int, save_every: int
 ) -> None:
-    killed = program(tmp_path, dropout=0.2, kill_at=kill_at, save_every=save_every)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "result").exists()
+    toy = Toy(dropout=0.2, kill_at=kill_at, save_every=save_every)
+    assert exit_code(lambda: train(toy, tmp_path, progress=False)) == -signal.SIGKILL
+    assert not (tmp_path / "result").exists()
     # What kills it is a setting like any other; here it must be let go.
     settings = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**settings, "kill_at": None}))
@@ -209,8 +217,8 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path: Path) -> No
 
 
 def test_an_evaluation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
-    killed = program(tmp_path, kill_at=4, evaluate_every=3, save_every=3)
-    assert killed.returncode == -signal.SIGKILL
+    toy = Toy(kill_at=4, evaluate_every=3, save_every=3)
+    assert exit_code(lambda: train(toy, tmp_path, progress=False)) == -signal.SIGKILL
     settings = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**settings, "kill_at": None}))
     train(Toy(evaluate_every=3), tmp_path, resume=True, progress=False)
@@ -259,7 +267,7 @@ def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
     # Weights that no sample of a step reaches have no gradient: Adam leaves them, and does not decay them.
     train(Toy(lonely=True), tmp_path / "one", progress=False)
     # The signal comes to one of the two; both must stop after the same step.
-    stopped = program(tmp_path / "two", processes=2, lonely=True, term_at=2)
+    stopped = launched(tmp_path / "two", lonely=True, term_at=2)
     told = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
     assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
     again = {"resume": True, "processes": 2, "lonely": True, "term_at": 2}
@@ -277,7 +285,6 @@ def test_two_processes_stopped_and_resumed_equal_one(tmp_path: Path) -> None:
     assert told == [first, {}], finished.stderr[-2000:]
 
 
-@pytest.mark.slow
 def test_a_signal_to_all_processes_is_told_as_one(tmp_path: Path) -> None:
     # As after Ctrl-C in a terminal: the numbers of the signals make no sum.
     stopped = program(tmp_path / "two", processes=2, term_at=2, term_all=True)
@@ -285,7 +292,6 @@ def test_a_signal_to_all_processes_is_told_as_one(tmp_path: Path) -> None:
     assert told == [{"stopped": 3, "signal": signal.SIGTERM}] * 2, stopped.stderr[-2000:]
 
 
-@pytest.mark.slow
 def test_processes_that_see_other_folders_do_not_go_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(Toy(term_at=2), tmp_path / "rank0", progress=False)
@@ -387,23 +393,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
-    held = subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(tmp_path), json.dumps({"pause": 60.0}), "0"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    held = multiprocessing.get_context("fork").Process(
+        target=train, args=(Toy(pause=60.0, threads=1), tmp_path), kwargs={"progress": False}
     )
+    held.start()
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         with pytest.raises(ValueError, match="`output` must be a folder that no other process trains in"):
-            train(Toy(pause=60.0), tmp_path, resume=True, progress=False)
+            train(Toy(pause=60.0, threads=1), tmp_path, resume=True, progress=False)
     finally:
         held.kill()
-        held.wait()
+        held.join()
     # A process that was killed holds nothing.
     settings = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**settings, "pause": 0.0}))
-    train(Toy(), tmp_path, resume=True, progress=False)
+    train(Toy(threads=1), tmp_path, resume=True, progress=False)
     assert not (tmp_path / ".lock").exists()
 
 

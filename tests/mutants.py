@@ -1,0 +1,303 @@
+"""Breaks a guard, runs the tests that should notice, and tells which guards nobody misses.
+
+    python tests/mutants.py [--only NAME] [--jobs N]
+
+Each mutant changes one text in a copy of the tree. It is killed when the tests then fail, and survives when they pass.
+Ends with 1 where a mutant survives, its text is not found once, or the tests fail without any change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)
+from tests.support.processes import Server  # noqa: E402  (found from the root alone)
+
+GUARDS = "tests/core/test_guards.py"
+BUDGET = "tests/profiling/test_budget.py"
+COST = "tests/cost/test_cost.py"
+DECIDED = "tests/core/test_decision.py"
+
+
+class Mutant(NamedTuple):
+    """One change of one file, and the files of tests one of which must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = GUARDS
+
+
+POLICY, METHOD, DISPATCH = "hf_sparse_attn/policy.py", "hf_sparse_attn/method.py", "hf_sparse_attn/dispatch.py"
+BACKEND = "hf_sparse_attn/backend.py"
+REGISTRY, CHOICE = "hf_sparse_attn/registry.py", "hf_sparse_attn/profiling/budget.py"
+JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
+SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
+
+MUTANTS = [
+    Mutant("queries, one more", POLICY, "ctx.layout.q_len < self.min_queries", "ctx.layout.q_len <= self.min_queries"),
+    Mutant("queries, one fewer by default", POLICY, "min_queries: int = 16", "min_queries: int = 15"),
+    Mutant("queries, never", POLICY, "if ctx.layout.q_len < self.min_queries:", "if False:"),
+    Mutant("keys, one more", POLICY, "ctx.layout.kv_len < fewest:", "ctx.layout.kv_len <= fewest:"),
+    Mutant("keys, never by the table", POLICY, "fewest = fewest_keys(ctx, device)", "fewest = 0"),
+    Mutant("layers, one more", POLICY, "ctx.layer < layers if", "ctx.layer <= layers if"),
+    Mutant("layers, the others", POLICY, "else ctx.layer in layers", "else ctx.layer not in layers"),
+    Mutant("layers, negative", POLICY, "or n < 0 for n in numbers", "or n < -1 for n in numbers"),
+    Mutant("layers, truth values", POLICY, "isinstance(n, bool) or not isinstance(n, int)", "not isinstance(n, int)"),
+    Mutant("steps, one more at the start", POLICY, "ctx.step < start", "ctx.step <= start"),
+    Mutant("steps, one fewer at the end", POLICY, "ctx.step >= ctx.num_steps - end", "ctx.step > ctx.num_steps - end"),
+    Mutant("steps, rounding of floats", POLICY, "ctx.num_steps - 1e-9)", "ctx.num_steps)"),
+    Mutant("steps, rounded down", POLICY, "math.ceil(share", "math.floor(share"),
+    Mutant("steps, all of them", POLICY, "not 0 <= share <= 1", "not 0 <= share < 1"),
+    Mutant("steps, three shares", POLICY, "if len(self.dense_steps) != 2:", "if len(self.dense_steps) < 2:"),
+    Mutant("tokens, negative", POLICY, "or self.min_tokens < 0", "or self.min_tokens < -1"),
+    Mutant("tokens, a text", POLICY, "isinstance(self.min_tokens, (bool, str))", "isinstance(self.min_tokens, bool)"),
+    Mutant("needs, always causal", METHOD, '"causal": layout.is_causal', '"causal": True'),
+    Mutant("needs, always bidirectional", METHOD, '"bidirectional": not layout.is_causal', '"bidirectional": True'),
+    Mutant("needs, always a video", METHOD, '"video grid": layout.video_part is not None', '"video grid": True'),
+    Mutant(
+        "needs, not asked",
+        METHOD,
+        "if reason is not None:\n            return Decline(reason)",
+        "if False:\n            pass",
+    ),
+    Mutant(
+        "reads, what is there", METHOD, "getattr(ctx.inputs, name, None) is None]", "getattr(ctx.inputs, name, None)]"
+    ),
+    Mutant("reads, nothing", METHOD, "for name in sorted(self.reads) if", "for name in () if"),
+    Mutant("parameters of a ready method", REGISTRY, "        if params:\n", "        if False:\n"),
+    Mutant("unknown parameters", REGISTRY, "    if unknown:\n", "    if False:\n"),
+    Mutant("axes", DISPATCH, "if t.ndim != 4:", "if t.ndim < 4:"),
+    Mutant("whole numbers", DISPATCH, "if not t.is_floating_point():", "if False:"),
+    Mutant("dtypes of arguments", DISPATCH, "if t.dtype != q.dtype or t.device", "if t.device"),
+    Mutant("devices of arguments", DISPATCH, "or t.device != q.device:", ":"),
+    Mutant("values of other tokens", DISPATCH, "if k.shape[:3] != v.shape[:3]:", "if k.shape[:2] != v.shape[:2]:"),
+    Mutant("keys of another batch", DISPATCH, "if q.shape[0] != k.shape[0] or q", "if q"),
+    Mutant("keys of another dim", DISPATCH, "or q.shape[3] != k.shape[3]:", ":"),
+    Mutant("heads that do not divide", DISPATCH, "or q.shape[1] % k.shape[1]:", ":"),
+    Mutant("no heads", DISPATCH, "if k.shape[1] == 0 or q", "if q"),
+    Mutant("pattern of other lengths", DISPATCH, "    if want != got:\n", "    if want[0] != got[0]:\n"),
+    Mutant("pattern of another batch", DISPATCH, "if size not in (1, limit):", "if size < 1:"),
+    Mutant("dtypes of a call", DISPATCH, "if not q.dtype == k.dtype == v.dtype:", "if not q.dtype == k.dtype:"),
+    Mutant("refused by name", BACKEND, "if reason is not None:\n            raise", "if False:\n            raise"),
+    Mutant(
+        "refused by auto",
+        BACKEND,
+        "if reason is None:\n            return name, found",
+        "if True:\n            return name, found",
+    ),
+    Mutant("ranks", BACKEND, "key=lambda n: (ranks[n], n)", "key=lambda n: n, reverse=True"),
+    Mutant("devices without a rank", BACKEND, "for n, rank in ranks.items() if rank is not None)", "for n in ranks)"),
+    Mutant("gradients that are not recorded", DISPATCH, "torch.is_grad_enabled() and (q.req", "(q.req"),
+    Mutant("gradients of values", DISPATCH, "or k.requires_grad or v.requires_grad)", "or k.requires_grad)"),
+    Mutant("names of entries", REGISTRY, "or name != name.lower():", ":"),
+    Mutant("taken names", REGISTRY, "and _origin(known) != _origin(entry):", "and False:"),
+    Mutant(
+        "unknown names",
+        REGISTRY,
+        "        if name not in self._entries:\n            raise",
+        "        if False:\n            raise",
+    ),
+    Mutant(
+        "methods that are none",
+        REGISTRY,
+        "if not (isinstance(entry, type) and issubclass(entry, Method)):",
+        "if False:",
+    ),
+    Mutant("backends without attention", REGISTRY, 'in ("why_not", "attention"):', 'in ("why_not",):'),
+    Mutant("families without install", REGISTRY, '("targets", "install", "tiny")', '("targets", "tiny")'),
+    Mutant("broken files of ours", REGISTRY, 'or error.name.split(".")[0] == "hf_sparse_attn":', ":"),
+    Mutant("broken files without a name", REGISTRY, "if error.name is None or error", "if error.name and error"),
+    Mutant("dense beyond the floor", CHOICE, "    kept[:, 0] = True\n", "", BUDGET),
+    Mutant("damage at the floor", CHOICE, "damage <= limit[:, :, None]", "damage < limit[:, :, None]", BUDGET),
+    Mutant("negative floors", CHOICE, "np.isnan(limit).any() or (limit < 0).any()", "np.isnan(limit).any()", BUDGET),
+    Mutant(
+        "negative budgets", CHOICE, "np.isnan(limits).any() or (limits < 0).any()", "np.isnan(limits).any()", BUDGET
+    ),
+    Mutant(
+        "negative damage", CHOICE, "np.isnan(values).any() or (values < 0).any()", "np.isnan(values).any()", BUDGET
+    ),
+    Mutant(
+        "budgets below the least", CHOICE, "if (np.array(least) * units > problem.limit).any():", "if False:", BUDGET
+    ),
+    Mutant("time of 0 seconds", CHOICE, "if not time_limit > 0:", "if not time_limit >= 0:", BUDGET),
+    Mutant("no plans in a layer", CHOICE, "np.integer)) or most < 1:", "np.integer)) or most < 0:", BUDGET),
+    Mutant("losses, one more", JUDGE, "if self.losses >= LOSSES:", "if self.losses > LOSSES:", COST),
+    Mutant("losses, never", JUDGE, "            return PAUSED\n", "            pass\n", COST),
+    Mutant(
+        "pays, without a margin",
+        JUDGE,
+        "self.sparse < cost.MARGIN * self.dense\n",
+        "self.sparse < 9 * self.dense\n",
+        COST,
+    ),
+    Mutant("own time, not counted", JUDGE, "if not with_own.pays:", "if False:", COST),
+    Mutant("pauses, not heeded", DECISION, "    if session.pauses:", "    if False:", DECIDED),
+    Mutant("pauses, counted", DECISION, 'Decision("paused", counted=False)', 'Decision("paused")', DECIDED),
+    Mutant(
+        "shapes, pauses of steady calls",
+        DECISION,
+        "if left == math.inf or (left and not steady)",
+        "if left == math.inf or left",
+        DECIDED,
+    ),
+    Mutant(
+        "shapes, pauses that do not end",
+        DECISION,
+        "known[shape] = decision, left - 1",
+        "known[shape] = decision, left",
+        DECIDED,
+    ),
+    Mutant(
+        "shapes, without policy and method",
+        DECISION,
+        "decision = of_call(session, ctx, q.device)",
+        "decision = SPARSE",
+        DECIDED,
+    ),
+    Mutant(
+        "shapes, steady calls learn", DECISION, "and not steady:\n        left", "and True:\n        left", DECIDED
+    ),
+    Mutant("shapes, one pause fewer", DECISION, "if left >= 0 else SPARSE", "if left > 0 else SPARSE", DECIDED),
+    Mutant(
+        "the word of a method",
+        DECISION,
+        "return of_sequence(session, ctx, device) if word is None else Decision(word)",
+        "return of_sequence(session, ctx, device)",
+        DECIDED,
+    ),
+    Mutant(
+        "bounds where sparse was asked for",
+        DECISION,
+        'session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE',
+        "session.judge.bound(q, ctx))",
+        DECIDED,
+    ),
+    Mutant("trials that are judged", DECISION, '"auto" and not record.on_trial', '"auto"', DECIDED),
+    Mutant("trials that teach", DECISION, "self.learns = not record.on_trial and", "self.learns =", DECIDED),
+    Mutant("steady calls that teach", DECISION, "and not session.steady(q, k, v)", "and True", DECIDED),
+    Mutant("not worth it, not asked before", DECISION, "if self.auto and not self.known:", "if False:", DECIDED),
+    Mutant("not worth it, run all the same", DECISION, "if self.auto and not prediction.pays", "if False", DECIDED),
+    Mutant(
+        "worth it by prediction alone",
+        DECISION,
+        "if self.auto and not prediction.pays",
+        "if not prediction.pays",
+        DECIDED,
+    ),
+    Mutant("fallbacks, always", SESSION, "        if found.fallback:\n", "        if True:\n", DECIDED),
+    Mutant("fallbacks, never", SESSION, "        if found.fallback:\n", "        if False:\n", DECIDED),
+    Mutant("counted, always", SESSION, "        if found.counted:\n", "        if True:\n", DECIDED),
+    Mutant("strict, not heeded", SESSION, "        if self.strict:\n", "        if False:\n", DECIDED),
+    Mutant("one sequence that is not whole", SESSION, "spans[0].is_whole(q, k)", "True", DECIDED),
+    Mutant("sequences, none sparse", SESSION, "if not any(results):", "if not all(results):", DECIDED),
+    Mutant(
+        "declined, run all the same", SESSION, "        if isinstance(done, Decline):", "        if False:", DECIDED
+    ),
+    Mutant(
+        "watchers of trials",
+        SESSION,
+        "self.watcher is not None and not record.on_trial",
+        "self.watcher is not None",
+        DECIDED,
+    ),
+    Mutant("declined, no fallback", SESSION, "fallback=True))", "fallback=False))", DECIDED),
+    Mutant(
+        "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
+    ),
+]
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the files that git knows or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        source, target = ROOT / name, folder / name
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    return folder
+
+
+class Job:
+    """A copy of the tree, and a process to run tests in it without importing torch each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree, self.server = copied(folder), Server()
+
+    def passes(self, tests: str) -> bool:
+        """Whether tests pass in the tree."""
+        call = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests.split()]
+        # No byte code: a file may change within the second in which it was read.
+        code = f"import sys; sys.dont_write_bytecode = True; import pytest; sys.exit(pytest.main({call!r}))"
+        return self.server.run(code, cwd=self.tree, OMP_NUM_THREADS="1").returncode == 0
+
+    def fate(self, mutant: Mutant) -> str:
+        """What becomes of a mutant; the tree is as before afterwards."""
+        file = self.tree / mutant.file
+        before = file.read_text() if file.exists() else ""
+        if before.count(mutant.old) != 1:
+            return f"text found {before.count(mutant.old)} times"
+        file.write_text(before.replace(mutant.old, mutant.new))
+        try:
+            return "SURVIVED" if self.passes(mutant.tests) else "killed"
+        finally:
+            file.write_text(before)
+
+
+def results(mutants: list[Mutant], jobs: int, folder: Path) -> Iterator[tuple[Mutant, str, float]]:
+    """Mutants with their fates and seconds, in order."""
+    free: Queue[Job] = Queue()
+    for number in range(jobs):
+        free.put(Job(folder / str(number)))
+    for tests in sorted({mutant.tests for mutant in mutants}):
+        job = free.get()
+        if not job.passes(tests):
+            sys.exit(f"{tests} fails without any change")
+        free.put(job)
+
+    def one(mutant: Mutant) -> tuple[Mutant, str, float]:
+        job, begin = free.get(), time.monotonic()
+        try:
+            return mutant, job.fate(mutant), time.monotonic() - begin
+        finally:
+            free.put(job)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, mutants)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of the names of those that run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    if not chosen:
+        parser.error(f"--only must be part of a name, got {options.only!r}")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for mutant, what, seconds in results(chosen, options.jobs, Path(folder)):
+            failed += what != "killed"
+            print(f"{what:<10} {mutant.name:<36} {mutant.file:<40} {seconds:5.0f} s", flush=True)
+    print(f"{len(chosen) - failed} of {len(chosen)} killed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
