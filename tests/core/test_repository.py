@@ -125,7 +125,7 @@ def test_the_wheel_has_the_recipes_that_users_run(wheel: Path, tmp_path: Path) -
     )  # fmt: skip
     assert "'moving_wan_vsa'" in done.stdout and "step_distill\n2" in done.stdout, done.stderr
     assert "'byte_llama'" not in done.stdout and "'moving_wan'" not in done.stdout
-    assert "recipe 'byte_llama' made a model of the package: it is in the repository alone" in done.stderr
+    assert "recipe 'byte_llama' made a model that comes with the package: it is in the repository alone" in done.stderr
 
 
 def test_a_clone_without_links_works(tmp_path: Path) -> None:
