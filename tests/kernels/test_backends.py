@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.dispatch import auto_order, run_pattern
+from hf_sparse_attn.backend import auto_order
+from hf_sparse_attn.dispatch import run_pattern
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
