@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -169,17 +170,20 @@ def _mixed_calls(
     def attend(found: BlockPattern, at: Sequence[int] | slice = slice(None)) -> Tensor:
         return run_pattern(q[:, at], k[:, at], v[:, at], replace(found), scale)[0]
 
+    def one_launch(kinds: list[BlockPattern]) -> Tensor:
+        return attend(BlockPattern.stack_heads(kinds, order))
+
+    def two_launches(kinds: list[BlockPattern]) -> Tensor:
+        return torch.cat([attend(one, at) for one, at in zip(kinds, own, strict=True)], 1)[:, order]
+
     calls: dict[str, Call] = {NEW[0]: lambda: attend(pattern)}
-    for kind, block in zip(NEW[1:], (options.block, max(16, options.block // 2)), strict=True):
-        sizes = enumerate((options.block, block))
+    for name, block in zip(NEW[1:], (options.block, max(16, options.block // 2)), strict=True):
         kinds = [
             random_pattern(pattern.kv_len, len(own[seed]), size, density, options.causal, seed).to(q.device)
-            for seed, size in sizes
+            for seed, size in enumerate((options.block, block))
         ]
-        calls[f"{kind}, one launch"] = lambda kinds=kinds: attend(BlockPattern.stack_heads(kinds, order))
-        calls[f"{kind}, two launches"] = lambda kinds=kinds: torch.cat(
-            [attend(one, at) for one, at in zip(kinds, own, strict=True)], 1
-        )[:, order]
+        calls[f"{name}, one launch"] = partial(one_launch, kinds)
+        calls[f"{name}, two launches"] = partial(two_launches, kinds)
     return calls
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
         figures = json.loads((folder / "figures.json").read_text())
         runs[how] = {**figures, "losses": [line["loss"] for line in log_of(folder) if "loss" in line]}
         # A dense step is long: one is enough.
-        runs[how]["cost"] = cached(folder / "cost.json", lambda f=folder: cost_of_a_step(LlamaLongContext, f, 1))
+        runs[how]["cost"] = cached(folder / "cost.json", partial(cost_of_a_step, LlamaLongContext, folder, 1))
     used = own.sparse if own.profile is None else replace(own.sparse, method=str(sparse / "profile"))
     if recipes["dense"] != replace(own, train_with="dense"):
         again = cached(dense / "reread.json", lambda: reread(recipes["dense"], dense, used))
@@ -122,7 +123,7 @@ def collect(sparse: Path, dense: Path, fresh_seed: int | None = None) -> dict[st
             longest = (max(own.lengths),)
             other = replace(recipes[how], held_out_seed=fresh_seed, evaluation_lengths=longest)
             file = folders[how] / f"fresh-{fresh_seed}.json"
-            fresh |= cached(file, lambda o=other, h=how: reread(o, folders[h], used, (h,)))
+            fresh |= cached(file, partial(reread, other, folders[how], used, (how,)))
     bare = cached(sparse / "unstretched.json", lambda: unstretched(own, sparse / "unstretched"))
     commands = [f"hf-sparse-attn train {_NAME} --output SPARSE"]
     commands.append(f"hf-sparse-attn train {_NAME} train_with=dense --output DENSE")

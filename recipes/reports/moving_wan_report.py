@@ -79,8 +79,8 @@ def head_table(model: Any, clips: int, first_seed: int, steps: int) -> list[dict
     """
     watch = _Watch(sums={})
     with patch(model, watch, min_tokens=0):
-        for row, scene in enumerate(draw_classes(clips, first_seed)):
-            sample(model, [scene], _FRAMES, _SIDE, _SIDE, steps, first_seed + row)
+        for number, scene in enumerate(draw_classes(clips, first_seed)):
+            sample(model, [scene], _FRAMES, _SIDE, _SIDE, steps, first_seed + number)
     rows = []
     for (layer, head), seen in sorted(watch.sums.items()):
         told = torch.stack(seen).mean(0).tolist()

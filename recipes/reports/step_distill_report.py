@@ -24,7 +24,8 @@ from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.plot import machine
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.reports.page import cells, grid, log_of, machine_line, recipe_of, strip, write
-from hf_sparse_attn.recipes.step_distill import SceneMaker, StepDistill
+from hf_sparse_attn.recipes.step_distill import StepDistill
+from hf_sparse_attn.recipes.step_distill_task import SceneMaker
 from hf_sparse_attn.shipped.moving import draw_classes
 from hf_sparse_attn.training.sparse import make_patch
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def evaluated(folder: Path, when: str, clips: int, held_out: int) -> tuple[dict[
         clips: that are sampled.
         held_out: samples of the loss.
     """
-    recipe = recipe_of(WanLongVideo, folder)
+    recipe: Any = recipe_of(WanLongVideo, folder)
     file = folder / "evaluation" / f"{when}.safetensors"
     if not file.is_file():
         torch.set_num_threads(1)
@@ -92,7 +93,8 @@ def evaluated(folder: Path, when: str, clips: int, held_out: int) -> tuple[dict[
             made = {"flow_loss": torch.tensor(task.held_out_loss(), dtype=torch.float64)}
             if task.patch is not None:
                 made["density"] = torch.tensor(task.patch.report().density, dtype=torch.float64)
-            drawn = torch.cat([task.material.clip(place) for place in range(clips)])
+            material: Any = task.material
+            drawn = torch.cat([material.clip(place) for place in range(clips)])
         file.parent.mkdir(exist_ok=True)
         save_file({**made, "clips": (drawn * 255).round().byte()}, file)
     kept = load_file(file)
@@ -124,9 +126,7 @@ def _length(runs: Path, times: int, clips: int, held_out: int) -> dict[str, Any]
         for when, name in (("before", f"{kind}, not adapted"), ("after", f"{kind} + LoRA")):
             if when == "before" or (folder / "result").is_dir():
                 found["rows"][name], found["sampled"][name] = evaluated(folder, when, clips, held_out)
-        cost = cached(
-            folder / "evaluation" / "step.json", lambda run=folder: cost_of_a_step(WanLongVideo, run, 3, threads=1)
-        )
+        cost = cached(folder / "evaluation" / "step.json", partial(cost_of_a_step, WanLongVideo, folder, 3, threads=1))
         found["steps"][kind] = {
             "density": found["rows"][f"{kind}, not adapted"].get("density", 1.0),
             "processor_seconds": cost["cpu_seconds"],
