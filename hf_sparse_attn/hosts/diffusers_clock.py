@@ -50,7 +50,8 @@ class Clock:
     @property
     def generation(self) -> Generation:
         """The one that runs in this thread."""
-        return (_GENERATIONS.get() or {}).get(self, Generation())
+        known = _GENERATIONS.get()
+        return Generation() if known is None else known.get(self, Generation())
 
     def _note(self, **changes: Any) -> None:
         # A copy, for a context that was copied (a task, a thread) shares the dictionary.
