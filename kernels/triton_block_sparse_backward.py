@@ -12,19 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse_attn.kernels.triton_block_sparse_parts import (
-    Launch,
-    is_wide,
-    jit,
-    launched,
-    load_tokens,
-    logits_of,
-    masked_stages,
-    on_device,
-    padded,
-    tokens_at,
-    valid_range,
-)
+from hf_sparse_attn.kernels.triton_block_sparse_parts import is_wide, launched, logits_of, masked_stages
 from hf_sparse_attn.kernels.triton_block_sparse_plan import (
     Keys,
     Share,
@@ -35,7 +23,18 @@ from hf_sparse_attn.kernels.triton_block_sparse_plan import (
     schedule,
     share_of,
 )
-from hf_sparse_attn.kernels.triton_common import LOG2E, runs_interpreted
+from hf_sparse_attn.kernels.triton_block_sparse_rows import factors, logit_gradient, run_rows
+from hf_sparse_attn.kernels.triton_common import (
+    Launch,
+    constants_of,
+    jit,
+    load_tokens,
+    on_device,
+    padded,
+    rows_dense,
+    tokens_at,
+    valid_range,
+)
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 # Queries of one program of `_prepare`.
@@ -73,147 +72,6 @@ def _prepare(  # type: ignore[no-untyped-def]
     tl.store(delta + at, total, mask=exists)
     # exp2(logit - inf) = 0: a query without keys has weights 0.
     tl.store(base2 + at, tl.where(own == -float("inf"), float("inf"), own * 1.4426950408889634), mask=exists)
-
-
-@jit
-def _logit_gradient(  # type: ignore[no-untyped-def]
-    logits, bounded, base2, products, delta, keep, KEEP: tl.constexpr, HAS_CAP: tl.constexpr
-):
-    """Weights of the softmax and the gradient of the products of query and key, without the factor; 0 if not kept."""
-    weight = tl.exp2(logits - base2)
-    slope = weight * (products - delta)
-    if HAS_CAP:
-        slope = slope * (1.0 - bounded * bounded)
-    if KEEP:
-        weight = tl.where(keep, weight, 0.0)
-        slope = tl.where(keep, slope, 0.0)
-    return weight, slope
-
-
-@jit
-def _queries(  # type: ignore[no-untyped-def]
-    q, k, v, grad, delta, base2, dq, order, indptr, starts, tile_ids, wholes, tiles, read, column_indptr, columns,
-    q_order, kv_order, kv_range,
-    q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
-    g_batch, g_head, g_token, g_dim, dq_batch, dq_head, dq_token, dq_dim,
-    lead_batch, lead_head, q_order_batch, q_order_head, kv_order_batch, kv_order_head, range_batch,
-    heads, group, rows, q_len, kv_len, read_rows, factor, cap, scale,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr, HAS_Q_ORDER: tl.constexpr, HAS_KV_ORDER: tl.constexpr, HAS_RANGE: tl.constexpr,
-    HAS_CAP: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradient of M queries of one row and head: the walk of the forward."""
-    strips: tl.constexpr = BLOCK_Q // M
-    pieces: tl.constexpr = BLOCK_K // N
-    FAR: tl.constexpr = HAS_KV_ORDER or WIDE
-    item = tl.load(order + tl.program_id(0) // strips)
-    row = item % rows
-    head_of_all = item // rows
-    batch = (head_of_all // heads).to(tl.int64)
-    head = (head_of_all % heads).to(tl.int64)
-
-    lane = (tl.program_id(0) % strips) * M + tl.arange(0, M)
-    place = row * BLOCK_Q + lane
-    exists = place < q_len
-    query = tokens_at(q_order + batch * q_order_batch + head * q_order_head, place, exists, HAS_Q_ORDER)
-    zero = row * 0
-    queries = load_tokens(
-        q + batch * q_batch + head * q_head, zero, query, exists, q_token, q_dim, DIM, DIM_PAD, True, True, UPCAST
-    )
-    grads = load_tokens(
-        grad + batch * g_batch + head * g_head, zero, query, exists, g_token, g_dim, VALUE_DIM, VALUE_PAD, True, True,
-        UPCAST,
-    )  # fmt: skip
-    stat = (batch * heads + head) * q_len + query
-    shift = tl.load(base2 + stat, mask=exists, other=float("inf"))[:, None]
-    mean = tl.load(delta + stat, mask=exists, other=0.0)[:, None]
-    keys_of = k + batch * k_batch + (head // group) * k_head
-    values_of = v + batch * v_batch + (head // group) * v_head
-    kv_order += batch * kv_order_batch + head * kv_order_head
-    low, high = valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE)
-    result = tl.zeros([M, DIM_PAD], tl.float32)
-
-    lead = batch * lead_batch + head * lead_head
-    indptr += lead * (rows + 1) + row
-    first = tl.load(indptr)
-    count = (tl.load(indptr + 1) - first).to(tl.int32)
-    whole = tl.load(wholes + lead * rows + row)
-    inner = tl.arange(0, N)
-
-    # Loaded a step ahead as in the forward.
-    last = first + whole - 1
-    ahead = tl.load(starts + first, mask=whole > 0, other=0)
-    for i in range(0, whole * pieces):
-        start = ahead + (i % pieces) * N
-        ahead = tl.load(starts + tl.minimum(first + (i + 1) // pieces, last))
-        base = start
-        key = inner
-        if HAS_KV_ORDER:
-            key = tl.load(kv_order + start + inner)
-            base = start * 0
-        valid = inner < N
-        if HAS_RANGE:
-            valid = (base + key >= low) & (base + key < high)
-        keys = load_tokens(keys_of, base, key, valid, k_token, k_dim, DIM, DIM_PAD, HAS_RANGE, FAR, UPCAST)
-        values = load_tokens(values_of, base, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, HAS_RANGE, FAR, UPCAST)
-        logits, bounded = logits_of(queries, keys, factor, cap, HAS_CAP)
-        products = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        _, slope = _logit_gradient(logits, bounded, shift, products, mean, valid[None, :], HAS_RANGE, HAS_CAP)
-        result = tl.dot(slope.to(keys.dtype), keys, result, input_precision="ieee")
-
-    # Keys that no query of the row reads are not loaded: gradient 0 times a NaN key would be NaN.
-    read += tl.where(row == rows - 1, read_rows, 0) * BLOCK_K
-    last = first + count - 1
-    ahead = tl.load(starts + last, mask=count > whole, other=0)
-    tile_ahead = tl.load(tile_ids + last, mask=count > whole, other=0)
-    for i in tl.range(0, (count - whole) * pieces, num_stages=STAGES):
-        within = (i % pieces) * N + inner
-        start = ahead
-        tile = tile_ahead.to(tl.int64)
-        entry = tl.maximum(last - (i + 1) // pieces, first + whole)
-        ahead = tl.load(starts + entry)
-        tile_ahead = tl.load(tile_ids + entry)
-        valid = start + within < kv_len
-        base = start
-        key = within
-        if HAS_KV_ORDER:
-            key = tl.load(kv_order + start + within, mask=valid, other=0)
-            base = start * 0
-        if HAS_RANGE:
-            valid = valid & (base + key >= low) & (base + key < high)
-        valid = valid & (tl.load(read + tile * BLOCK_K + within) != 0)
-        keys = load_tokens(keys_of, base, key, valid, k_token, k_dim, DIM, DIM_PAD, True, FAR, UPCAST)
-        values = load_tokens(values_of, base, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, FAR, UPCAST)
-        logits, bounded = logits_of(queries, keys, factor, cap, HAS_CAP)
-        products = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        cell = tiles + tile * (BLOCK_Q * BLOCK_K) + (lane[:, None] * BLOCK_K + within[None, :])
-        keep = (tl.load(cell) != 0) & valid[None, :]
-        _, slope = _logit_gradient(logits, bounded, shift, products, mean, keep, True, HAS_CAP)
-        result = tl.dot(slope.to(keys.dtype), keys, result, input_precision="ieee")
-
-    if HAS_COLUMNS:
-        column_indptr += lead * (rows + 1) + row
-        first = tl.load(column_indptr)
-        count = (tl.load(column_indptr + 1) - first).to(tl.int32)
-        for i in range(0, count, N):
-            valid = i + inner < count
-            key = tl.load(columns + first + i + inner, mask=valid, other=0)
-            key = tokens_at(kv_order, key, valid, HAS_KV_ORDER)
-            if HAS_RANGE:
-                valid = valid & (key >= low) & (key < high)
-            keys = load_tokens(keys_of, zero, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, UPCAST)
-            values = load_tokens(values_of, zero, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
-            logits, bounded = logits_of(queries, keys, factor, cap, HAS_CAP)
-            products = tl.dot(grads, tl.trans(values), input_precision="ieee")
-            _, slope = _logit_gradient(logits, bounded, shift, products, mean, valid[None, :], True, HAS_CAP)
-            result = tl.dot(slope.to(keys.dtype), keys, result, input_precision="ieee")
-
-    # A query without keys keeps 0: none of its pairs is kept, whatever comes in for its output and log-sum-exp.
-    result = result * scale
-    dim_lane = tl.arange(0, DIM_PAD)
-    to = dq + batch * dq_batch + head * dq_head + query.to(tl.int64)[:, None] * dq_token + dim_lane[None, :] * dq_dim
-    tl.store(to, result.to(dq.dtype.element_ty), mask=exists[:, None] & (dim_lane < DIM)[None, :])
 
 
 @jit
@@ -341,7 +199,7 @@ def _keys(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 logits, bounded = logits_of(keys, queries, factor, cap, HAS_CAP)
                 products = tl.dot(values, tl.trans(grads), input_precision="ieee")
-                weight, slope = _logit_gradient(logits, bounded, shift, products, mean, valid[:, None], False, HAS_CAP)
+                weight, slope = logit_gradient(logits, bounded, shift, products, mean, valid[:, None], False, HAS_CAP)
                 value_grad = tl.dot(weight.to(grads.dtype), grads, value_grad, input_precision="ieee")
                 key_grad = tl.dot(slope.to(queries.dtype), queries, key_grad, input_precision="ieee")
         item_ahead = _item(items, bits, begin + whole, spare, count > whole, COLUMNS)
@@ -374,7 +232,7 @@ def _keys(  # type: ignore[no-untyped-def]
                     keep = ((word[:, None] >> tl.arange(0, M).to(tl.int64)[None, :]) & 1) != 0
             logits, bounded = logits_of(keys, queries, factor, cap, HAS_CAP)
             products = tl.dot(values, tl.trans(grads), input_precision="ieee")
-            weight, slope = _logit_gradient(logits, bounded, shift, products, mean, keep, True, HAS_CAP)
+            weight, slope = logit_gradient(logits, bounded, shift, products, mean, keep, True, HAS_CAP)
             value_grad = tl.dot(weight.to(grads.dtype), grads, value_grad, input_precision="ieee")
             key_grad = tl.dot(slope.to(queries.dtype), queries, key_grad, input_precision="ieee")
 
@@ -405,7 +263,7 @@ def gradients(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     batch, heads, q_len, _ = q.shape
     # A gradient that was only expanded is one number for a whole row: its copy is read in wide loads.
-    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    grad_out = rows_dense(grad_out)
     lse = lse.contiguous()
     # Apart: a view of half a tensor is aligned for some lengths only, which would compile the kernels anew.
     delta, base2 = torch.empty_like(lse), torch.empty_like(lse)
@@ -416,35 +274,10 @@ def gradients(
             heads, q_len, VALUE_DIM=v.shape[3], VALUE_PAD=padded(v.shape[3]), M=_STRIP, HAS_LSE=grad_lse is not None,
             num_warps=4,
         )  # fmt: skip
-        dq = _gradient_of_queries(grad_out, q, k, v, delta, base2, p, scale, softcap)
+        dq = torch.empty_like(q)
+        run_rows(q, k, v, dq, p, scale, softcap, given=(grad_out, delta, base2))
         dk, dv = _gradients_of_keys(grad_out, q, k, v, delta, base2, p, scale, softcap)
     return dq, dk, dv
-
-
-def _gradient_of_queries(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, base2: Tensor, p: BlockPattern, scale: float,
-    softcap: float,
-) -> Tensor:  # fmt: skip
-    batch, heads, q_len, _ = q.shape
-    r, group, dq = rows_of(p), heads // k.shape[1], torch.empty_like(q)
-    key_bytes = p.kv_len * (q.shape[3] + v.shape[3]) * q.element_size() // group
-    order = schedule(p, "queries", r.keys, batch, heads, key_bytes)
-
-    def run(launch: Launch) -> None:
-        _queries[(batch * heads * p.rows * (p.block_q // launch.queries),)](
-            q, k, v, grad_out, delta, base2, dq, order, r.indptr, r.starts, r.tile_ids, r.wholes, r.tiles, r.read,
-            r.column_indptr, r.columns, r.q_order, r.kv_order, r.kv_range,
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride(),
-            p.heads if p.batch > 1 else 0, 1 if p.heads > 1 else 0, *r.order_strides(p),
-            heads, group, p.rows, q_len, p.kv_len, len(p.tiles), *_factors(scale, softcap),
-            BLOCK_Q=p.block_q, BLOCK_K=p.block_k, M=launch.queries, N=launch.keys,
-            HAS_COLUMNS=p.columns is not None, WIDE=is_wide(p.block_k, k, v),
-            **_constants(q, v, p, softcap), STAGES=masked_stages(launch),
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-
-    launched("queries", p, q, v, run)
-    return dq
 
 
 def _gradients_of_keys(
@@ -460,18 +293,17 @@ def _gradients_of_keys(
     head_bytes = q_len * (dim + v.shape[3]) * q.element_size() * group
 
     def run_with(launch: Launch, walk: Keys, keys: int, columns: bool, offset: int, add: bool) -> None:
-        per_lead = p.heads // share.merged
         order = schedule(p, f"{'columns' if columns else 'keys'} {keys} {share.merged} {offset}", _sizes(
             walk, p, share, group, offset), batch, heads // group, head_bytes)  # fmt: skip
         _keys[(order.numel(),)](
             q, k, v, grad_out, delta, base2, dk, dv, order, walk.lists, walk.ends, walk.wholes, walk.items, walk.bits,
             walk.places, walk.used, readers, r.q_order, r.kv_order, r.kv_range,
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dk.stride(), *dv.stride(),
-            per_lead if p.batch > 1 else 0, 1 if p.heads > 1 else 0, *r.order_strides(p),
+            *r.strides(p, share.merged),
             heads, group, p.rows, q_len, p.kv_len, walk.tiles, share.merged, share.repeats, offset,
-            walk.items.stride(0), *_factors(scale, softcap),
+            walk.items.stride(0), *factors(scale, softcap),
             BLOCK_Q=p.block_q, BLOCK_K=p.block_k, M=min(launch.queries, _BITS), N=keys, COLUMNS=columns, ADD=add,
-            WIDE=is_wide(p.block_q, q, grad_out), **_constants(q, v, p, softcap),
+            WIDE=is_wide(p.block_q, q, grad_out), **constants_of(q, v, p, softcap),
             STAGES=masked_stages(launch), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
@@ -494,17 +326,3 @@ def _sizes(walk: Keys, p: BlockPattern, share: Share, group: int, offset: int) -
     """Items of each tile of keys, int32 [batch or 1, key heads or 1, tiles]."""
     sizes = walk.sizes.view(p.batch, p.heads // share.merged, walk.tiles)
     return sizes[:, offset::group] if share.launches > 1 and p.heads > 1 else sizes
-
-
-def _factors(scale: float, softcap: float) -> tuple[float, float, float]:
-    """`factor` and `cap` of logits_of, and the scale."""
-    return (scale / softcap, softcap * LOG2E, scale) if softcap else (scale * LOG2E, 0.0, scale)
-
-
-def _constants(q: Tensor, v: Tensor, p: BlockPattern, softcap: float) -> dict[str, int | bool]:
-    """Constants that the kernels share."""
-    return {
-        "DIM": q.shape[3], "DIM_PAD": padded(q.shape[3]), "VALUE_DIM": v.shape[3], "VALUE_PAD": padded(v.shape[3]),
-        "HAS_Q_ORDER": p.q_order is not None, "HAS_KV_ORDER": p.kv_order is not None,
-        "HAS_RANGE": p.kv_range is not None, "HAS_CAP": bool(softcap), "UPCAST": runs_interpreted(),
-    }  # fmt: skip

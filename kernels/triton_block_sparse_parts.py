@@ -1,11 +1,11 @@
-"""What the block-sparse Triton kernels share: loads, logits, places of queries; how a launch is chosen and tried."""
+"""What the block-sparse Triton kernels share: logits, and how a launch is chosen and tried."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,70 +14,14 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from hf_sparse_attn.cost import tuning
-from hf_sparse_attn.kernels.triton_common import runs_interpreted
+from hf_sparse_attn.kernels.triton_common import Launch, device_limits, padded, runs_interpreted, tanh
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 
-# Shared memory that every supported GPU has (ROCm's 64 KiB is the least).
-_LEAST_SHARED = 64 * 1024
 KERNELS = ("forward", "queries", "keys")
 
-# Arguments whose value must not compile a kernel anew: lengths, and strides that follow from lengths alone.
-LENGTHS = (
-    "heads", "group", "rows", "q_len", "kv_len", "read_rows", "tiles_of_keys", "merged", "repeats", "offset",
-    "indptr_batch", "indptr_head", "lead_batch", "lead_head", "q_order_batch", "q_order_head", "kv_order_batch",
-    "kv_order_head", "range_batch", "spare", "s_batch", "s_head", "s_token",
-)  # fmt: skip
-
-
-def jit(function: Any) -> Any:
-    """triton.jit that never specialises on a length: one that is a multiple of 16, or 1, is no other kernel."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(do_not_specialize=[n for n in names if n in LENGTHS])(function)
-
-
 # Kernel functions are not typed (type: ignore below): their arguments are values of Triton, not of Python.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def load_tokens(  # type: ignore[no-untyped-def]
-    base, first, token, valid, stride_token, stride_dim,
-    SIZE: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Rows `first + token` of a [tokens, SIZE] matrix as [n, PAD]; zeros beyond SIZE and, if MASKED, where not valid.
-
-    `first` is one place for all rows, so that the offsets of consecutive tokens are the same at every step of a loop;
-    they are 32 bit unless WIDE: a head of a long video passes 2**31 elements, a block seldom.
-    """
-    lane = tl.arange(0, PAD)
-    offset = token[:, None].to(tl.int64) * stride_token if WIDE else token[:, None] * stride_token
-    where = base + first.to(tl.int64) * stride_token + (offset + lane[None, :] * stride_dim)
-    if MASKED and SIZE != PAD:
-        x = tl.load(where, mask=valid[:, None] & (lane < SIZE)[None, :], other=0.0)
-    elif MASKED:
-        x = tl.load(where, mask=valid[:, None], other=0.0)
-    elif SIZE != PAD:
-        x = tl.load(where, mask=(lane < SIZE)[None, :], other=0.0)
-    else:
-        x = tl.load(where)
-    # Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot.
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def tanh(x):  # type: ignore[no-untyped-def]
-    """To a few roundings everywhere; triton.language has none that the interpreter and all targets run."""
-    y = x * x
-    # (tanh(x) / x - 1) / x**2, fitted for |x| <= 0.625, where 1 - 2 / (e**2x + 1) would cancel.
-    near = 0.021003641590235923 - 0.006104948430300937 * y
-    near = 0.13332782265185966 + y * (-0.05385249757731087 + y * near)
-    near = x + x * y * (-0.3333332909965273 + y * near)
-    # e**2x may overflow to infinity: 1 - 2 / inf is 1, as it should be.
-    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, far)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -94,36 +38,7 @@ def logits_of(a, b, factor, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-unty
     return x, bounded
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def tokens_at(order, place, valid, HAS_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens at places of an order, or the places themselves."""
-    token = place
-    if HAS_ORDER:
-        token = tl.load(order + place, mask=valid, other=0)
-    return token
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last + 1 of the valid key tokens of a batch item."""
-    low = 0
-    high = kv_len
-    if HAS_RANGE:
-        low = tl.load(kv_range + batch * range_batch)
-        high = tl.load(kv_range + batch * range_batch + 1)
-    return low, high
-
-
 # ---------------------------------------------------------------------- launches
-
-
-class Launch(NamedTuple):
-    """How one program of a kernel is cut and run: queries and keys at a time, warps, pipeline stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 class Limits(NamedTuple):
@@ -135,9 +50,8 @@ class Limits(NamedTuple):
 
 def limits_of(device: torch.device) -> Limits:
     """The limits of a GPU."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    shared = int(getattr(properties, "shared_memory_per_block_optin", 0)) or _LEAST_SHARED
-    return Limits(shared, 0 if torch.version.hip else 10 * int(properties.major) + int(properties.minor))
+    major, minor = torch.cuda.get_device_capability(device)
+    return Limits(device_limits(device)[1], 0 if torch.version.hip else 10 * major + minor)
 
 
 def masked_stages(launch: Launch) -> int:
@@ -364,16 +278,6 @@ def forced(kernel: str, launch: Launch) -> Iterator[None]:
 def forget_launches() -> None:
     """Makes the next calls look their launches up again, after tuning."""
     _KNOWN.clear()
-
-
-def padded(size: int) -> int:
-    """A head dim as the kernels hold it."""
-    return max(16, int(triton.next_power_of_2(size)))
-
-
-def on_device(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def is_wide(block: int, *tensors: Tensor) -> bool:

@@ -9,8 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse_attn.kernels.triton_block_sparse_parts import jit, on_device
-from hf_sparse_attn.kernels.triton_common import lead_strides
+from hf_sparse_attn.kernels.triton_common import jit, lead_strides, on_device, rows_dense
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import derived
 
@@ -46,12 +45,11 @@ class Rows(NamedTuple):
     kv_order: Tensor
     kv_range: Tensor
 
-    def order_strides(self, p: BlockPattern) -> list[int]:
-        """Strides over batch and heads of both orders, and over the batch of the range."""
-        strides: list[int] = []
-        for order, ours in ((p.q_order, self.q_order), (p.kv_order, self.kv_order)):
-            strides += lead_strides(None if order is None else ours)
-        return [*strides, self.kv_range.stride(0) if p.kv_range is not None and len(self.kv_range) > 1 else 0]
+    def strides(self, p: BlockPattern, merged: int = 1) -> list[int]:
+        """Strides over batch and heads: of lists, each for so many heads, and of both orders; then of the range."""
+        pairs = ((p.q_order, self.q_order), (p.kv_order, self.kv_order), (p.kv_range, self.kv_range))
+        orders = [s for given, ours in pairs for s in lead_strides(None if given is None else ours)][:-1]
+        return [p.heads // merged if p.batch > 1 else 0, 1 if p.heads > 1 else 0, *orders]
 
 
 @jit
@@ -107,7 +105,7 @@ def _rows_of(p: BlockPattern) -> Rows:
         )  # fmt: skip
     tail = p.q_len - (p.rows - 1) * p.block_q
     read = torch.stack([p.tiles.any(1), p.tiles[:, :tail].any(1)]).view(torch.uint8)
-    dense = [indptr if t is None else (t if t.stride(-1) == 1 else t.contiguous()) for t in (p.q_order, p.kv_order)]
+    dense = [indptr if t is None else rows_dense(t) for t in (p.q_order, p.kv_order)]
     kv_range = wholes if p.kv_range is None else p.kv_range.contiguous()
     tiles = p.tiles.contiguous().view(torch.uint8)
     return Rows(

@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from hf_sparse_attn.cost import tuning
 from hf_sparse_attn.kernels import triton_block_sparse_parts as parts
+from hf_sparse_attn.kernels.triton_common import Launch, padded
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -70,7 +71,7 @@ def _tune_one(
     tensors: Sequence[torch.Tensor], pattern: BlockPattern, limits: parts.Limits, name: str, timer: Timer
 ) -> list[dict[str, Any]]:
     q, k, v, grad = tensors
-    dim = parts.padded(q.shape[3])
+    dim = padded(q.shape[3])
     shape = parts.shape_class(q.dtype, dim, dim, pattern.block_q, pattern.block_k)
     scale = q.shape[3] ** -0.5
     # By its name: the backend itself calls this.
@@ -85,7 +86,7 @@ def _tune_one(
 
     records = []
     for kernel in parts.KERNELS:
-        tried: dict[parts.Launch, float | None] = {}
+        tried: dict[Launch, float | None] = {}
         # The two kernels of the backward are timed together: one of them changes, the other stays as it is.
         run = forward if kernel == "forward" else backward
         for launch in parts.candidates(kernel, pattern.block_q, pattern.block_k, dim, dim, q.element_size(), limits):

@@ -1,10 +1,11 @@
-"""What Triton kernels share: loads, the online softmax, soft caps, why a device or a call does not suit them."""
+"""What Triton kernels share: loads, the online softmax, soft caps, arguments, why a device or a call does not suit."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,22 @@ MAX_DIM = 256
 _MIN_CAPABILITY = (8, 0)
 # Shared memory that every supported GPU has (ROCm's 64 KiB is the least).
 _LEAST_SHARED = 64 * 1024
+# Arguments whose value must not compile a kernel anew: lengths, and strides that follow from lengths alone.
+LENGTHS = (
+    "batch_size", "heads", "kv_heads", "group", "rows", "strips", "splits", "spots", "chunks", "block_q", "q_len",
+    "kv_len", "read_rows", "tiles_of_keys", "merged", "repeats", "offset", "indptr_batch", "indptr_head",
+    "column_batch", "column_head", "lead_batch", "lead_head", "q_order_batch", "q_order_head", "kv_order_batch",
+    "kv_order_head", "range_batch", "spare", "s_batch", "s_head", "s_token",
+)  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """How one program of a kernel is cut and run: queries and keys at a time, warps, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
 
 
 def runs_interpreted() -> bool:
@@ -26,21 +43,60 @@ def runs_interpreted() -> bool:
     return not isinstance(load_tokens, triton.JITFunction)
 
 
+def jit(function: Any) -> Any:
+    """triton.jit that never specialises on a length: one that is a multiple of 16, or 1, is no other kernel."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(do_not_specialize=[n for n in names if n in LENGTHS])(function)
+
+
 # The kernels' functions are not typed (type: ignore below): their arguments are values of Triton, not of Python.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_tokens(  # type: ignore[no-untyped-def]
-    base, token, valid, stride_token, stride_dim, SIZE: tl.constexpr, PAD: tl.constexpr
-):
-    """Rows `token` of a [tokens, SIZE] matrix as [n, PAD]; zeros where not valid and beyond SIZE."""
+    base, first, token, valid, stride_token, stride_dim,
+    SIZE: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows `first + token` of a [tokens, SIZE] matrix as [n, PAD]; zeros beyond SIZE and, if MASKED, where not valid.
+
+    `first` is one place for all rows, so that the offsets of consecutive tokens are the same at every step of a loop;
+    they are 32 bit unless WIDE: a head of a long video passes 2**31 elements, a block seldom.
+    """
     lane = tl.arange(0, PAD)
-    # A head of a long cache passes 2**31 elements: token offsets are 64 bit.
-    where = base + token.to(tl.int64)[:, None] * stride_token + lane[None, :] * stride_dim
-    mask = valid[:, None]
-    if SIZE != PAD:
-        mask = mask & (lane < SIZE)[None, :]
-    return tl.load(where, mask=mask, other=0.0)
+    offset = token[:, None].to(tl.int64) * stride_token if WIDE else token[:, None] * stride_token
+    where = base + first.to(tl.int64) * stride_token + (offset + lane[None, :] * stride_dim)
+    if MASKED and SIZE != PAD:
+        x = tl.load(where, mask=valid[:, None] & (lane < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(where, mask=valid[:, None], other=0.0)
+    elif SIZE != PAD:
+        x = tl.load(where, mask=(lane < SIZE)[None, :], other=0.0)
+    else:
+        x = tl.load(where)
+    # Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot.
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tokens_at(order, place, valid, HAS_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens at places of an order, or the places themselves."""
+    token = place
+    if HAS_ORDER:
+        token = tl.load(order + place, mask=valid, other=0)
+    return token
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First and last + 1 of the valid key tokens of a batch item."""
+    low = 0
+    high = kv_len
+    if HAS_RANGE:
+        low = tl.load(kv_range + batch * range_batch)
+        high = tl.load(kv_range + batch * range_batch + 1)
+    return low, high
 
 
 @triton.jit
@@ -57,15 +113,22 @@ def accumulate(out, peak, total, logits, values):  # type: ignore[no-untyped-def
 
 
 @triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    """To a few roundings everywhere; triton.language has none that the interpreter and all targets run."""
+    y = x * x
+    # (tanh(x) / x - 1) / x**2, fitted for |x| <= 0.625, where 1 - 2 / (e**2x + 1) would cancel.
+    near = 0.021003641590235923 - 0.006104948430300937 * y
+    near = 0.13332782265185966 + y * (-0.05385249757731087 + y * near)
+    near = x + x * y * (-0.3333332909965273 + y * near)
+    # e**2x may overflow to infinity: 1 - 2 / inf is 1, as it should be.
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
 def cap_logits(logits, cap):  # type: ignore[no-untyped-def]
     """cap * tanh(logits / cap), for logits and cap in the same unit (both times log2(e), here)."""
-    x = logits / cap
-    small = x * x
-    # Near 0 the quotient below cancels: the series is exact to float32 up to 1/4.
-    series = x * (1 + small * (-1 / 3 + small * (2 / 15 + small * (-17 / 315 + small * (62 / 2835)))))
-    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
-    tail = (1 - decay) / (1 + decay)
-    return cap * tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -tail, tail))
+    return cap * tanh(logits / cap)
 
 
 def why_not(
@@ -96,6 +159,25 @@ def why_not(
     return None
 
 
+def padded(size: int) -> int:
+    """A head dim as the kernels hold it."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def on_device(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def why_not_blocks(pattern: BlockPattern | None) -> str | None:
+    """Why a kernel that cuts blocks in pieces cannot take those of a pattern, or None."""
+    for name in ("block_q", "block_k") if pattern is not None else ():
+        size = getattr(pattern, name)
+        if size < 16 or size & (size - 1):
+            return f"needs `{name}` to be a power of two from 16 on, got {size}"
+    return None
+
+
 def rows_dense(t: Tensor) -> Tensor:
     """The tensor with its last dimension dense in memory; leading sizes that are only repeated stay so."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -104,6 +186,32 @@ def rows_dense(t: Tensor) -> Tensor:
 def lead_strides(t: Tensor | None) -> list[int]:
     """Strides over batch and heads; a size of 1 stands for all and gets stride 0, as does an absent tensor."""
     return [0, 0] if t is None else [t.stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)]
+
+
+def constants_of(q: Tensor, v: Tensor, p: BlockPattern, softcap: float) -> dict[str, int | bool]:
+    """Constants that the kernels share."""
+    return {
+        "DIM": q.shape[3], "DIM_PAD": padded(q.shape[3]), "VALUE_DIM": v.shape[3], "VALUE_PAD": padded(v.shape[3]),
+        "HAS_Q_ORDER": p.q_order is not None, "HAS_KV_ORDER": p.kv_order is not None,
+        "HAS_RANGE": p.kv_range is not None, "HAS_CAP": bool(softcap), "UPCAST": runs_interpreted(),
+    }  # fmt: skip
+
+
+def lists_of(p: BlockPattern) -> tuple[list[Tensor], list[int]]:
+    """A pattern as kernels read it that walk its lists as they are.
+
+    Returns:
+        `indptr`, `starts`, `tile_ids`, `tiles`, `column_indptr`, `columns`, `q_order`, `kv_order` and `kv_range`,
+        dense in memory or in their last dimension, another one in place of what the pattern lacks; and the strides
+        over batch and heads of the four lists and orders, and over the batch of the range.
+    """
+    known = [p.indptr, p.column_indptr, p.q_order, p.kv_order, p.kv_range]
+    dense = [None if t is None else rows_dense(t) for t in known]
+    indptr, column_indptr, q_order, kv_order, kv_range = (dense[0] if t is None else t for t in dense)
+    starts, tiles = p.starts.contiguous(), p.tiles.contiguous().view(torch.uint8)
+    columns = starts if p.columns is None else p.columns.contiguous()
+    tensors = [indptr, starts, p.tile_ids.contiguous(), tiles, column_indptr, columns, q_order, kv_order, kv_range]
+    return tensors, [stride for t in dense for stride in lead_strides(t)][:-1]
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse_attn.kernels import triton_common
-from hf_sparse_attn.kernels.triton_common import LOG2E, accumulate, cap_logits, lead_strides, load_tokens, rows_dense
+from hf_sparse_attn.kernels.triton_common import (
+    LOG2E,
+    accumulate,
+    cap_logits,
+    constants_of,
+    jit,
+    lists_of,
+    load_tokens,
+    on_device,
+    padded,
+    tokens_at,
+    valid_range,
+)
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -26,16 +37,7 @@ _MAX_SPLITS = 128
 _MERGED = 16
 
 
-# Lengths and what follows from them are not specialised: a length that happens to be a multiple of 16 must not compile
-# the kernel anew.
-_LENGTHS = [
-    "indptr_batch", "indptr_head", "column_batch", "column_head", "q_order_batch", "q_order_head", "kv_order_batch",
-    "kv_order_head", "range_batch", "batch_size", "heads", "group", "rows", "strips", "splits", "block_q", "q_len",
-    "kv_len",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_LENGTHS)  # type: ignore[untyped-decorator]
+@jit
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, out, lse,
     indptr, starts, tile_ids, tiles, column_indptr, columns, q_order, kv_order, kv_range,
@@ -70,11 +72,9 @@ def _attend(  # type: ignore[no-untyped-def]
     head = first_head + lane % PACK
     place = row * block_q + query_lane
     exists = (query_lane < block_q) & (place < q_len)
-    if HAS_Q_ORDER:
-        query = tl.load(q_order + batch * q_order_batch + first_head * q_order_head + place, mask=exists, other=0)
-    else:
-        query = place
+    query = tokens_at(q_order + batch * q_order_batch + first_head * q_order_head, place, exists, HAS_Q_ORDER)
     dim_lane = tl.arange(0, DIM_PAD)
+    zero = row * 0
     where = q + batch * q_batch + (head * q_head + query.to(tl.int64) * q_token)[:, None] + dim_lane[None, :] * q_dim
     queries = tl.load(where, mask=exists[:, None] & (dim_lane < DIM)[None, :], other=0.0)
     # Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot.
@@ -83,9 +83,7 @@ def _attend(  # type: ignore[no-untyped-def]
     keys_of = k + batch * k_batch + (first_head // group) * k_head
     values_of = v + batch * v_batch + (first_head // group) * v_head
     kv_order += batch * kv_order_batch + first_head * kv_order_head
-    if HAS_RANGE:
-        low = tl.load(kv_range + batch * range_batch)
-        high = tl.load(kv_range + batch * range_batch + 1)
+    low, high = valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE)
 
     indptr += batch * indptr_batch + first_head * indptr_head + row
     first = tl.load(indptr)
@@ -124,8 +122,7 @@ def _attend(  # type: ignore[no-untyped-def]
         valid = key < kv_len
         if HAS_TILES:
             cell = tiles + (tile.to(tl.int64) * block_q * BLOCK_K + inner)[None, :] + query_lane[:, None] * BLOCK_K
-        if HAS_KV_ORDER:
-            key = tl.load(kv_order + key, mask=valid, other=0)
+        key = tokens_at(kv_order, key, valid, HAS_KV_ORDER)
         if HAS_RANGE:
             valid = valid & (key >= low) & (key < high)
         keep = valid[None, :]
@@ -135,11 +132,8 @@ def _attend(  # type: ignore[no-untyped-def]
             keep = keep & (tl.load(cell, mask=exists[:, None] & partial[None, :], other=1) != 0)
             # A value that none of the queries reads is not loaded, so NaN and infinities there do not matter.
             is_read = tl.max((keep & exists[:, None]).to(tl.int32), 0) != 0
-        keys = load_tokens(keys_of, key, valid, k_token, k_dim, DIM, DIM_PAD)
-        values = load_tokens(values_of, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD)
-        if UPCAST:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
+        keys = load_tokens(keys_of, zero, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, UPCAST)
+        values = load_tokens(values_of, zero, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
         if HAS_CAP:
             logits = cap_logits(logits, cap)
@@ -151,15 +145,11 @@ def _attend(  # type: ignore[no-untyped-def]
             inner = i * N + tl.arange(0, N)
             valid = inner < column_count
             key = tl.load(columns + first_column + inner, mask=valid, other=0)
-            if HAS_KV_ORDER:
-                key = tl.load(kv_order + key, mask=valid, other=0)
+            key = tokens_at(kv_order, key, valid, HAS_KV_ORDER)
             if HAS_RANGE:
                 valid = valid & (key >= low) & (key < high)
-            keys = load_tokens(keys_of, key, valid, k_token, k_dim, DIM, DIM_PAD)
-            values = load_tokens(values_of, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD)
-            if UPCAST:
-                keys = keys.to(tl.float32)
-                values = values.to(tl.float32)
+            keys = load_tokens(keys_of, zero, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, UPCAST)
+            values = load_tokens(values_of, zero, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
             logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
             if HAS_CAP:
                 logits = cap_logits(logits, cap)
@@ -179,7 +169,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(lse + spot, (peak + tl.log2(total)) * unit_of_lse, mask=exists)
 
 
-@triton.jit(do_not_specialize=["splits", "spots"])  # type: ignore[untyped-decorator]
+@jit
 def _merge(  # type: ignore[no-untyped-def]
     part, part_lse, out, lse, splits, spots,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, MERGED: tl.constexpr,
@@ -296,9 +286,8 @@ class TritonDecode:
         p, group = pattern, heads // k.shape[1]
         pack = group if _one_for_all_heads(p) else 1
         lanes = pack * min(p.block_q, q_len)
-        dim_pad, value_pad = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
         hops = int(p.kv_order is not None) + int(p.block_k % 64 != 0)
-        launch, multiprocessors = _launch(lanes, dim_pad, value_pad, hops, q)
+        launch, multiprocessors = _launch(lanes, padded(dim), padded(value_dim), hops, q)
         strips = -(-lanes // launch.lanes)
         units = batch * (heads // pack) * p.rows * strips
         splits = choose_splits(units, _mean_steps(p, launch.keys), multiprocessors)
@@ -306,40 +295,21 @@ class TritonDecode:
         if splits > 1:
             part = q.new_empty(splits, batch, heads, q_len, value_dim, dtype=torch.float32)
             part_lse = part.new_empty(splits, batch, heads, q_len)
-
-        indptr = rows_dense(p.indptr)
-        column_indptr = None if p.column_indptr is None else rows_dense(p.column_indptr)
-        q_order, kv_order = (None if order is None else rows_dense(order) for order in (p.q_order, p.kv_order))
-        kv_range = None if p.kv_range is None else rows_dense(p.kv_range)
-        range_stride = kv_range.stride(0) if kv_range is not None and len(kv_range) > 1 else 0
-
-        def given(t: Tensor | None, other: Tensor) -> Tensor:
-            """What stands for an absent tensor and is never read."""
-            return other if t is None else t
-
-        # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        tensors, strides = lists_of(p)
+        with on_device(q):
             _attend[(units * splits,)](
-                q, k, v, part, part_lse,
-                indptr, p.starts.contiguous(), p.tile_ids.contiguous(), p.tiles.contiguous().view(torch.uint8),
-                given(column_indptr, indptr), given(p.columns, p.starts).contiguous(),
-                given(q_order, indptr), given(kv_order, indptr), given(kv_range, p.starts),
-                *q.stride(), *k.stride(), *v.stride(),
-                *lead_strides(indptr), *lead_strides(column_indptr), *lead_strides(q_order), *lead_strides(kv_order),
-                range_stride,
+                q, k, v, part, part_lse, *tensors,
+                *q.stride(), *k.stride(), *v.stride(), *strides,
                 batch, heads, group, p.rows, strips, splits, p.block_q, q_len, p.kv_len,
                 scale * LOG2E, softcap * LOG2E,
-                DIM=dim, DIM_PAD=dim_pad, VALUE_DIM=value_dim, VALUE_PAD=value_pad,
-                BLOCK_K=p.block_k, PACK=pack, M=launch.lanes, N=launch.keys,
-                HAS_TILES=len(p.tiles) > 1, HAS_COLUMNS=p.columns is not None, HAS_Q_ORDER=p.q_order is not None,
-                HAS_KV_ORDER=p.kv_order is not None, HAS_RANGE=p.kv_range is not None, HAS_CAP=softcap != 0,
-                SPLIT=splits > 1, UPCAST=triton_common.runs_interpreted(),
+                BLOCK_K=p.block_k, PACK=pack, M=launch.lanes, N=launch.keys, HAS_TILES=len(p.tiles) > 1,
+                HAS_COLUMNS=p.columns is not None, SPLIT=splits > 1, **constants_of(q, v, p, softcap),
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
             if splits > 1:
                 _merge[(lse.numel(),)](
                     part, part_lse, out, lse, splits, lse.numel(),
-                    VALUE_DIM=value_dim, VALUE_PAD=value_pad, MERGED=_MERGED, num_warps=4,
+                    VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), MERGED=_MERGED, num_warps=4,
                 )  # fmt: skip
         return out, lse
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import triton
@@ -12,7 +11,21 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse_attn.kernels import triton_common
-from hf_sparse_attn.kernels.triton_common import LOG2E, cap_logits, lead_strides, load_tokens, rows_dense
+from hf_sparse_attn.kernels.triton_common import (
+    LOG2E,
+    Launch,
+    cap_logits,
+    constants_of,
+    jit,
+    lead_strides,
+    lists_of,
+    load_tokens,
+    on_device,
+    padded,
+    rows_dense,
+    tokens_at,
+    valid_range,
+)
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -35,7 +48,7 @@ def _quantise(x):  # type: ignore[no-untyped-def]
     return tl.floor(x * (127.0 / largest)[:, None] + 0.5).to(tl.int8), step
 
 
-@triton.jit(do_not_specialize=["kv_heads", "kv_len", "chunks", "range_batch"])  # type: ignore[untyped-decorator]
+@jit
 def _sum_keys(  # type: ignore[no-untyped-def]
     k, kv_range, sums, counts, k_batch, k_head, k_token, k_dim, range_batch, kv_heads, kv_len, chunks,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, SUMMED: tl.constexpr, TAKEN: tl.constexpr, HAS_RANGE: tl.constexpr,
@@ -44,17 +57,13 @@ def _sum_keys(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     batch = (program // chunks // kv_heads).to(tl.int64)
     keys_of = k + batch * k_batch + (program // chunks % kv_heads).to(tl.int64) * k_head
-    low = 0
-    high = kv_len
-    if HAS_RANGE:
-        low = tl.load(kv_range + batch * range_batch)
-        high = tl.load(kv_range + batch * range_batch + 1)
+    low, high = valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE)
     total = tl.zeros([DIM_PAD], tl.float32)
     number = tl.zeros([TAKEN], tl.float32)
     for i in range(0, SUMMED, TAKEN):
         key = program % chunks * SUMMED + i + tl.arange(0, TAKEN)
         valid = (key >= low) & (key < high)
-        keys = load_tokens(keys_of, key, valid, k_token, k_dim, DIM, DIM_PAD).to(tl.float32)
+        keys = load_tokens(keys_of, program * 0, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, True)
         # A key that is not finite must not spoil the mean, and so the keys of all: perhaps nobody reads it.
         finite = tl.sum(keys * 0.0, 1) == 0.0
         total += tl.sum(tl.where(finite[:, None], keys, 0.0), 0)
@@ -63,7 +72,7 @@ def _sum_keys(  # type: ignore[no-untyped-def]
     tl.store(counts + program, tl.sum(number, 0))
 
 
-@triton.jit(do_not_specialize=["kv_heads", "kv_len", "chunks"])  # type: ignore[untyped-decorator]
+@jit
 def _quantise_keys(  # type: ignore[no-untyped-def]
     k, mean, keys8, steps, k_batch, k_head, k_token, k_dim, kv_heads, kv_len, chunks,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, TAKEN: tl.constexpr,
@@ -75,7 +84,7 @@ def _quantise_keys(  # type: ignore[no-untyped-def]
     key = program % chunks * TAKEN + tl.arange(0, TAKEN)
     valid = key < kv_len
     lane = tl.arange(0, DIM_PAD)
-    keys = load_tokens(keys_of, key, valid, k_token, k_dim, DIM, DIM_PAD).to(tl.float32)
+    keys = load_tokens(keys_of, program * 0, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, True)
     quantised, step = _quantise(keys - tl.load(mean + flat * DIM_PAD + lane)[None, :])
     at = flat * kv_len + key
     tl.store(keys8 + at[:, None] * DIM_PAD + lane[None, :], quantised, mask=valid[:, None])
@@ -96,18 +105,10 @@ def _accumulate(out, peak, total, logits, step, values):  # type: ignore[no-unty
     return out, new_peak, total
 
 
-# Lengths and what follows from them are not specialised: a length that happens to be a multiple of 16 must not compile
-# the kernel anew.
-_LENGTHS = [
-    "indptr_batch", "indptr_head", "column_batch", "column_head", "q_order_batch", "q_order_head", "kv_order_batch",
-    "kv_order_head", "range_batch", "heads", "group", "rows", "q_len", "kv_len", "read_rows",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_LENGTHS)  # type: ignore[untyped-decorator]
+@jit
 def _attend(  # type: ignore[no-untyped-def]
     q, keys8, key_steps, mean, v, out, lse,
-    indptr, starts, tile_ids, tiles, read, column_indptr, columns, q_order, kv_order, kv_range,
+    read, indptr, starts, tile_ids, tiles, column_indptr, columns, q_order, kv_order, kv_range,
     q_batch, q_head, q_token, q_dim,
     v_batch, v_head, v_token, v_dim,
     indptr_batch, indptr_head, column_batch, column_head,
@@ -133,12 +134,12 @@ def _attend(  # type: ignore[no-untyped-def]
     lane = (unit % strips) * M + tl.arange(0, M)
     place = row * BLOCK_Q + lane
     exists = place < q_len
-    if HAS_Q_ORDER:
-        query = tl.load(q_order + batch * q_order_batch + head * q_order_head + place, mask=exists, other=0)
-    else:
-        query = place
-    queries = load_tokens(q + batch * q_batch + head * q_head, query, exists, q_token, q_dim, DIM, DIM_PAD)
-    scaled = queries.to(tl.float32) * factor
+    query = tokens_at(q_order + batch * q_order_batch + head * q_order_head, place, exists, HAS_Q_ORDER)
+    zero = row * 0
+    queries = load_tokens(
+        q + batch * q_batch + head * q_head, zero, query, exists, q_token, q_dim, DIM, DIM_PAD, True, True, True
+    )
+    scaled = queries * factor
     # What the mean key, which the keys are without, adds to all logits of a query.
     offset = tl.sum(scaled * tl.load(mean + kv_head * DIM_PAD + tl.arange(0, DIM_PAD))[None, :], 1)
     queries8, step = _quantise(scaled)
@@ -150,11 +151,7 @@ def _attend(  # type: ignore[no-untyped-def]
     values_of = v + batch * v_batch + (head // group) * v_head
     kv_order += batch * kv_order_batch + head * kv_order_head
 
-    low = 0
-    high = kv_len
-    if HAS_RANGE:
-        low = tl.load(kv_range + batch * range_batch)
-        high = tl.load(kv_range + batch * range_batch + 1)
+    low, high = valid_range(kv_range, batch, range_batch, kv_len, HAS_RANGE)
 
     result = tl.zeros([M, VALUE_PAD], tl.float32)
     peak = tl.full([M], -float("inf"), tl.float32)
@@ -173,20 +170,16 @@ def _attend(  # type: ignore[no-untyped-def]
         start = tl.load(starts + entry)
         key = start + inner
         valid = key < kv_len
-        if HAS_KV_ORDER:
-            key = tl.load(kv_order + key, mask=valid, other=0)
+        key = tokens_at(kv_order, key, valid, HAS_KV_ORDER)
         if HAS_RANGE:
             valid = valid & (key >= low) & (key < high)
         is_read = valid
         if HAS_TILES:
             tile = tl.load(tile_ids + entry).to(tl.int64)
             is_read = valid & (tl.load(read + tile * BLOCK_K + inner) != 0)
-        keys = load_tokens(keys_of, key, valid, DIM_PAD, 1, DIM_PAD, DIM_PAD)
+        keys = load_tokens(keys_of, zero, key, valid, DIM_PAD, 1, DIM_PAD, DIM_PAD, True, True, False)
         key_step = tl.load(key_steps + key, mask=valid, other=0.0)
-        values = load_tokens(values_of, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD)
-        # Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot.
-        if UPCAST:
-            values = values.to(tl.float32)
+        values = load_tokens(values_of, zero, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
         logits = tl.dot(queries8, tl.trans(keys)).to(tl.float32) * key_step[None, :]
         if HAS_CAP:
             logits = cap_logits(logits * step[:, None] + offset[:, None], cap)
@@ -210,15 +203,12 @@ def _attend(  # type: ignore[no-untyped-def]
             inner = i + tl.arange(0, N)
             valid = inner < count
             key = tl.load(columns + first + inner, mask=valid, other=0)
-            if HAS_KV_ORDER:
-                key = tl.load(kv_order + key, mask=valid, other=0)
+            key = tokens_at(kv_order, key, valid, HAS_KV_ORDER)
             if HAS_RANGE:
                 valid = valid & (key >= low) & (key < high)
-            keys = load_tokens(keys_of, key, valid, DIM_PAD, 1, DIM_PAD, DIM_PAD)
+            keys = load_tokens(keys_of, zero, key, valid, DIM_PAD, 1, DIM_PAD, DIM_PAD, True, True, False)
             key_step = tl.load(key_steps + key, mask=valid, other=0.0)
-            values = load_tokens(values_of, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD)
-            if UPCAST:
-                values = values.to(tl.float32)
+            values = load_tokens(values_of, zero, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
             logits = tl.dot(queries8, tl.trans(keys)).to(tl.float32) * key_step[None, :]
             if HAS_CAP:
                 logits = cap_logits(logits * step[:, None] + offset[:, None], cap)
@@ -237,15 +227,6 @@ def _attend(  # type: ignore[no-untyped-def]
     to = out + (spot * VALUE_DIM)[:, None] + value_lane[None, :]
     tl.store(to, (result / total[:, None]).to(out.dtype.element_ty), mask=stored)
     tl.store(lse + spot, height * 0.6931471805599453, mask=exists)
-
-
-class Launch(NamedTuple):
-    """How one program of the kernel is cut and run."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def choose_launch(block_q: int, block_k: int, dim: int, value_dim: int, shared: int, hops: int = 0) -> Launch:
@@ -308,55 +289,34 @@ class TritonInt8:
         reason = triton_common.why_not(pattern, q, k, v, needs_grad, _DTYPES)
         if reason is not None:
             return f"{reason} (values are multiplied in 16 bits)" if q.dtype not in _DTYPES else reason
-        if pattern is not None:
-            for name, size in (("block_q", pattern.block_q), ("block_k", pattern.block_k)):
-                if size < 16 or size & (size - 1):
-                    return f"needs `{name}` to be a power of two from 16 on, got {size}"
-        return None
+        return triton_common.why_not_blocks(pattern)
 
     @staticmethod
     def attention(
         q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """See backend.Backend. Logits from 8 bits; two runs are bit-equal."""
-        batch, heads, q_len, dim = q.shape
+        batch, heads, q_len, _ = q.shape
         value_dim = v.shape[3]
         out = q.new_empty(batch, heads, q_len, value_dim)
         lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
         if lse.numel() == 0:
             return out, lse
         p = pattern
-        value_pad = max(16, triton.next_power_of_2(value_dim))
         keys8, steps, mean = quantise_keys(k, p.kv_range)
-        launch = _launch(p, keys8.shape[3], value_pad, q)
+        launch = _launch(p, keys8.shape[3], padded(value_dim), q)
         tail = q_len - (p.rows - 1) * p.block_q
         # [2, tiles, block_k]: whether any query of a row reads the key, for a whole row and for the last one.
         read = torch.stack([p.tiles.any(1), p.tiles[:, :tail].any(1)]) if len(p.tiles) > 1 else p.tiles
-        indptr = rows_dense(p.indptr)
-        column_indptr = None if p.column_indptr is None else rows_dense(p.column_indptr)
-        q_order, kv_order = (None if order is None else rows_dense(order) for order in (p.q_order, p.kv_order))
-        kv_range = None if p.kv_range is None else rows_dense(p.kv_range)
-
-        def given(t: Tensor | None, other: Tensor) -> Tensor:
-            """What stands for an absent tensor and is never read."""
-            return other if t is None else t
-
-        with _on(q.device):
+        tensors, strides = lists_of(p)
+        with on_device(q):
             _attend[(batch * heads * p.rows * (p.block_q // launch.queries),)](
-                q, keys8, steps, mean, v, out, lse,
-                indptr, p.starts.contiguous(), p.tile_ids.contiguous(), p.tiles.contiguous().view(torch.uint8),
-                read.contiguous().view(torch.uint8), given(column_indptr, indptr),
-                given(p.columns, p.starts).contiguous(), given(q_order, indptr), given(kv_order, indptr),
-                given(kv_range, p.starts),
-                *q.stride(), *v.stride(),
-                *lead_strides(indptr), *lead_strides(column_indptr), *lead_strides(q_order), *lead_strides(kv_order),
-                _range_stride(kv_range),
+                q, keys8, steps, mean, v, out, lse, read.contiguous().view(torch.uint8), *tensors,
+                *q.stride(), *v.stride(), *strides,
                 heads, heads // k.shape[1], p.rows, q_len, p.kv_len, len(p.tiles), scale * LOG2E, softcap * LOG2E,
-                DIM=dim, DIM_PAD=keys8.shape[3], VALUE_DIM=value_dim, VALUE_PAD=value_pad,
-                BLOCK_Q=p.block_q, BLOCK_K=p.block_k, M=launch.queries, N=launch.keys,
-                HAS_TILES=len(p.tiles) > 1, HAS_COLUMNS=p.columns is not None, HAS_Q_ORDER=p.q_order is not None,
-                HAS_KV_ORDER=p.kv_order is not None, HAS_RANGE=p.kv_range is not None, HAS_CAP=softcap != 0,
-                UPCAST=triton_common.runs_interpreted(), num_warps=launch.warps, num_stages=launch.stages,
+                BLOCK_Q=p.block_q, BLOCK_K=p.block_k, M=launch.queries, N=launch.keys, HAS_TILES=len(p.tiles) > 1,
+                HAS_COLUMNS=p.columns is not None, **constants_of(q, v, p, softcap) | {"DIM_PAD": keys8.shape[3]},
+                num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         return out, lse
 
@@ -381,9 +341,9 @@ def quantise_keys(k: Tensor, kv_range: Tensor | None) -> tuple[Tensor, Tensor, T
     counts = sums.new_empty(batch, kv_heads, chunks, 1)
     keys8 = k.new_empty(batch, kv_heads, kv_len, pad, dtype=torch.int8)
     steps = sums.new_empty(batch, kv_heads, kv_len)
-    with _on(k.device):
+    with on_device(k):
         _sum_keys[(batch * kv_heads * chunks,)](
-            k, steps if kv_range is None else kv_range, sums, counts, *k.stride(), _range_stride(kv_range),
+            k, steps if kv_range is None else kv_range, sums, counts, *k.stride(), lead_strides(kv_range)[0],
             kv_heads, kv_len, chunks, DIM=dim, DIM_PAD=pad, SUMMED=_SUMMED, TAKEN=_TAKEN,
             HAS_RANGE=kv_range is not None,
         )  # fmt: skip
@@ -393,15 +353,6 @@ def quantise_keys(k: Tensor, kv_range: Tensor | None) -> tuple[Tensor, Tensor, T
             k, mean, keys8, steps, *k.stride(), kv_heads, kv_len, chunks, DIM=dim, DIM_PAD=pad, TAKEN=_TAKEN
         )
     return keys8, steps, mean
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _range_stride(kv_range: Tensor | None) -> int:
-    return 0 if kv_range is None or len(kv_range) == 1 else kv_range.stride(0)
 
 
 def _launch(pattern: BlockPattern, dim: int, value_dim: int, q: Tensor) -> Launch:

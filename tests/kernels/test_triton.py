@@ -31,7 +31,7 @@ Attention = Callable[..., Outputs]
 def _run_in_worker(payload: bytes) -> bytes:
     """Runs in the process that interprets: (q, k, v, pattern, scale, pieces) -> (out, lse), both pickled."""
     q, k, v, pattern, scale, pieces = pickle.loads(payload)
-    with parts.forced("forward", parts.Launch(*pieces, 4, 1)) if pieces else nullcontext(), poisoned():
+    with parts.forced("forward", common.Launch(*pieces, 4, 1)) if pieces else nullcontext(), poisoned():
         return pickle.dumps(kernel.TritonBlockSparse.attention(q, k, v, pattern, scale))
 
 
@@ -235,7 +235,7 @@ def test_launch_divides_the_blocks_and_fits(dim: int, itemsize: int, limits: Any
                     assert min(launch.queries, launch.keys) >= 16 and launch.stages >= 1 and launch.warps in (4, 8)
                     fits = parts.shared_bytes(name, launch, dim, dim, itemsize, limits) <= limits.shared
                     # By the estimate float32 at dim 256 has no room on ROCm; the smallest launch is tried then.
-                    assert fits or launch == parts.Launch(16, 16, 4, 1)
+                    assert fits or launch == common.Launch(16, 16, 4, 1)
 
 
 def test_hopper_takes_larger_pieces_than_ada() -> None:
@@ -244,11 +244,11 @@ def test_hopper_takes_larger_pieces_than_ada() -> None:
 
 
 def test_smaller_launches_end() -> None:
-    launch, seen = parts.Launch(128, 128, 8, 3), []
+    launch, seen = common.Launch(128, 128, 8, 3), []
     while launch is not None:
         seen.append(launch)
         launch = parts.smaller(launch)
-    assert len(set(seen)) == len(seen) and seen[-1] == parts.Launch(16, 16, 4, 1)
+    assert len(set(seen)) == len(seen) and seen[-1] == common.Launch(16, 16, 4, 1)
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ def test_a_tuned_launch_is_taken_where_it_fits(
     taken: list[Any] = []
     for _ in range(2):
         parts.launched("keys", random_pattern(32, 32), q, v, taken.append)
-    assert (taken[0] == parts.Launch(32, 16, 4, 5)) is used
+    assert (taken[0] == common.Launch(32, 16, 4, 5)) is used
     assert asked == [("a GPU", parts.software(), "keys", "float32, dim 64, value dim 16, blocks 32 x 32")]
 
 
@@ -409,22 +409,25 @@ def test_compiles_without_a_gpu(name: str, target: str, dtype: str, dim: int, fe
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_sparse_attn.kernels import triton_block_sparse_backward as backward
+    from hf_sparse_attn.kernels.triton_block_sparse_backward import _keys
+    from hf_sparse_attn.kernels.triton_block_sparse_rows import _rows
 
     kind, arch, warp, limits = TARGETS[target]
-    function = {"forward": kernel._forward, "queries": backward._queries, "keys": backward._keys}[name]
+    function = _keys if name == "keys" else _rows
+    absent = {"forward": ("grad", "delta", "base2", "g_batch", "g_head", "g_token", "g_dim"), "queries": ("lse",)}
     names = function.arg_names
     launch = parts.choose_launch(name, 128, 128, dim, dim, 4 if dtype == "fp32" else 2, limits)
     constants: dict[str, Any] = {
         "DIM": dim, "DIM_PAD": dim, "VALUE_DIM": dim, "VALUE_PAD": dim, "BLOCK_Q": 128, "BLOCK_K": 128,
         "M": min(launch.queries, 64) if name == "keys" else launch.queries, "N": launch.keys, "UPCAST": False,
         "WIDE": False, "STAGES": parts.masked_stages(launch), "COLUMNS": False, "ADD": features,
-        **dict.fromkeys(("q_dim", "k_dim", "v_dim", "g_dim", "dq_dim", "dk_dim", "dv_dim"), 1),
+        **dict.fromkeys(("q_dim", "k_dim", "v_dim", "g_dim", "out_dim", "dk_dim", "dv_dim"), 1),
         **dict.fromkeys(("HAS_COLUMNS", "HAS_Q_ORDER", "HAS_KV_ORDER", "HAS_RANGE", "HAS_CAP"), features),
+        **dict.fromkeys(absent.get(name, ())), "GRADIENT": name == "queries",
     }  # fmt: skip
     constants = {n: value for n, value in constants.items() if n in names}
     types = {
-        **dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), f"*{dtype}"),
+        **dict.fromkeys(("q", "k", "v", "out", "grad", "dk", "dv"), f"*{dtype}"),
         **dict.fromkeys(("lse", "delta", "base2"), "*fp32"), **dict.fromkeys(("factor", "cap", "scale"), "fp32"),
         **dict.fromkeys(("indptr", "column_indptr", "q_order", "kv_order", "lists", "ends", "bits", "places",
                          "readers_of"), "*i64"),
@@ -436,7 +439,7 @@ def test_compiles_without_a_gpu(name: str, target: str, dtype: str, dim: int, fe
         i
         for i, n in enumerate(names)
         if signature[n].startswith("*")
-        or (signature[n] == "i32" and n not in parts.LENGTHS and n.endswith(("_batch", "_head", "_token")))
+        or (signature[n] == "i32" and n not in common.LENGTHS and n.endswith(("_batch", "_head", "_token")))
     ]
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

@@ -328,7 +328,7 @@ def test_no_compile_per_length(recorded: tuple[Recorder, Recorder]) -> None:
         call(kv_len)
     attend, merge = recorded
     assert len({c["splits"] for c in attend.calls}) > 1
-    assert len(set(attend.compiled_for(kernel._LENGTHS))) == 1
+    assert len(set(attend.compiled_for(common.LENGTHS))) == 1
     assert len(set(merge.compiled_for(["splits", "spots"]))) == 1
     # What the two lists are for: without them there would be more.
     assert len(set(attend.compiled_for([]))) > 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import dispatch
+from hf_sparse_attn.backend import auto_order
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from tests.support.patterns import Expected, expected, random_inputs, random_pattern
@@ -423,7 +423,7 @@ def test_an_explicit_request_raises_with_the_reason() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
 def test_auto_never_takes_it(device: str) -> None:
-    assert "triton_int8" not in dispatch.auto_order(device)
+    assert "triton_int8" not in auto_order(device)
 
 
 def test_empty_batch_gives_an_empty_output() -> None:
@@ -446,7 +446,7 @@ def test_no_compile_per_length_and_nothing_asked_of_the_device(monkeypatch: pyte
         kernel.TritonInt8.attention(q, k, v, pattern.to("meta"), 0.3)
     for name, recorder in recorders.items():
         assert len(recorder.calls) == 3 and len({call["grid"] for call in recorder.calls}) >= 2, name
-        lengths = kernel._LENGTHS if name == "_attend" else ["kv_heads", "kv_len", "chunks", "range_batch"]
+        lengths = common.LENGTHS if name == "_attend" else ["kv_heads", "kv_len", "chunks", "range_batch"]
         assert len(set(recorder.compiled_for(lengths))) == 1, name
         assert len(set(recorder.compiled_for([]))) > 1, name
 
