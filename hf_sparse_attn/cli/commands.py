@@ -8,13 +8,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hf_sparse_attn import __version__
-from hf_sparse_attn.cli import profile_arguments
+from hf_sparse_attn.shipped import SHIPPED
 
 PROGRAM = "hf-sparse-attn"
 T = TypeVar("T")
@@ -89,7 +90,11 @@ def _parser() -> _Parser:
         made.set_defaults(run=run)
         return made
 
-    demo = command("demo", _demo, "make the shipped tiny model sparse, method by method, and compare with dense")
+    demo = command(
+        "demo",
+        _printed("hf_sparse_attn.cli.demo"),
+        "make the shipped tiny model sparse, method by method, and compare with dense",
+    )
     demo.add_argument("--length", type=int, default=4096, metavar="N", help="bytes of the document that is read")
     demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
@@ -139,10 +144,40 @@ def _parser() -> _Parser:
         help="measure what attention costs on this device, and let min_tokens='auto' decide by that from now on",
     )
 
-    profiled = command("profile", _profile, "find out which method each head tolerates, and choose within a budget")
-    profile_arguments.add(profiled, _list(int))
+    run = _printed("hf_sparse_attn.cli.profile", _width)
+    profiled = command("profile", run, "find out which method each head tolerates, and choose within a budget")
+    profiled.add_argument(
+        "model", help=f"folder or Hub id of a language model or video pipeline; or {', '.join(SHIPPED)}"
+    )
+    profiled.add_argument("--data", metavar="FILE", help="text to calibrate on; for a pipeline one prompt per line")
+    profiled.add_argument("--length", type=_list(int), metavar="N,N", help="tokens of a calibration text: 4096")
+    profiled.add_argument("--batches", type=int, default=4, metavar="N", help="texts of each length, or prompts: 4")
+    profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
+    profiled.add_argument(
+        "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
+    )
+    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
+    profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
+    profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
+    profiled.add_argument(
+        "--steps", metavar="X,X", help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6"
+    )
+    profiled.add_argument(
+        "--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}'
+    )
+    profiled.add_argument(
+        "--query-blocks", type=int, metavar="N", help="runs of 128 queries measured per call; automatic"
+    )
+    profiled.add_argument("--max-plans-per-layer", type=int, metavar="N", help="most distinct methods in a layer")
+    profiled.add_argument("--same-in-group", action="store_true", help="one method for the heads of a key/value head")
+    profiled.add_argument("--state", metavar="FILE", help="keep what was measured here, and go on from it")
+    profiled.add_argument("--device", help="cuda where there is one, else cpu")
+    profiled.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: auto")
+    profiled.add_argument("--seed", type=int, default=0, help="0")
+    profiled.add_argument("--output", required=True, metavar="DIR", help="where the profile goes")
 
-    evaluate = command("eval", _eval, "all methods at equal density on the shipped models: fidelity and quality")
+    run = _printed("hf_sparse_attn.evaluation.run")
+    evaluate = command("eval", run, "all methods at equal density on the shipped models: fidelity and quality")
     evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
     evaluate.add_argument("--methods", type=_list(str), metavar="A,B", help="all whose density can be set")
     evaluate.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25")
@@ -183,36 +218,38 @@ def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return parse
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.cli import demo
+def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that prints what a module's `main` gives; imported once it is run, so that --help needs no torch."""
 
-    print(demo.main(args))
-    return 0
+    def run(args: argparse.Namespace) -> int:
+        print(import_module(module).main(args, *(value() for value in more)))
+        return 0
+
+    return run
 
 
 def _methods(args: argparse.Namespace) -> int:
     from hf_sparse_attn.documents import catalog
     from hf_sparse_attn.tables import markdown, table
 
-    if args.json:
-        parts = {"methods": catalog.methods(), "families": catalog.families(), "backends": catalog.backends()}
-        columns, rows = catalog.presets_table()
-        _print_json({**parts, "presets": [dict(zip(columns, row, strict=True)) for row in rows]})
-    elif args.markdown:
-        tables = {
-            "methods": catalog.methods_table(),
-            "families": catalog.families_table(),
-            "backends": catalog.backends_table(),
-            "presets": catalog.presets_table(),
-            "recipes": catalog.recipes_table(),
-        }
-        print("\n\n".join(f"<!-- generated: {n} -->\n{markdown(*t)}\n<!-- end -->" for n, t in tables.items()))
-    else:
+    columns, presets = catalog.presets_table()
+    document = {
+        "methods": catalog.methods(),
+        "families": catalog.families(),
+        "backends": catalog.backends(),
+        "presets": [dict(zip(columns, row, strict=True)) for row in presets],
+    }
+
+    def text() -> str:
+        if args.markdown:
+            parts = catalog.tables().items()
+            return "\n\n".join(f"<!-- generated: {name} -->\n{markdown(*t)}\n<!-- end -->" for name, t in parts)
         # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
-        columns, rows = catalog.methods_table(third_party=True)
-        print(table([*columns[:1], *columns[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width()))
-        print("\n" + table(*catalog.presets_table(), title="Presets (quality=)", width=_width()))
-    return 0
+        heads, rows = catalog.methods_table(third_party=True)
+        methods = table([*heads[:1], *heads[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width())
+        return f"{methods}\n\n{table(columns, presets, title='Presets (quality=)', width=_width())}"
+
+    return _show(args, document, text)
 
 
 def _coverage(args: argparse.Namespace) -> int:
@@ -225,27 +262,21 @@ def _coverage(args: argparse.Namespace) -> int:
     used = versions(found)
     document = coverage_page.document(found, used)
     written = [] if args.output is None else coverage_page.write(document, args.output)
-    if args.json:
-        _print_json(document)
-    elif args.markdown:
-        print(coverage_page.page(document), end="")
-    else:
-        print(table(*coverage_table(found), width=_width()))
-        print("\n" + "\n".join(coverage_summary(found)))
-        print(f"With {', '.join(f'{name} {version}' for name, version in used.items())}.")
-    for path in written:
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+
+    def text() -> str:
+        if args.markdown:
+            return coverage_page.page(document).rstrip("\n")
+        said = f"With {', '.join(f'{name} {version}' for name, version in used.items())}."
+        return "\n".join([table(*coverage_table(found), width=_width()), "", *coverage_summary(found), said])
+
+    return _show(args, document, text, [f"wrote {path}" for path in written])
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from hf_sparse_attn.cli import doctor
 
     found = doctor.examine(args.backends)
-    if args.json:
-        _print_json(found)
-    else:
-        print(doctor.render(found, _width()))
+    _show(args, found, lambda: doctor.render(found, _width()))
     return 0 if found["ok"] else 1
 
 
@@ -265,13 +296,7 @@ def _bench(args: argparse.Namespace) -> int:
     result = bench.run(options)
     # Files before tables, for a reader that has gone.
     notes = [] if args.output is None else bench_plot.write(result, args.output)
-    if args.json:
-        _print_json(result)
-    else:
-        print(bench_plot.render(result, _width()))
-    for note in notes:
-        print(note, file=sys.stderr)
-    return 0
+    return _show(args, result, lambda: bench_plot.render(result, _width()), notes)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -301,19 +326,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     with threads(args.threads):
         found = calibrate.measure(device)
     calibrate.write(found, path)
-    if args.json:
-        _print_json(found)
-    else:
-        print(calibrate.render(found, _width()))
-    print(f"wrote {path}", file=sys.stderr)
-    return 0
-
-
-def _profile(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.cli import profile as profile_command
-
-    print(profile_command.main(args, _width()))
-    return 0
+    return _show(args, found, lambda: calibrate.render(found, _width()), [f"wrote {path}"])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -322,27 +335,24 @@ def _train(args: argparse.Namespace) -> int:
     return train_command.main(args, _width())
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.evaluation import run as evaluate
-
-    print(evaluate.main(args))
-    return 0
-
-
 def _docs(args: argparse.Namespace) -> int:
     from hf_sparse_attn.documents import pages
 
     wanted = pages.pages(Path(args.output), _parser())
     changed = [str(path) for path in (pages.stale if args.check else pages.write)(wanted)]
-    if args.json:
-        _print_json({"stale" if args.check else "written": changed})
-    else:
-        print("\n".join(f"{'not current:' if args.check else 'wrote'} {path}" for path in changed) or "all current")
+    key, did = ("stale", "not current:") if args.check else ("written", "wrote")
+    _show(args, {key: changed}, lambda: "\n".join(f"{did} {path}" for path in changed) or "all current")
     return 1 if args.check and changed else 0
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2, default=str))
+def _show(
+    args: argparse.Namespace, document: dict[str, Any], text: Callable[[], str], notes: Sequence[str] = ()
+) -> int:
+    """Prints the document with --json, else the text; what was written beside it goes to stderr."""
+    print(json.dumps(document, indent=2, default=str) if args.json else text())
+    for note in notes:
+        print(note, file=sys.stderr)
+    return 0
 
 
 def _width() -> int:

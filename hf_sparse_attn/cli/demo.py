@@ -6,8 +6,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.api import attention, patch
-from hf_sparse_attn.method import Method
+from hf_sparse_attn.api import patch
+from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import pooled_attention
 from hf_sparse_attn.profiling.observe import Captured, capture
@@ -52,19 +52,6 @@ class Row:
     ratio: float
 
 
-def output_error(method: Method, seen: Captured) -> float:
-    """Relative error of the attention output against dense on captured q, k, v, mean over layers."""
-    errors = []
-    for q, k, v, ctx in seen.calls.values():
-        dense = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=ctx.softmax_scale, enable_gqa=True
-        )
-        out = attention(q, k, v, method, ctx)
-        assert isinstance(out, Tensor)
-        errors.append(float((out - dense).norm() / dense.norm()))
-    return statistics.mean(errors)
-
-
 def compare(
     model: nn.Module,
     document: NeedleDocument,
@@ -84,11 +71,13 @@ def compare(
     tokens = document.token_ids
     names = ["dense", *(f"{name}({', '.join(f'{k}={v}' for k, v in params.items())})" for name, params in chosen)]
     entries: list[tuple[str, dict[str, Any]]] = [("dense", {}), *chosen]
-    seen = capture(model, tokens)
+    reference = Reference(list(capture(model, tokens).calls.values()))
     results: list[dict[str, Any]] = [{"seconds": []} for _ in entries]
     for turn in range(rounds + 1):
         for (name, params), result in zip(entries, results, strict=True):
-            with _patched(model, name, params) as applied, torch.no_grad():
+            # Dense is the model as it is, without any patch.
+            on = nullcontext() if name == "dense" else patch(model, name, min_tokens=0, **params)
+            with on as applied, torch.no_grad():
                 start = time.perf_counter()
                 logits = model(tokens, use_cache=False).logits
                 if turn:
@@ -96,9 +85,8 @@ def compare(
             progress()
             if turn:
                 continue
-            method = make_method(name, params)
             result["density"] = applied.report().density if applied is not None else 1.0
-            result["error"] = 0.0 if applied is None else output_error(method, seen)
+            result["error"] = 0.0 if applied is None else reference.compare(make_method(name, params)).output_error
             result["loss"] = next_byte_loss(logits, document)
             result["needles"] = sum(score_needles(logits, document))
     dense = statistics.median(results[0]["seconds"])
@@ -106,16 +94,6 @@ def compare(
         Row(method=name, ratio=statistics.median(r["seconds"]) / dense, **r)
         for name, r in zip(names, results, strict=True)
     ]
-
-
-@contextmanager
-def _patched(model: nn.Module, name: str, params: dict[str, Any]) -> Iterator[Any]:
-    """The model with a method on; without any patch for dense."""
-    if name == "dense":
-        yield None
-        return
-    with patch(model, name, min_tokens=0, **params) as applied:
-        yield applied
 
 
 def comparison_table(rows: Sequence[Row], document: NeedleDocument) -> str:

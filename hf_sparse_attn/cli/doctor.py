@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.api import default_device
-from hf_sparse_attn.backend import Backend
 from hf_sparse_attn.machine import machine, now, versions
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
@@ -45,14 +44,8 @@ def examine(backends: Sequence[str] | None = None) -> dict[str, Any]:
     device = default_device()
     records = [record for name in names for record in _try_backend(name, device)]
     ok = all(r["agrees"] is not False for r in records)
-    return {
-        "date": now(),
-        "versions": versions(),
-        "machine": machine(),
-        "device": str(device),
-        "backends": records,
-        "ok": ok,
-    }
+    where = {"date": now(), "versions": versions(), "machine": machine(), "device": str(device)}
+    return {**where, "backends": records, "ok": ok}
 
 
 def render(found: dict[str, Any], width: int = 110) -> str:
@@ -68,19 +61,16 @@ def render(found: dict[str, Any], width: int = 110) -> str:
         rows.append((d["device"], ", ".join(f"{k} {v}" for k, v in d.items() if k != "device" and v is not None)))
     if not at["devices"]:
         rows.append(("accelerator", "none found (CUDA, ROCm, MPS)"))
-    parts = [
-        table(("what", "found"), rows, width=width).strip("\n"),
-        table(
-            ("backend", "dtype", "pass", "result"),
-            _backend_rows(found["backends"]),
-            f"Backends on {found['device']}; errors are the largest against {_REFERENCE} in float64",
-            width,
-        ).strip("\n"),
-        "All backends that run here agree with the reference."
-        if found["ok"]
-        else "A BACKEND DISAGREES WITH THE REFERENCE: do not use it here, and report this output.",
-    ]
-    return "\n\n".join(parts)
+    title = f"Backends on {found['device']}; errors are the largest against {_REFERENCE} in float64"
+    columns = ("backend", "dtype", "pass", "result")
+    verdict = "All backends that run here agree with the reference."
+    if not found["ok"]:
+        verdict = "A BACKEND DISAGREES WITH THE REFERENCE: do not use it here, and report this output."
+    tables = (
+        table(("what", "found"), rows, width=width),
+        table(columns, _backend_rows(found["backends"]), title, width),
+    )
+    return "\n\n".join([*(text.strip("\n") for text in tables), verdict])
 
 
 def _backend_rows(records: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -113,10 +103,7 @@ def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:
                 "pass": "backward" if backward else "forward",
                 "runs": False,
                 "reason": BACKENDS.missing.get(name),
-                "error": None,
-                "allowed": None,
-                "agrees": None,
-                "seconds": None,
+                **dict.fromkeys(("error", "allowed", "agrees", "seconds")),
             }
             records.append(record)
             if name in BACKENDS.missing:
@@ -131,7 +118,7 @@ def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:
             log.info("trying %s in %s, %s", name, record["dtype"], record["pass"])
             begin = time.perf_counter()
             try:
-                got = _results(backend, inputs, pattern, backward)
+                got = _results(backend.attention, inputs, pattern, backward)
             # Whatever a backend raises here is what the user wants to be told.
             except Exception as error:
                 log.debug("%s failed", name, exc_info=True)
@@ -161,33 +148,21 @@ def _pattern(device: torch.device) -> BlockPattern:
     return BlockPattern.from_block_map(keep[None], _BLOCK, _BLOCK, _TOKENS, _TOKENS, causal=True).to(device)
 
 
-def _results(backend: type[Backend], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool) -> list[Tensor]:
+def _results(
+    attention: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pattern: BlockPattern, backward: bool
+) -> list[Tensor]:
     """The output, or the gradients of q, k and v."""
     q, k, v = (t.detach().requires_grad_(backward) for t in inputs)
     with torch.set_grad_enabled(backward):
-        out = backend.attention(q, k, v, pattern, _DIM**-0.5)[0]
+        out = attention(q, k, v, pattern, _DIM**-0.5)[0]
     return list(torch.autograd.grad(out, (q, k, v), torch.ones_like(out))) if backward else [out]
 
 
-class _Masked:
+def _masked(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor]:
     """PyTorch's own attention under the pattern's token mask: the measure of what a dtype allows."""
-
-    auto_rank: ClassVar[Mapping[str, int]] = {}
-
-    @staticmethod
-    def why_not(
-        pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
-    ) -> str | None:
-        return None
-
-    @staticmethod
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.to_dense(), scale=scale)
-        return out, out
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return (torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.to_dense(), scale=scale),)
 
 
 def _compare(
@@ -196,8 +171,8 @@ def _compare(
     """Largest error against float64 on the CPU, and the largest allowed: rounding, and `inexact` of the output."""
     pattern = pattern.to("cpu")
     inputs = [t.cpu() for t in inputs]
-    exact = _results(BACKENDS.get(_REFERENCE), [t.double() for t in inputs], pattern, backward)
-    rough = _results(_Masked, inputs, pattern, backward)
+    exact = _results(BACKENDS.get(_REFERENCE).attention, [t.double() for t in inputs], pattern, backward)
+    rough = _results(_masked, inputs, pattern, backward)
     error, rounding = _distance(got, exact), _distance(rough, exact)
     largest = max(float(t.abs().max()) for t in exact)
     return error, _ALLOWED * rounding + (torch.finfo(inputs[0].dtype).eps + inexact) * largest

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace, width: int) -> str:
     """Profiles, saves, and returns what to print.
 
     Args:
-        args: as profile_arguments.add makes them, and `json`.
+        args: as the command line gives them.
         width: of the terminal.
 
     Raises:

@@ -120,6 +120,17 @@ def recipes_table() -> Table:
     return ("recipe", "what it does"), [(r["recipe"], r["summary"]) for r in recipes()]
 
 
+def tables() -> dict[str, Table]:
+    """All of them by name, as they stand in the documents."""
+    return {
+        "methods": methods_table(),
+        "families": families_table(),
+        "backends": backends_table(),
+        "presets": presets_table(),
+        "recipes": recipes_table(),
+    }
+
+
 def is_own(entry: object) -> bool:
     """Whether an entry of a registry comes with this package."""
     owner = entry if isinstance(entry, type) else type(entry)

@@ -89,16 +89,9 @@ def quality(document: dict[str, Any]) -> Table:
             f"{best_needles['needles']:.2f} ({best_needles['name']})", f"{needles:.2f}", f"{dense['needles']:.2f}",
             f"{best_psnr['psnr']:.1f} dB ({best_psnr['name']})", f"{psnr:.1f} dB",
         ])  # fmt: skip
-    three = ("profile", "dense")
-    return (
-        "density",
-        "loss: best single",
-        *three,
-        "needles: best single",
-        *three,
-        "PSNR: best single",
-        "profile",
-    ), rows
+    others = ("profile", "dense")
+    singles = [f"{figure}: best single" for figure in ("loss", "needles", "PSNR")]
+    return ("density", singles[0], *others, singles[1], *others, singles[2], "profile"), rows
 
 
 def longer_context(document: dict[str, Any]) -> Table:

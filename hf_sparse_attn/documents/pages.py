@@ -91,14 +91,7 @@ def _filled(text: str, blocks: dict[str, str], name: str, wanted: tuple[str, ...
 
 
 def _blocks(parser: argparse.ArgumentParser) -> dict[str, str]:
-    tables: dict[str, Table] = {
-        "methods": catalog.methods_table(),
-        "methods_linked": _methods_linked(),
-        "presets": catalog.presets_table(),
-        "recipes": catalog.recipes_table(),
-        "families": catalog.families_table(),
-        "backends": catalog.backends_table(),
-    }
+    tables = {**catalog.tables(), "methods_linked": _methods_linked()}
     texts = {
         "recipe_keys": recipe_keys(),
         "family_notes": _notes(FAMILIES),
