@@ -163,10 +163,7 @@ class SeerGateTask(AdapterTask):
         return make_method(KIND, {"gates": self.gates, "density": density})
 
     def bundle_parts(self) -> dict[str, Any]:
-        return {
-            "gates": self.gates,
-            "sparse": SparseSettings(method=KIND, params={"density": self.recipe.density}),
-        }
+        return {"gates": self.gates, "sparse": SparseSettings(method=KIND, params={"density": self.recipe.density})}
 
     def read(self, ids: Tensor, observe: Observer) -> None:
         """Shows every attention call of a dense forward; the logits, which nobody wants, are not computed.

@@ -234,7 +234,4 @@ def _wan(options: Options, tokens: int, num_layers: int) -> Built | str:
     return Built(module, lambda: module(**inputs), frames * height * width, module.blocks[-1].attn1)
 
 
-_MODELS: dict[str, Callable[[Options, int, int], Built | str]] = {
-    "llama prefill": _llama,
-    "wan step": _wan,
-}
+_MODELS: dict[str, Callable[[Options, int, int], Built | str]] = {"llama prefill": _llama, "wan step": _wan}

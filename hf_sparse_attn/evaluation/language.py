@@ -15,11 +15,10 @@ from torch import nn
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
-from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, within
+from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, profiles_within
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, capture
-from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.shipped.byte_llama import default_metric, load_model
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
@@ -83,12 +82,29 @@ def evaluate(
     calls = captured(model, calibration[0])
     held_out = Reference(captured(model, scored[0]))
     skipped: dict[str, str] = {}
-    rows: list[Row] = [score(model, METHODS.get("dense")(), "dense", None, scored, held_out)]
+    rows: list[Row] = []
+
+    @torch.no_grad()
+    def score(method: Method, name: str, wanted: float | None) -> None:
+        losses, right = [], []
+        with patch(model, method, min_tokens=0) as applied:
+            for document in scored:
+                logits = model(document.token_ids, use_cache=False).logits
+                losses.append(next_byte_loss(logits, document))
+                # By depth, whatever the order of the document's list.
+                answers = zip(document.needles, score_needles(logits, document), strict=True)
+                right.append([ok for _, ok in sorted(answers, key=lambda item: item[0].depth)])
+        by_depth = tuple(sum(column) / len(column) for column in zip(*right, strict=True))
+        common = dense_figures() if wanted is None else common_figures(method, name, wanted, held_out)
+        density = applied.report().density
+        rows.append(LanguageRow(density=density, loss=sum(losses) / len(losses), by_depth=by_depth, **common))
+
+    score(METHODS.get("dense")(), "dense", None)
     for name, density, method in fitted(names, densities, calls, skipped, "language"):
-        rows.append(score(model, method, name, density, scored, held_out))
+        score(method, name, density)
     if profiled:
         for density, found in profiles(model, calibration, densities, skipped).items():
-            rows.append(score(model, found.method(), PROFILED, density, scored, held_out))
+            score(found.method(), PROFILED, density)
     setting = (
         f"shipped byte-level Llama, {args.documents} held-out documents of {args.tokens} bytes, {NEEDLES} needles each"
     )
@@ -99,9 +115,7 @@ def profiles(
     model: nn.Module, documents: Sequence[NeedleDocument], densities: Sequence[float], skipped: dict[str, str]
 ) -> dict[float, HeadProfile]:
     """A HeadProfile for each density, all from one measurement on documents that are not scored."""
-    batches = [profile_batch(document) for document in documents]
-    first = profile(model, batches, budget=1.0, metric=METRIC)
-    return within(first, densities, METRIC, skipped)
+    return profiles_within(model, list(map(profile_batch, documents)), METRIC, densities, skipped)
 
 
 def profile_batch(document: NeedleDocument) -> dict[str, Any]:
@@ -112,31 +126,3 @@ def profile_batch(document: NeedleDocument) -> dict[str, Any]:
 def captured(model: nn.Module, document: NeedleDocument) -> list[Call]:
     """The attention calls of a dense forward, layer by layer."""
     return list(capture(model, document.token_ids).calls.values())
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    method: Method,
-    name: str,
-    wanted: float | None,
-    documents: Sequence[NeedleDocument],
-    reference: Reference,
-) -> LanguageRow:
-    """One row: the model reads all documents with the method in every layer; `wanted` is None for dense."""
-    losses, right = [], []
-    with patch(model, method, min_tokens=0) as applied:
-        for document in documents:
-            logits = model(document.token_ids, use_cache=False).logits
-            losses.append(next_byte_loss(logits, document))
-            # By depth, whatever the order of the document's list.
-            answers = zip(document.needles, score_needles(logits, document), strict=True)
-            right.append([ok for _, ok in sorted(answers, key=lambda item: item[0].depth)])
-    by_depth = tuple(sum(column) / len(column) for column in zip(*right, strict=True))
-    common = dense_figures() if wanted is None else common_figures(method, name, wanted, reference)
-    return LanguageRow(
-        density=applied.report().density,
-        loss=sum(losses) / len(losses),
-        by_depth=by_depth,
-        **common,
-    )

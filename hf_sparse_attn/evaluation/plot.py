@@ -16,18 +16,7 @@ from hf_sparse_attn.evaluation.result import PROFILED, Result
 from hf_sparse_attn.profiling.run import library_versions
 
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.
-_COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#8C6D1F",
-    "#7F7F7F",
-    "#332288",
-    "#44AA99",
-)
+_COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #8C6D1F #7F7F7F #332288 #44AA99".split()
 _MARKERS = "osD^vP<>X*"
 
 

@@ -24,7 +24,7 @@ from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
 from hf_sparse_attn.profiling.observe import Call
-from hf_sparse_attn.profiling.run import from_measurements
+from hf_sparse_attn.profiling.run import from_measurements, profile
 from hf_sparse_attn.registry import METHODS
 
 
@@ -114,10 +114,11 @@ def common_figures(method: Method, name: str, wanted: float | None, reference: R
     }
 
 
-def within(
-    measured: HeadProfile, densities: Sequence[float], metric: str, skipped: dict[str, str]
+def profiles_within(
+    model: Any, batches: Sequence[Any], metric: str, densities: Sequence[float], skipped: dict[str, str]
 ) -> dict[float, HeadProfile]:
     """The choice for each density from one measurement; where no choice is as sparse, the reason goes to `skipped`."""
+    measured = profile(model, batches, budget=1.0, metric=metric)
     assert measured.measurements is not None
     found = {}
     for density in densities:
@@ -130,10 +131,8 @@ def within(
 
 def dense_figures() -> dict[str, Any]:
     """The same for dense attention, which is what the others are compared with."""
-    name = "dense"
-    return {
-        "name": name, "label": name, "wanted": None, "recall": 1.0, "output_error": 0.0, "estimate_share": 0.0
-    }  # fmt: skip
+    own = {"name": "dense", "label": "dense", "wanted": None}
+    return {**own, "recall": 1.0, "output_error": 0.0, "estimate_share": 0.0}
 
 
 def main(args: argparse.Namespace) -> str:

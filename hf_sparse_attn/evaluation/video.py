@@ -16,18 +16,11 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.fidelity import Reference, psnr, ssim
 from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
-from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, within
+from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, profiles_within
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, Seen, observing
-from hf_sparse_attn.profiling.run import profile
-from hf_sparse_attn.shipped.moving import (
-    SceneClass,
-    check_motion,
-    draw_classes,
-    load_moving_wan,
-    sample,
-)
+from hf_sparse_attn.shipped.moving import SceneClass, check_motion, draw_classes, load_moving_wan, sample
 
 STEPS = 8
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
@@ -83,9 +76,8 @@ def evaluate(
     calls = captured(model, draw_classes(1, CALIBRATION_SEED), CALIBRATION_SEED)
     held_out = Reference(captured(model, scenes[:1], _FIRST_SEED))
     dense = sample(model, scenes, steps=STEPS, seed=_FIRST_SEED)
-    rows: list[Row] = [
-        VideoRow(density=1.0, psnr=100.0, ssim=1.0, right=share_right(dense, scenes), **dense_figures())
-    ]
+    right = share_right(dense, scenes)
+    rows: list[Row] = [VideoRow(density=1.0, psnr=100.0, ssim=1.0, right=right, **dense_figures())]
     sheets = [("dense", 1.0, dense)]
     skipped: dict[str, str] = {}
 
@@ -94,15 +86,8 @@ def evaluate(
             clips = sample(model, scenes, steps=STEPS, seed=_FIRST_SEED)
         density = applied.report().density
         sheets.append((name, density, clips))
-        rows.append(
-            VideoRow(
-                density=density,
-                psnr=psnr(clips, dense),
-                ssim=ssim(clips, dense),
-                right=share_right(clips, scenes),
-                **common_figures(method, name, wanted, held_out),
-            )
-        )
+        own = {"psnr": psnr(clips, dense), "ssim": ssim(clips, dense), "right": share_right(clips, scenes)}
+        rows.append(VideoRow(density=density, **own, **common_figures(method, name, wanted, held_out)))
 
     for name, density, method in fitted(names, densities, calls, skipped, "video"):
         score(method, name, density)
@@ -111,8 +96,8 @@ def evaluate(
             score(found.method(), PROFILED, density)
     if output is not None:
         # One whose dense version is as it should be, where there is one.
-        right = [check_motion(clip, scene).right for clip, scene in zip(dense, scenes, strict=True)]
-        shown = right.index(True) if any(right) else 0
+        good = [check_motion(clip, scene).right for clip, scene in zip(dense, scenes, strict=True)]
+        shown = good.index(True) if any(good) else 0
         drawn = [("", f"{name}\n{density:.3f}", clips[shown : shown + 1]) for name, density, clips in sheets]
         # What is drawn needs optional packages.
         with suppress(ImportError):
@@ -128,8 +113,7 @@ def profiles(model: Any, densities: Sequence[float], skipped: dict[str, str]) ->
     def run(model: Any) -> None:
         sample(model, draw_classes(2, CALIBRATION_SEED), steps=STEPS, seed=CALIBRATION_SEED)
 
-    first = profile(model, [run], budget=1.0, metric="layer_error")
-    return within(first, densities, "layer_error", skipped)
+    return profiles_within(model, [run], "layer_error", densities, skipped)
 
 
 def captured(model: Any, scenes: Sequence[SceneClass], seed: int) -> list[Call]:
