@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
@@ -137,3 +138,17 @@ def pretrained_models(model: object) -> list[Any]:
 def has_class(module: object, names: Collection[str]) -> bool:
     """Whether a module's class, or one it derives from, has one of these names."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def tiny_text(kind: Any, **sizes: int) -> tuple[Any, dict[str, Any]]:
+    """A two-layer model of a class of transformers, seeded, and 111 tokens for it.
+
+    Args:
+        kind: the class.
+        sizes: of its configuration, besides the common ones.
+    """
+    common = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**common, num_attention_heads=4, **sizes))
+        return model.eval(), {"input_ids": torch.randint(3, 128, (2, 111))}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse_attn.kernels.triton_block_sparse_parts import is_wide, launched, logits_of, masked_stages
+from hf_sparse_attn.kernels.triton_block_sparse_parts import is_wide, launched, masked_stages
 from hf_sparse_attn.kernels.triton_block_sparse_plan import (
     Keys,
     Share,
@@ -23,12 +23,14 @@ from hf_sparse_attn.kernels.triton_block_sparse_plan import (
     schedule,
     share_of,
 )
-from hf_sparse_attn.kernels.triton_block_sparse_rows import factors, logit_gradient, run_rows
+from hf_sparse_attn.kernels.triton_block_sparse_rows import logit_gradient, run_rows
 from hf_sparse_attn.kernels.triton_common import (
     Launch,
     constants_of,
+    factors,
     jit,
     load_tokens,
+    logits_of,
     on_device,
     padded,
     rows_dense,

@@ -1,4 +1,4 @@
-"""What the block-sparse Triton kernels share: logits, and how a launch is chosen and tried."""
+"""How a launch of the block-sparse Triton kernels is chosen and tried."""
 
 from __future__ import annotations
 
@@ -9,36 +9,16 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from hf_sparse_attn.cost import tuning
-from hf_sparse_attn.kernels.triton_common import Launch, device_limits, padded, runs_interpreted, tanh
+from hf_sparse_attn.kernels.triton_common import Launch, device_limits, padded, runs_interpreted
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("forward", "queries", "keys")
-
-# Kernel functions are not typed (type: ignore below): their arguments are values of Triton, not of Python.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def logits_of(a, b, factor, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits in base 2 of the rows of `a` and of `b`, and tanh where they are capped (else the logits again).
-
-    Without a cap `factor` is scale * log2(e); with one it is scale / softcap, and `cap` is softcap * log2(e).
-    """
-    x = tl.dot(a, tl.trans(b), input_precision="ieee") * factor
-    bounded = x
-    if HAS_CAP:
-        bounded = tanh(x)
-        x = bounded * cap
-    return x, bounded
-
-
-# ---------------------------------------------------------------------- launches
 
 
 class Limits(NamedTuple):

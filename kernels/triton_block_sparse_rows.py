@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse_attn.kernels.triton_block_sparse_parts import is_wide, launched, logits_of, masked_stages
+from hf_sparse_attn.kernels.triton_block_sparse_parts import is_wide, launched, masked_stages
 from hf_sparse_attn.kernels.triton_block_sparse_plan import rows_of, schedule
 from hf_sparse_attn.kernels.triton_common import (
-    LOG2E,
     Launch,
     accumulate,
     constants_of,
+    factors,
     jit,
     load_tokens,
+    logits_of,
     tokens_at,
     valid_range,
 )
@@ -239,8 +240,3 @@ def run_rows(
         )  # fmt: skip
 
     launched("forward" if grad is None else "queries", p, q, v, run)
-
-
-def factors(scale: float, softcap: float) -> tuple[float, float, float]:
-    """`factor` and `cap` of logits_of, and the scale."""
-    return (scale / softcap, softcap * LOG2E, scale) if softcap else (scale * LOG2E, 0.0, scale)

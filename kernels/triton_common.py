@@ -125,10 +125,18 @@ def tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(tl.abs(x) < 0.625, near, far)
 
 
-@triton.jit
-def cap_logits(logits, cap):  # type: ignore[no-untyped-def]
-    """cap * tanh(logits / cap), for logits and cap in the same unit (both times log2(e), here)."""
-    return cap * tanh(logits / cap)
+@triton.jit  # type: ignore[untyped-decorator]
+def logits_of(a, b, factor, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits in base 2 of the rows of `a` and of `b`, and tanh where they are capped (else the logits again).
+
+    Without a cap `factor` is scale * log2(e); with one it is scale / softcap, and `cap` is softcap * log2(e).
+    """
+    x = tl.dot(a, tl.trans(b), input_precision="ieee") * factor
+    bounded = x
+    if HAS_CAP:
+        bounded = tanh(x)
+        x = bounded * cap
+    return x, bounded
 
 
 def why_not(
@@ -195,6 +203,11 @@ def constants_of(q: Tensor, v: Tensor, p: BlockPattern, softcap: float) -> dict[
         "HAS_Q_ORDER": p.q_order is not None, "HAS_KV_ORDER": p.kv_order is not None,
         "HAS_RANGE": p.kv_range is not None, "HAS_CAP": bool(softcap), "UPCAST": runs_interpreted(),
     }  # fmt: skip
+
+
+def factors(scale: float, softcap: float) -> tuple[float, float, float]:
+    """`factor` and `cap` of logits_of, and the scale."""
+    return (scale / softcap, softcap * LOG2E, scale) if softcap else (scale * LOG2E, 0.0, scale)
 
 
 def lists_of(p: BlockPattern) -> tuple[list[Tensor], list[int]]:

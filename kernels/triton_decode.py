@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hf_sparse_attn.kernels import triton_common
 from hf_sparse_attn.kernels.triton_common import (
-    LOG2E,
     accumulate,
-    cap_logits,
     constants_of,
+    factors,
     jit,
     lists_of,
     load_tokens,
+    logits_of,
     on_device,
     padded,
     tokens_at,
@@ -134,9 +134,7 @@ def _attend(  # type: ignore[no-untyped-def]
             is_read = tl.max((keep & exists[:, None]).to(tl.int32), 0) != 0
         keys = load_tokens(keys_of, zero, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, UPCAST)
         values = load_tokens(values_of, zero, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
-        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
-        if HAS_CAP:
-            logits = cap_logits(logits, cap)
+        logits, _ = logits_of(queries, keys, factor, cap, HAS_CAP)
         logits = tl.where(keep, logits, -float("inf"))
         result, peak, total = accumulate(result, peak, total, logits, values)
 
@@ -150,9 +148,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 valid = valid & (key >= low) & (key < high)
             keys = load_tokens(keys_of, zero, key, valid, k_token, k_dim, DIM, DIM_PAD, True, True, UPCAST)
             values = load_tokens(values_of, zero, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
-            logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
-            if HAS_CAP:
-                logits = cap_logits(logits, cap)
+            logits, _ = logits_of(queries, keys, factor, cap, HAS_CAP)
             logits = tl.where(valid[None, :], logits, -float("inf"))
             result, peak, total = accumulate(result, peak, total, logits, values)
 
@@ -300,8 +296,7 @@ class TritonDecode:
             _attend[(units * splits,)](
                 q, k, v, part, part_lse, *tensors,
                 *q.stride(), *k.stride(), *v.stride(), *strides,
-                batch, heads, group, p.rows, strips, splits, p.block_q, q_len, p.kv_len,
-                scale * LOG2E, softcap * LOG2E,
+                batch, heads, group, p.rows, strips, splits, p.block_q, q_len, p.kv_len, *factors(scale, softcap)[:2],
                 BLOCK_K=p.block_k, PACK=pack, M=launch.lanes, N=launch.keys, HAS_TILES=len(p.tiles) > 1,
                 HAS_COLUMNS=p.columns is not None, SPLIT=splits > 1, **constants_of(q, v, p, softcap),
                 num_warps=launch.warps, num_stages=launch.stages,

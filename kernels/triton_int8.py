@@ -14,7 +14,6 @@ from hf_sparse_attn.kernels import triton_common
 from hf_sparse_attn.kernels.triton_common import (
     LOG2E,
     Launch,
-    cap_logits,
     constants_of,
     jit,
     lead_strides,
@@ -23,6 +22,7 @@ from hf_sparse_attn.kernels.triton_common import (
     on_device,
     padded,
     rows_dense,
+    tanh,
     tokens_at,
     valid_range,
 )
@@ -182,7 +182,7 @@ def _attend(  # type: ignore[no-untyped-def]
         values = load_tokens(values_of, zero, key, is_read, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
         logits = tl.dot(queries8, tl.trans(keys)).to(tl.float32) * key_step[None, :]
         if HAS_CAP:
-            logits = cap_logits(logits * step[:, None] + offset[:, None], cap)
+            logits = cap * tanh((logits * step[:, None] + offset[:, None]) / cap)
         edge = start + (i % pieces) * N
         # An order spreads the tokens of a range over all places, so that no block is known to lie inside it.
         ragged = (edge < low) | (edge + N > high) | (HAS_KV_ORDER and HAS_RANGE)
@@ -211,7 +211,7 @@ def _attend(  # type: ignore[no-untyped-def]
             values = load_tokens(values_of, zero, key, valid, v_token, v_dim, VALUE_DIM, VALUE_PAD, True, True, UPCAST)
             logits = tl.dot(queries8, tl.trans(keys)).to(tl.float32) * key_step[None, :]
             if HAS_CAP:
-                logits = cap_logits(logits * step[:, None] + offset[:, None], cap)
+                logits = cap * tanh((logits * step[:, None] + offset[:, None]) / cap)
             logits = tl.where(valid[None, :], logits, -float("inf"))
             result, peak, total = _accumulate(result, peak, total, logits, weight_step, values)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_sparse_attn.family import pretrained_models
+from hf_sparse_attn.family import pretrained_models, tiny_text
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
@@ -109,21 +109,9 @@ class Encoder:
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
         """A two-layer BERT and 111 tokens."""
-        import torch
-        from transformers import BertConfig, BertModel
+        from transformers import BertModel
 
-        config = BertConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: Any = BertModel(config)
-            return model.eval(), {"input_ids": torch.randint(3, 128, (2, 111))}
+        return tiny_text(BertModel, max_position_embeddings=256)
 
 
 def _own(model: nn.Module) -> list[nn.Module]:

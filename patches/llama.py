@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_sparse_attn.family import has_class, pretrained_models
+from hf_sparse_attn.family import has_class, pretrained_models, tiny_text
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
@@ -79,22 +79,9 @@ class Llama:
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
         """A two-layer Llama with grouped heads and 111 tokens."""
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        config = LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: Any = LlamaForCausalLM(config)
-            return model.eval(), {"input_ids": torch.randint(3, 128, (2, 111))}
+        return tiny_text(LlamaForCausalLM, num_key_value_heads=2, max_position_embeddings=4096)
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ said over and over, in stages of growing length. It runs on a few processor core
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,29 +200,6 @@ def training_batch(config: ByteLlama, step: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(ids).astype(np.int64)), torch.from_numpy(np.stack(weights))
 
 
-@torch.no_grad()
-def evaluate(model: LlamaForCausalLM, length: int, seeds: Iterable[int], needles: int = 8) -> tuple[float, float]:
-    """Measure held-out documents.
-
-    Args:
-        model: the model.
-        length: bytes in each document.
-        seeds: one document for each.
-        needles: needles in each.
-
-    Returns:
-        Fraction of needles answered and mean next-byte loss on the code, in nats.
-    """
-    answered: list[bool] = []
-    losses: list[float] = []
-    for seed in seeds:
-        document = needle_document(length, needles, seed, split="heldout")
-        logits = model(input_ids=document.token_ids.to(model.device), use_cache=False).logits
-        answered.extend(score_needles(logits, document))
-        losses.append(next_byte_loss(logits, document))
-    return sum(answered) / len(answered), sum(losses) / len(losses)
-
-
 class ByteLlamaTask(Task):
     """All weights of the model, from the start."""
 
@@ -260,10 +237,17 @@ class ByteLlamaTask(Task):
         return (losses * weights[:, 1:].flatten()).sum()
 
     def evaluate(self) -> dict[str, float]:
+        """Fraction of needles answered in held-out documents, and mean next-byte loss on their code, in nats."""
         found: dict[str, float] = {}
         for length, documents in ((512, 8), (2048, 4)):
-            needles, loss = evaluate(self.model, length, range(documents))
-            found |= {f"needles at {length}": needles, f"loss at {length}": loss}
+            answered, losses = list[bool](), list[float]()
+            for seed in range(documents):
+                document = needle_document(length, 8, seed, split="heldout")
+                logits = self.model(input_ids=document.token_ids.to(self.run.device), use_cache=False).logits
+                answered.extend(score_needles(logits, document))
+                losses.append(next_byte_loss(logits, document))
+            found[f"needles at {length}"] = sum(answered) / len(answered)
+            found[f"loss at {length}"] = sum(losses) / len(losses)
         return found
 
     def save(self, folder: Path, figures: dict[str, Any]) -> None:
