@@ -218,13 +218,13 @@ def lists_of(p: BlockPattern) -> tuple[list[Tensor], list[int]]:
         dense in memory or in their last dimension, another one in place of what the pattern lacks; and the strides
         over batch and heads of the four lists and orders, and over the batch of the range.
     """
-    known = [p.indptr, p.column_indptr, p.q_order, p.kv_order, p.kv_range]
-    dense = [None if t is None else rows_dense(t) for t in known]
-    indptr, column_indptr, q_order, kv_order, kv_range = (dense[0] if t is None else t for t in dense)
+    indptr = rows_dense(p.indptr)
+    dense = [None if t is None else rows_dense(t) for t in (p.column_indptr, p.q_order, p.kv_order, p.kv_range)]
+    column_indptr, q_order, kv_order, kv_range = (indptr if t is None else t for t in dense)
     starts, tiles = p.starts.contiguous(), p.tiles.contiguous().view(torch.uint8)
     columns = starts if p.columns is None else p.columns.contiguous()
     tensors = [indptr, starts, p.tile_ids.contiguous(), tiles, column_indptr, columns, q_order, kv_order, kv_range]
-    return tensors, [stride for t in dense for stride in lead_strides(t)][:-1]
+    return tensors, [stride for t in (indptr, *dense) for stride in lead_strides(t)][:-1]
 
 
 @lru_cache(maxsize=64)
