@@ -75,13 +75,13 @@ class _Streak:
     def __init__(self) -> None:
         self.losses = self.pause = 0
 
-    def lost(self) -> None:
+    def note(self, won: bool) -> None:
+        if won:
+            self.losses = self.pause = 0
+            return
         self.losses += 1
         if self.losses >= LOSSES:
             self.pause = min(_LONGEST_PAUSE, 2 << (self.losses - LOSSES))
-
-    def won(self) -> None:
-        self.losses = self.pause = 0
 
 
 # Seconds per key that the pattern building of a method took lately, by method, device and shape class.
@@ -221,10 +221,7 @@ class Call:
 
     def _close(self, won: bool) -> None:
         for streak in self.streaks:
-            if won:
-                streak.won()
-            else:
-                streak.lost()
+            streak.note(won)
 
     def _backend(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> str:
         """The backend that will run, without an error: run_pattern raises it where it is due."""

@@ -137,9 +137,9 @@ class HeadProfile:
         Raises:
             OSError: it cannot be written.
         """
-        from hf_sparse_attn.profiles.file import save
+        from hf_sparse_attn.profiles.file import write
 
-        save(self, Path(directory))
+        write(self, Path(directory))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, measurements: bool = True) -> HeadProfile:
@@ -154,7 +154,7 @@ class HeadProfile:
             ValueError: a file that is no whole, valid profile; or `source` is neither a folder nor a Hub id.
             OSError: the Hub cannot be reached, or has no such repository.
         """
-        from hf_sparse_attn.profiles.hub import load
+        from hf_sparse_attn.profiles.file import load
 
         return load(cls, source, measurements)
 
@@ -176,7 +176,7 @@ class HeadProfile:
             ValueError: `repo_id` is not of that form.
             OSError: the Hub cannot be reached or refuses.
         """
-        from hf_sparse_attn.profiles.hub import push
+        from hf_sparse_attn.profiles.file import push
 
         return push(self, repo_id, private, token, kwargs)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.hub import local_folder, told
 from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, read_document, shortened
 from hf_sparse_attn.version import __version__
 
@@ -218,30 +219,20 @@ def gate_of(gates: Gates, kind: str, layer: int, like: Tensor, dtype: torch.dtyp
 
 def _folder(source: str | os.PathLike[str]) -> Path:
     """Where the files of gates lie."""
-    if not isinstance(source, (str, os.PathLike)) or isinstance(os.fspath(source), bytes):
-        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
+    path = local_folder(source)
+    if path is not None:
         if not (path / SETTINGS_FILE).is_file():
             raise FileNotFoundError(f"`source` must be a folder that holds {SETTINGS_FILE}, got {path}")
         return path.resolve()
-    if path.exists():
-        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
-    if isinstance(source, str) and source in _DOWNLOADED:
-        return _DOWNLOADED[source]
-    from hf_sparse_attn.sharing.hub import check_hub_id
-
-    # A path object was never meant as the name of a repository.
-    folder = _download(check_hub_id("source", source))
-    _DOWNLOADED[str(source)] = folder
-    return folder
+    repo_id = os.fspath(source)
+    if repo_id not in _DOWNLOADED:
+        _DOWNLOADED[repo_id] = _download(repo_id)
+    return _DOWNLOADED[repo_id]
 
 
 def _download(repo_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
-
-    from hf_sparse_attn.sharing.hub import told
 
     with told(f"`source` must be gates on the Hub that can be reached, got {repo_id!r}"):
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import dense_attention
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, changed
 from hf_sparse_attn.profiling.observe import evaluating
 
 
@@ -69,11 +69,9 @@ class AttentionMatch:
 
         With a gradient only where it was said that it trains.
         """
-        before, self._found = self._found, []
-        try:
-            yield self._found
-        finally:
-            self._found = before
+        found: list[tuple[int, Tensor]] = []
+        with changed([self], "_found", found):
+            yield found
 
 
 class LayerOutputs:
@@ -104,11 +102,9 @@ class LayerOutputs:
     @contextmanager
     def collecting(self) -> Iterator[dict[str, list[Tensor]]]:
         """Within it outputs are gathered: [batch, tokens, width] by the layer's name, one for each of its calls."""
-        before, self._found = self._found, {}
-        try:
-            yield self._found
-        finally:
-            self._found = before
+        found: dict[str, list[Tensor]] = {}
+        with changed([self], "_found", found):
+            yield found
 
 
 def _modules(patch: Patch, names: Sequence[str]) -> list[nn.Module]:
@@ -132,9 +128,7 @@ def layers_error(mine: dict[str, list[Tensor]], taught: dict[str, list[Tensor]])
     errors = []
     for name, outputs in taught.items():
         for out, told in zip(mine[name], outputs, strict=True):
-            told = told.detach().to(torch.promote_types(told.dtype, torch.float32))
-            size = told.square().flatten(1).sum(1).clamp(min=torch.finfo(told.dtype).tiny)
-            errors.append((out.to(told.dtype) - told).square().flatten(1).sum(1) / size)
+            errors.append(_relative(out, told.detach().to(torch.promote_types(told.dtype, torch.float32))))
     return torch.stack([error.to(errors[0].device) for error in errors]).mean(0)
 
 
@@ -148,9 +142,13 @@ def output_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> 
     """
     with torch.no_grad():
         dense = dense_attention(q, k, v, ctx)[0].to(torch.promote_types(out.dtype, torch.float32))
-        size = dense.square().flatten(1).sum(1)
-    error = (out.to(dense.dtype) - dense).square().flatten(1).sum(1)
-    return error / size.clamp(min=torch.finfo(dense.dtype).tiny)
+    return _relative(out, dense)
+
+
+def _relative(out: Tensor, told: Tensor) -> Tensor:
+    """Squared error of [batch, ...] over the squares of what was told, [batch]."""
+    size = told.square().flatten(1).sum(1).clamp(min=torch.finfo(told.dtype).tiny)
+    return (out.to(told.dtype) - told).square().flatten(1).sum(1) / size
 
 
 def mean_error(found: Sequence[tuple[int, Tensor]], batch: int) -> Tensor:

@@ -25,10 +25,6 @@ FORMAT = "hf_sparse_attn.bundle"
 VERSION = 1
 FILE, CARD = "bundle.json", "README.md"
 PROFILE, GATES = "profile", "gates"
-_KEYS = (
-    "format", "version", "base_model", "part", "fingerprint", "sparse", "rope", "figures", "recipe", "versions",
-    "files",
-)  # fmt: skip
 _LARGEST_FILE = 8 << 20
 # No other files of a folder are in a bundle: no name in it can lead elsewhere, and nothing of one's own is uploaded.
 NAMES = frozenset(
@@ -91,6 +87,9 @@ class Bundle:
         return found
 
 
+_KEYS = ("format", "version", *Bundle.__dataclass_fields__)
+
+
 def files_in(folder: Path) -> dict[str, str]:
     """The files of a bundle that lie in a folder, each with its SHA-256."""
     return {name: digest(folder / name) for name in sorted(NAMES) if (folder / name).is_file()}
@@ -124,15 +123,12 @@ def to_json(bundle: Bundle) -> str:
     value = {
         "format": FORMAT,
         "version": VERSION,
-        "base_model": bundle.base_model,
-        "part": bundle.part,
+        **vars(bundle),
         "fingerprint": asdict(bundle.fingerprint),
         "sparse": sparse,
         "rope": None if bundle.rope is None else as_json("rope", bundle.rope),
         "figures": as_json("figures", bundle.figures),
         "recipe": as_json("recipe", bundle.recipe),
-        "versions": bundle.versions,
-        "files": bundle.files,
     }
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.sharing.hub import check_hub_id, told
+from hf_sparse_attn.sharing.hub import check_hub_id, local_folder, pushing, told
 from hf_sparse_attn.training.bundle.card import card
 from hf_sparse_attn.training.bundle.file import CARD, FILE, Bundle, check_files, read
 from hf_sparse_attn.training.lora.file import DIFFUSERS_WEIGHTS
@@ -22,31 +22,16 @@ def fetch(source: str | os.PathLike[str]) -> tuple[Path, Bundle]:
         OSError: the Hub cannot be reached, or has no such repository.
         TypeError: `source` is neither a text nor a path.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        folder = path.resolve()
-        found = read(folder)
-    elif path.exists():
-        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
-    else:
-        folder, found = download(source)
+    local = local_folder(source)
+    folder, found = _download(os.fspath(source)) if local is None else (local.resolve(), read(local.resolve()))
     check_files(folder, found)
     return folder, found
 
 
-def download(source: object) -> tuple[Path, Bundle]:
-    """Where the files of a bundle lie once they are here, and what it says of itself.
-
-    Raises:
-        ValueError: no Hub id, or what is there is no valid bundle.
-        OSError: the Hub cannot be reached, or has no such repository or file.
-    """
+def _download(repo_id: str) -> tuple[Path, Bundle]:
+    """Where the files of a bundle lie once they are here, and what it says of itself."""
     import huggingface_hub
 
-    # A path object was never meant as the name of a repository.
-    repo_id = check_hub_id("source", source)
     with told(f"`source` must be a bundle on the Hub that can be reached, got {repo_id!r}"):
         folder = Path(huggingface_hub.hf_hub_download(repo_id, FILE)).parent
     found = read(folder)
@@ -85,20 +70,17 @@ def push_bundle(
         FileNotFoundError: there is no bundle, or one of its files is missing.
         OSError: the Hub cannot be reached or refuses.
     """
-    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd as Add
 
     check_hub_id("repo_id", repo_id)
     path = Path(folder)
     found = read(path)
     check_files(path, found)
-    add = huggingface_hub.CommitOperationAdd
     names = [name for name in found.files if (path / name).is_file()]
     # One commit, so that no one can find half a bundle; the card tells the name of the repository.
-    operations = [add(path_in_repo=name, path_or_fileobj=path / name) for name in [FILE, *names]]
-    operations.append(add(path_in_repo=CARD, path_or_fileobj=card(found, repo_id).encode()))
+    operations = [Add(path_in_repo=name, path_or_fileobj=path / name) for name in [FILE, *names]]
+    operations.append(Add(path_in_repo=CARD, path_or_fileobj=card(found, repo_id).encode()))
     options = {"commit_message": "Upload bundle", **kwargs}
-    with told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
-        api = huggingface_hub.HfApi(token=token)
-        api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+    with pushing(repo_id, private, token) as api:
         done = api.create_commit(repo_id=repo_id, operations=operations, repo_type="model", **options)
     return str(done.commit_url)

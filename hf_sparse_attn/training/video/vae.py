@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.profiling.observe import evaluating
 
 # Names of the text encoders of the pipelines.
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -200,15 +201,11 @@ def parts_of(pipe: Any, names: Sequence[str]) -> list[Any]:
 def placed(modules: list[Any], device: torch.device) -> Iterator[None]:
     """Models on a device, in eval mode; afterwards where and as they were. One that is offloaded stays where it is."""
     moved = [(m, m.device) for m in modules if not hasattr(m, "_hf_hook") and m.device != device]
-    training = [(part, part.training) for m in modules for part in m.modules()]
     try:
         for module, _ in moved:
             module.to(device)
-        for module in modules:
-            module.eval()
-        yield
+        with evaluating(modules):
+            yield
     finally:
-        for part, was in training:
-            part.training = was
         for module, before in moved:
             module.to(before)
