@@ -29,9 +29,9 @@ from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.lora.adapter import add_lora
 from hf_sparse_attn.training.lora.companion import add_companion
 from hf_sparse_attn.training.lora.settings import LoraSettings
-from hf_sparse_attn.training.video import prompts as video_prompts
+from hf_sparse_attn.training.video import data as video_data
+from hf_sparse_attn.training.video.data import read_prompts
 from hf_sparse_attn.training.video.material import HELD_OUT
-from hf_sparse_attn.training.video.prompts import read_prompts
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from tests.support import tiny_prompts
 from tests.support.processes import run_code
@@ -433,7 +433,7 @@ def test_prompts_are_encoded_once_and_kept(prompts: Any, run: Run, monkeypatch: 
             assert set(task.evaluate()) == {"teacher_error", "density"}
         assert task.shift == 3.0
     calls: list[str] = []
-    monkeypatch.setattr(video_prompts, "encode_caption", lambda pipe, prompt, *rest: calls.append(prompt))
+    monkeypatch.setattr(video_data, "encode_caption", lambda pipe, prompt, *rest: calls.append(prompt))
     with closing(prompts().task(run)) as task:
         assert not calls and torch.equal(task.batch(0, [0, 1, 2])[1]["prompt_embeds"], conditions["prompt_embeds"])
 

@@ -23,9 +23,8 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.training.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.training.text.data import sample_order
-from hf_sparse_attn.training.video.data import VideoSettings, open_videos
+from hf_sparse_attn.training.video.data import PromptData, PromptSettings, VideoSettings, open_prompts, open_videos
 from hf_sparse_attn.training.video.latents import LatentData, LatentSample
-from hf_sparse_attn.training.video.prompts import PromptData, PromptSettings, open_prompts
 from hf_sparse_attn.training.video.vae import TEXT_ENCODERS, encode_caption, parts_of, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
