@@ -243,7 +243,9 @@ def _patterns(
         reason = method.why_not(ctx)
         found = Decline(reason) if reason is not None else method.static_pattern(ctx, device)
         if isinstance(found, BlockPattern) and _heads(found) > 1:
-            found = _picked(found, tuple(heads))
+            every: BlockPattern = found
+            # Made once for a pattern that is kept.
+            found = derived(every, ("heads", tuple(heads)), lambda: stack_heads([every], heads))
         return [(heads, found)]
     if q is None or k is None:
         raise TypeError(f"`q` and `k` must be tensors: {method.name} chooses by content, got None")
@@ -251,11 +253,6 @@ def _patterns(
         (own, method.pattern_for(_part(q, own), _part(k, kv_heads), _of_heads(ctx, own, kv_heads)))
         for own, kv_heads in _classes(heads, ctx)
     ]
-
-
-def _picked(pattern: BlockPattern, heads: tuple[int, ...]) -> BlockPattern:
-    """The pattern of some heads; made once for a pattern that is kept."""
-    return derived(pattern, ("heads", heads), lambda: stack_heads([pattern], heads))
 
 
 def _side_by_side(found: list[tuple[list[int], BlockPattern]], num_heads: int) -> BlockPattern:

@@ -92,7 +92,8 @@ class AdapterTask(Task):
         with ExitStack() as undo:
             if recipe.sparse is not None:
                 check_backward(recipe.sparse, model)
-            undo.callback(_restore_gradients, [(p, p.requires_grad) for p in model.parameters()])
+            for parameter in model.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
             model.requires_grad_(False)
             if recipe.lora is not None:
                 from hf_sparse_attn.training.lora.adapter import add_lora
@@ -190,8 +191,3 @@ def checkpoint_gradients(model: Any) -> Any:
         model.enable_gradient_checkpointing()
         return model.disable_gradient_checkpointing
     raise ValueError(f"`gradient_checkpointing` must be false for {type(model).__name__}, which has none; got true")
-
-
-def _restore_gradients(before: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, required in before:
-        parameter.requires_grad_(required)

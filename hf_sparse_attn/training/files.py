@@ -78,7 +78,7 @@ class TrainingFiles:
         Raises:
             ValueError: the checkpoint is of other weights, or damaged.
         """
-        found = self._last()
+        found = max(self._checkpoints.glob("step-*"), default=None)
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         if found is not None:
             kept, states, state = _read_checkpoint(found)
@@ -91,7 +91,8 @@ class TrainingFiles:
             for optimizer, own in zip(optimizers, states, strict=True):
                 optimizer.load_state_dict(own)
             task.load_state({name: tensor.to(device) for name, tensor in state.items()})
-        self._entries = [e for e in self._read_log() if e["step"] <= step]
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
+        self._entries = [entry for entry in map(json.loads, lines) if entry["step"] <= step]
         return step
 
     def save(
@@ -134,7 +135,7 @@ class TrainingFiles:
         done = self._checkpoints / f"step-{step:08d}"
         shutil.rmtree(done, ignore_errors=True)
         os.replace(scratch, done)
-        for old in self._all():
+        for old in self._checkpoints.glob("step-*"):
             if old != done:
                 shutil.rmtree(old)
 
@@ -177,20 +178,8 @@ class TrainingFiles:
         found = [e["evaluation"] for e in self._entries if e["step"] == step and "evaluation" in e]
         return dict(found[-1]) if found else {}
 
-    def _all(self) -> list[Path]:
-        return sorted(self._checkpoints.glob("step-*"))
-
-    def _last(self) -> Path | None:
-        found = self._all()
-        return found[-1] if found else None
-
     def _write_log(self) -> None:
         _write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
-
-    def _read_log(self) -> list[dict[str, Any]]:
-        if not self._log.is_file():
-            return []
-        return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager

@@ -185,10 +185,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"`source` must hold a JSON object in each line, got line {number} of {path}"
-                ) from error
+            except ValueError:
+                row = None
             if not isinstance(row, dict):
                 raise ValueError(f"`source` must hold a JSON object in each line, got line {number} of {path}")
             text = _text(row.get(column), column, list(row), f"line {number} of {path}")
