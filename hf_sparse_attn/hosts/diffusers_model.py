@@ -180,19 +180,11 @@ def _is_model(kind: type[Any]) -> bool:
     return kind.__module__.startswith(_MODELS) and "config_name" in dir(kind)
 
 
-@dataclass(frozen=True)
-class SelfAttention:
-    """A self-attention module of any model: its path, the module, and how its processor reaches attention."""
+def self_attentions(transformer: nn.Module) -> list[tuple[str, Any, Way | None]]:
+    """The self-attention modules over the main tokens of any transformer, found by their processors and names.
 
-    path: str
-    attention: Any
-    way: Way | None
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    """The self-attention modules over the main tokens of a transformer, found by their processors and names.
-
-    Left out: cross-attention, and what works on text, audio or conditions alone.
+    Each with its path before it, and behind it how its processor reaches attention. Left out: cross-attention, and
+    what works on text, audio or conditions alone.
     """
     found = []
     for path, module in transformer.named_modules():
@@ -200,7 +192,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
         if processor is None or getattr(module, "is_cross_attention", False) is True:
             continue
         if not any(_ASIDE.fullmatch(part) for part in path.split(".")):
-            found.append(SelfAttention(path, module, way_of(processor)))
+            found.append((path, module, way_of(processor)))
     return found
 
 

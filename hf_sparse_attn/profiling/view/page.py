@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.plots import Picture, method_styles
-from hf_sparse_attn.profiling.view.report import worst_table
+from hf_sparse_attn.profiling.view.report import layer_table, worst_table
 from hf_sparse_attn.profiling.view.words import number, short_labels, words
 
 # Even a browser that finds an address in the page may not load it.
@@ -61,6 +61,7 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
     title = f"Head profile of {model.model_class}"
     maps = [p for p in pictures if p.name not in ("pareto", "attention")]
     by_name = {p.name: p for p in pictures}
+    drawn, many = sum(p.name.startswith("methods") for p in maps), len(profile.plans)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(size)}, family {escape(model.family)}. '
@@ -69,7 +70,7 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
         "<h2>Methods</h2>",
         _methods(profile, document),
         "<h2>Layers and heads</h2>",
-        _range_note(profile, maps),
+        f"<p>The first {drawn} of {many} step ranges are drawn.</p>" if drawn < many else "",
         _figures(maps),
         "<h2>What a budget buys</h2>",
         _or_note(
@@ -83,7 +84,7 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
         "<h2>Worst heads</h2>",
         _worst(profile, document),
         "<h2>Layers</h2>",
-        _layers(document),
+        _table(*layer_table(document), numeric=(0, 1, 2)),
         "<h2>How it was made</h2>",
         _origin(profile, document),
     ]
@@ -147,14 +148,6 @@ def _worst(profile: HeadProfile, document: dict[str, Any]) -> str:
     return _table(columns, shown, numeric, escaped=True)
 
 
-def _layers(document: dict[str, Any]) -> str:
-    rows = []
-    for entry in document["layers"]:
-        used = ", ".join(f"{n} {name}" for name, n in entry["methods"].items())
-        rows.append([str(entry["layer"]), number(entry["density"]), number(entry["damage"]), used])
-    return _table(["layer", "density", "damage", "heads by method"], rows, numeric=(0, 1, 2))
-
-
 def _origin(profile: HeadProfile, document: dict[str, Any]) -> str:
     groups = "read the union of their patterns" if profile.same_in_group else "each read their own pattern"
     calibration: dict[str, Any] = {"metric": words(profile.metric), **document["calibration"]}
@@ -172,13 +165,6 @@ def _origin(profile: HeadProfile, document: dict[str, Any]) -> str:
         if values
     ]
     return f'<div class="columns">{"".join(made)}</div>'
-
-
-def _range_note(profile: HeadProfile, maps: Sequence[Picture]) -> str:
-    drawn = sum(p.name.startswith("methods") for p in maps)
-    if drawn < len(profile.plans):
-        return f"<p>The first {drawn} of {len(profile.plans)} step ranges are drawn.</p>"
-    return ""
 
 
 def _or_note(picture: Picture | None, note: str) -> str:

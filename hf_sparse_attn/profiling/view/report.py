@@ -89,26 +89,25 @@ def render(document: dict[str, Any], width: int = 110) -> str:
         for m in document["methods"]
     ]
     parts = ["\n".join(lines), table(["method", *ranges, *map(words, figures)], rows, "Methods", width)]
-    rows = [
-        [
-            str(entry["layer"]),
-            number(entry["density"]),
-            number(entry["damage"]),
-            ", ".join(f"{n} {name}" for name, n in entry["methods"].items()),
-        ]
-        for entry in document["layers"]
-    ]
-    parts.append(table(["layer", "density", "damage", "heads by method"], rows, "Layers", width))
+    parts.append(table(*layer_table(document), "Layers", width))
     if document["worst"]:
-        columns, rows = worst_table(document)
-        parts.append(table(columns, rows, f"Worst heads of {document['heads']}", width))
+        parts.append(table(*worst_table(document), f"Worst heads of {document['heads']}", width))
     return "\n\n".join(parts)
+
+
+def layer_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The layers as columns and rows of text."""
+    rows = []
+    for entry in document["layers"]:
+        used = ", ".join(f"{n} {name}" for name, n in entry["methods"].items())
+        rows.append([str(entry["layer"]), number(entry["density"]), number(entry["damage"]), used])
+    return ["layer", "density", "damage", "heads by method"], rows
 
 
 def worst_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The worst heads as columns and rows of text."""
-    figures = [n for n in ("density", "damage", "output_error", "output_error_p95", "recall")]
-    figures = [n for n in figures if n in _figure_names(document)]
+    known = _figure_names(document)
+    figures = [n for n in ("density", "damage", "output_error", "output_error_p95", "recall") if n in known]
     many = len(document["steps"]) > 1
     columns = ["layer", "head", *(["steps"] if many else []), "method", *map(words, figures)]
     rows = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.sharing.files import replace_file
-from hf_sparse_attn.sharing.strict_json import refuse_word, shortened, unique_keys
+from hf_sparse_attn.sharing.strict_json import read_object, shortened
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
 if TYPE_CHECKING:
@@ -108,14 +108,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"`{file}` must have at most {_LARGEST_CONFIG} bytes, got {file.stat().st_size}")
     try:
-        found = json.loads(
-            file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_word
-        )
+        return read_object(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` must hold valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"`{file}` must hold a JSON object, got {shortened(found)}")
-    return found
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
