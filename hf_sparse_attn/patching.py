@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -19,7 +19,7 @@ PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
 _ABSENT = object()
 
 
-class Patch(Uncopied):
+class Patch(Uncopied, AbstractContextManager["Patch"]):
     """A reversible change of a model, made by `patch()`; `remove()` or the end of `with` leaves it as it was."""
 
     def __init__(self, family: str, session: Session, modules: Sequence[nn.Module], model: object) -> None:
@@ -97,9 +97,6 @@ class Patch(Uncopied):
         if not self._removed:
             self._removed = True
             self._undo.close()
-
-    def __enter__(self) -> Patch:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()

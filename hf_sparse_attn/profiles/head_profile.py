@@ -76,8 +76,8 @@ class HeadProfile:
                     f"`metric` must be {PUBLISHED!r}, one of {known}, or a sum of them; got {shortened(self.metric)}"
                 ) from None
         _check_budget(self.budget)
-        _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)), lists=True)
-        _check_texts("versions", self.versions, (str,), lists=False)
+        _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)))
+        _check_texts("versions", self.versions, (str,))
         object.__setattr__(self, "pareto", tuple((finite("pareto", a), finite("pareto", b)) for a, b in self.pareto))
         if not isinstance(self.same_in_group, bool):
             raise TypeError(f"`same_in_group` must be a bool, got {shortened(self.same_in_group)}")
@@ -263,7 +263,7 @@ def _check_budget(budget: Mapping[str, float]) -> None:
             raise ValueError(f"`budget[{name!r}]` must be more than 0 and at most 1, got {value}")
 
 
-def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...], lists: bool) -> None:
+def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...]) -> None:
     """Values that a profile carries along without reading them: short, and plain."""
     if len(values) > 64:
         raise ValueError(f"`{name}` must hold at most 64 values, got {len(values)}")

@@ -28,12 +28,13 @@ from hf_sparse_attn.training.flow_matching import noise_levels, sample_seed
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video import material as video_material
 from hf_sparse_attn.training.video.data import VideoSettings
-from hf_sparse_attn.training.video.latents import LatentSample, write_latents
+from hf_sparse_attn.training.video.latents import LatentSample
 from hf_sparse_attn.training.video.material import HELD_OUT, FlowSettings, draw_batch, load_pipeline
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from hf_sparse_attn.training.video.task import VideoTask
 from hf_sparse_attn.training.video.vae import encode_first_frame, encode_video
 from tests.support import tiny_hunyuan, tiny_wan
+from tests.support.latents import write_latents
 
 pytest.importorskip("peft")
 

@@ -28,7 +28,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.training.video import data as train_videos
 from hf_sparse_attn.training.video import source as video_source
 from hf_sparse_attn.training.video.data import VideoSettings, latent_shape, open_videos
-from hf_sparse_attn.training.video.latents import LatentData, LatentSample, write_latents
+from hf_sparse_attn.training.video.latents import LatentData, LatentSample
 from hf_sparse_attn.training.video.source import Clip, ShortClipError, find_clips, read_clip
 from hf_sparse_attn.training.video.vae import (
     denormalised,
@@ -40,6 +40,7 @@ from hf_sparse_attn.training.video.vae import (
     placed,
 )
 from tests.support import tiny_hunyuan, tiny_prompts, tiny_wan
+from tests.support.latents import write_latents
 from tests.support.processes import exit_code
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48

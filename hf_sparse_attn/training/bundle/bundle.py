@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +124,7 @@ def save_bundle(
     write(made, path)
 
 
-class LoadedBundle:
+class LoadedBundle(AbstractContextManager["LoadedBundle"]):
     """A bundle on a model, made by `load_bundle`; `remove()` or the end of `with` takes all of it off.
 
     Attributes:
@@ -152,9 +152,6 @@ class LoadedBundle:
             # One that raises stays, for another try.
             self._undo[-1]()
             self._undo.pop()
-
-    def __enter__(self) -> LoadedBundle:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def load_lora(model: nn.Module, folder: Path) -> Adapter:
     return adapter
 
 
-class Adapter:
+class Adapter(AbstractContextManager["Adapter"]):
     """A low-rank adapter on a model, made by `add_lora`; `remove()` or the end of `with` takes it off."""
 
     def __init__(self, model: nn.Module, settings: LoraSettings) -> None:
@@ -223,9 +223,6 @@ class Adapter:
     def _check_there(self) -> None:
         if self._removed:
             raise ValueError("the adapter must be on its model, it was removed")
-
-    def __enter__(self) -> Adapter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ class LatentData:
     """Samples of a folder of latents, read from the disk as they are asked for; shapes may differ.
 
     Args:
-        folder: with index.json and its shards, as `write_latents` leaves it.
+        folder: with index.json and its shards, as a LatentWriter leaves it.
 
     Raises:
         FileNotFoundError: the folder, its index or a shard is not there.
@@ -232,31 +231,6 @@ class LatentWriter:
     def _write_index(self) -> None:
         text = json.dumps(self._index)
         replace_file(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_latents(
-    folder: str | os.PathLike[str],
-    samples: Iterable[LatentSample],
-    shard_bytes: int = _SHARD_BYTES,
-    key: Mapping[str, Any] | None = None,
-) -> LatentData:
-    """Writes samples to a folder and opens it; goes on where an earlier run stopped, or has nothing left to do.
-
-    Args:
-        folder: made if missing.
-        samples: all of them, in the same order in every run; those that an earlier run kept are drawn and passed over.
-        shard_bytes: about how large a shard is.
-        key: what the samples depend on; a folder of another key is refused.
-
-    Raises:
-        ValueError: a sample that is none, or a folder of another key.
-    """
-    writer = LatentWriter(folder, key, shard_bytes)
-    if not writer.complete:
-        for sample in islice(samples, len(writer), None):
-            writer.add(sample)
-        writer.close()
-    return LatentData(folder)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
