@@ -119,9 +119,6 @@ def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) 
         raise ValueError(f"`source` must hold a valid head profile, got {file}: {error}") from error
 
 
-# ---------------------------------------------------------------------- writing
-
-
 def to_json(profile: HeadProfile) -> str:
     """The text of `head_profile.json`: figures of four digits, one line per layer."""
     figures = {
@@ -166,9 +163,6 @@ def _lines(value: Any, indent: str = "") -> str:
     if isinstance(value, list) and any(isinstance(v, (list, dict, str)) for v in value):
         return "[\n" + ",\n".join(deeper + _lines(v, deeper) for v in value) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-# ---------------------------------------------------------------------- reading
 
 
 def from_json(kind: type[HeadProfile], text: str, measurements: Measurements | None = None) -> HeadProfile:

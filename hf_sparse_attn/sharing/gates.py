@@ -214,9 +214,6 @@ def gate_of(gates: Gates, kind: str, layer: int, like: Tensor, dtype: torch.dtyp
     return gate
 
 
-# ---------------------------------------------------------------------- files
-
-
 def _folder(source: str | os.PathLike[str]) -> Path:
     """Where the files of gates lie."""
     path = local_folder(source)

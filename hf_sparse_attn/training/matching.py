@@ -187,9 +187,6 @@ def layer_figures(found: Sequence[tuple[int, Tensor]]) -> dict[str, float]:
     return {"attention_error": mean, **{f"attention_error_layer_{layer}": root for layer, root in roots.items()}}
 
 
-# ---------------------------------------------------------------------- next tokens
-
-
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of next-token distributions, from the teacher's, [...], in float32 or more.
 

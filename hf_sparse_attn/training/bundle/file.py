@@ -154,9 +154,6 @@ def as_json(name: str, value: Any) -> Any:
     raise TypeError(f"`{name}` must be numbers, texts, or lists or mappings of them, got {shortened(value)}")
 
 
-# ---------------------------------------------------------------------- reading
-
-
 def read(folder: Path) -> Bundle:
     """What `bundle.json` of a folder says.
 

@@ -236,9 +236,6 @@ class Adapter(AbstractContextManager["Adapter"]):
 _HOST_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "active_adapter")
 
 
-# ---------------------------------------------------------------------- which modules
-
-
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Names of the modules that get an adapter.
 
@@ -320,9 +317,6 @@ def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> N
     raise ValueError(
         f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; got {given!r}"
     )
-
-
-# ---------------------------------------------------------------------- weights
 
 
 def _initialise(name: str, layer: Any, generator: torch.Generator) -> None:

@@ -223,9 +223,6 @@ def document_weights(document: NeedleDocument, answer: float, other: float) -> N
     return weights
 
 
-# ---------------------------------------------------------------------- tokens on the disk
-
-
 def _prepared(settings: TextSettings, tokenizer: Any, cache: Path, progress: bool) -> NDArray[Any]:
     """All tokens of a source, mapped from the disk; made if they are not there."""
     asked = {name: getattr(settings, name) for name in ("source", "split", "name", "column", "revision", "tokens")}
@@ -345,8 +342,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     text = json.dumps([type(tokenizer).__name__, tokenizer.eos_token_id, said], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
-
-# ---------------------------------------------------------------------- order
 
 # A Feistel network over fewer numbers than 2^8 would know too few permutations.
 _LEAST_HALF_BITS = 4

@@ -160,9 +160,6 @@ def _either(names: Any) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-# ---------------------------------------------------------------------- files
-
-
 def _read_txt(path: Path, column: str) -> Iterator[Piece]:
     # The mark that Windows puts in front of UTF-8 is no text.
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -237,9 +234,6 @@ def _text(value: Any, column: str, columns: list[str], where: str) -> str:
 
 def _no_column(column: str, columns: list[str], where: str) -> str:
     return f"`column` must be one of {', '.join(map(str, columns)) or 'none'}; got {column!r} for {where}"
-
-
-# ---------------------------------------------------------------------- data sets
 
 
 def _data_set(settings: TextSettings, path: Path | None) -> Texts:

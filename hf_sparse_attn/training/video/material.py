@@ -224,9 +224,6 @@ def announced(model: Any, patch: Patch | None) -> AbstractContextManager[Any]:
     return told
 
 
-# ---------------------------------------------------------------------- models of a pipeline
-
-
 class PipelineMaterial(Material):
     """A transformer of a video pipeline, and videos or prompts encoded by its VAE and text encoders.
 

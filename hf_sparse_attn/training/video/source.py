@@ -164,9 +164,6 @@ def _fitted(frame: Tensor, height: int, width: int) -> Tensor:
     return 2.0 * found[0, :, top : top + height, left : left + width] - 1.0
 
 
-# ---------------------------------------------------------------------- captions
-
-
 def _clip(folder: Path, path: Path, listed: dict[str, tuple[str, float | None]]) -> Clip:
     name = path.relative_to(folder).as_posix()
     stem = name if path.is_dir() else name.removesuffix(path.suffix)
@@ -222,9 +219,6 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
-
-
-# ---------------------------------------------------------------------- decoding
 
 
 def _decode(clip: Clip) -> Decoded:
