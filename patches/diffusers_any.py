@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import diffusers_install
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, self_attentions, transformers_of_diffusers
+from hf_sparse_attn.hosts.diffusers_model import (
+    DiffusersFamily,
+    Place,
+    Tokens,
+    self_attentions,
+    transformers_of_diffusers,
+)
 from hf_sparse_attn.method import NEEDS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES

@@ -18,8 +18,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import NUMBER, Call, Layer, Tokens, pipeline_of, rotary_table
+from hf_sparse_attn.hosts.diffusers_model import (
+    NUMBER,
+    Call,
+    DiffusersFamily,
+    Layer,
+    Tokens,
+    pipeline_of,
+    rotary_table,
+)
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.session import Uncopied
 
