@@ -24,7 +24,7 @@ from hf_sparse_attn.profiling.view.curves import _shown, _singles
 from hf_sparse_attn.profiling.view.files import pictures
 from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.plots import method_styles
-from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage
+from hf_sparse_attn.profiling.view.report import number, short_labels, total_damage
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.processes import run_code
 

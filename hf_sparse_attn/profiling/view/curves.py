@@ -10,7 +10,7 @@ import numpy as np
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile
 from hf_sparse_attn.profiles.measurements import HeadMap, Measurements, weights_of
 from hf_sparse_attn.profiling.view.plots import Picture, finish, method_styles, new_figure
-from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage, words
+from hf_sparse_attn.profiling.view.report import number, short_labels, total_damage, words
 
 _MOST_MAPS = 12
 _KEPT = "#E4572E"

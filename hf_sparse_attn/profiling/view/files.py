@@ -13,8 +13,7 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture
 from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.plots import Picture, figure_map, method_map
-from hf_sparse_attn.profiling.view.report import render, summary
-from hf_sparse_attn.profiling.view.words import words
+from hf_sparse_attn.profiling.view.report import render, summary, words
 
 PAGE = "report.html"
 _MOST_PLANS = 12

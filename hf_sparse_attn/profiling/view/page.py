@@ -9,8 +9,7 @@ from typing import Any
 
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.plots import Picture, method_styles
-from hf_sparse_attn.profiling.view.report import layer_table, worst_table
-from hf_sparse_attn.profiling.view.words import number, short_labels, words
+from hf_sparse_attn.profiling.view.report import layer_table, number, short_labels, words, worst_table
 
 # Even a browser that finds an address in the page may not load it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.view.words import short_labels, words
+from hf_sparse_attn.profiling.view.report import short_labels, words
 
 # Okabe and Ito's colours, which the colour-blind tell apart; dense is grey.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F5539")
