@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,11 +72,9 @@ def _download(repo_id: str, measurements: bool) -> tuple[Path, Path]:
         file = Path(huggingface_hub.hf_hub_download(repo_id, FILE))
     beside = file.with_name(MEASUREMENTS)
     if measurements:
-        try:
+        # Most profiles come without; one that is cached without is read without when there is no network.
+        with suppress(EntryNotFoundError):
             beside = Path(huggingface_hub.hf_hub_download(repo_id, MEASUREMENTS))
-        except EntryNotFoundError:
-            # Most profiles come without; one that is cached without is read without when there is no network.
-            pass
     return file, beside
 
 

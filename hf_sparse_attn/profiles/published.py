@@ -197,7 +197,8 @@ def from_sliding_tile(
         if (step, layer, head) not in windows:
             raise ValueError(f"`path` must have a window for {where}, got none in {path}")
         window = windows[step, layer, head]
-        if not _is_window(window):
+        sizes = window if isinstance(window, list) and len(window) == 3 else [0]
+        if not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
             raise ValueError(f"{where} must be three numbers of tiles, got {shortened(window)}")
         key = tuple(window)
         if key not in made:
@@ -212,11 +213,6 @@ def from_sliding_tile(
     kept = [cell for edge in edges[:-1] for cell in plans[edge]]
     calibration = {"source": "sliding tile attention", "file": Path(path).name, "steps": steps}
     return _profile(found, kept, ranges, calibration)
-
-
-def _is_window(window: Any) -> bool:
-    sizes = isinstance(window, list) and len(window) == 3
-    return sizes and all(type(n) is int and 0 < n <= LARGEST for n in window)
 
 
 def _made(where: str, name: str, **params: Any) -> Method:

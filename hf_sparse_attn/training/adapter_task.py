@@ -107,13 +107,9 @@ class AdapterTask(Task):
                 undo.callback(self.patch.remove)
             self._undo = undo.pop_all()
 
-    def number(self, step: int, sample: int) -> int:
-        """Number of a sample over the whole training."""
-        return step * self.recipe.batch + sample
-
     def numbers(self, step: int, samples: Sequence[int]) -> list[int]:
         """Numbers of some samples of a step over the whole training."""
-        return [self.number(step, sample) for sample in samples]
+        return [step * self.recipe.batch + sample for sample in samples]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.recipe.optimizer.make(list(self.trained().values()))]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,14 +91,11 @@ class LayerOutputs:
             return
         names = [name for name, record in patch.session.records.items() if not record.exact]
         for name, module in zip(names, _modules(patch, names), strict=True):
-            patch.on_remove(module.register_forward_hook(self._keeper(name)).remove)
+            patch.on_remove(module.register_forward_hook(partial(self._keep, name)).remove)
 
-    def _keeper(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self._found is not None:
-                self._found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
-
-        return keep
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._found is not None:
+            self._found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
 
     @contextmanager
     def collecting(self) -> Iterator[dict[str, list[Tensor]]]:

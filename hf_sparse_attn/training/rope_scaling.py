@@ -201,7 +201,8 @@ def _planned(config: Any, settings: RopeSettings) -> dict[str, Any]:
     changed = {"rope_parameters": after, "max_position_embeddings": longest}
     if settings.type == "yarn" and hasattr(config, "original_max_position_embeddings"):
         # Where a config has this one, transformers puts it before the one in the parameters.
-        changed["original_max_position_embeddings"] = _original(after if not layers else wide.popitem()[1])
+        stretched = after if not layers else wide.popitem()[1]
+        changed["original_max_position_embeddings"] = int(stretched["original_max_position_embeddings"])
     return changed
 
 
@@ -210,10 +211,6 @@ def _length(config: Any) -> int:
     if not isinstance(found, int):
         raise ValueError(f"`model` must have max_position_embeddings in its config, got {found!r}")
     return found
-
-
-def _original(parameters: dict[str, Any]) -> int:
-    return int(parameters["original_max_position_embeddings"])
 
 
 def _stretch(parameters: dict[str, Any], config: Any, settings: RopeSettings) -> int:

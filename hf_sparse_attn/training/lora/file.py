@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.sharing.strict_json import read_object, shortened
@@ -30,15 +30,15 @@ _INDIFFERENT = frozenset(
 _SETTINGS = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"})
 
 
-def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
-    """See Adapter.save; also gives the names of the files."""
+def save(adapter: Adapter, folder: Path, base_model: str = "") -> None:
+    """See Adapter.save."""
     from safetensors.torch import save_file
 
     config = _config(adapter, base_model)
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _tensors(adapter).items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     files = {WEIGHTS: ({_PEFT_PREFIX + name: value for name, value in state.items()}, {"format": "pt"})}
-    if _is_diffusers(adapter.model):
+    if any(cls.__module__.startswith("diffusers.") for cls in type(adapter.model).__mro__):
         inside = {_DIFFUSERS_PREFIX + key: value for key, value in config.items()}
         metadata = {"format": "pt", _METADATA: json.dumps(inside, indent=2, sort_keys=True)}
         files[DIFFUSERS_WEIGHTS] = ({_DIFFUSERS_PREFIX + name: value for name, value in state.items()}, metadata)
@@ -49,7 +49,6 @@ def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
     for name, (tensors, metadata) in files.items():
         replace_file(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    return [CONFIG, *files]
 
 
 def read_settings(file: Path) -> LoraSettings:
@@ -96,10 +95,6 @@ def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
     found["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     made = {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
     return dict(json.loads(json.dumps(made)))
-
-
-def _is_diffusers(model: nn.Module) -> bool:
-    return any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
