@@ -219,14 +219,11 @@ def transformers_of_diffusers(model: object) -> list[nn.Module] | Decline:
     inside: set[nn.Module] = set()
     for part in parts:
         for module in part.modules():
-            if module not in inside and any(_is_model(base) for base in type(module).__mro__):
+            bases = (base for base in type(module).__mro__ if base.__module__.startswith(_MODELS))
+            if module not in inside and any("config_name" in dir(base) for base in bases):
                 found[module] = None
                 inside.update(module.modules())
     return list(found) or Decline(f"{type(model).__name__} holds no transformer model of diffusers")
-
-
-def _is_model(kind: type[Any]) -> bool:
-    return kind.__module__.startswith(_MODELS) and "config_name" in dir(kind)
 
 
 def self_attentions(transformer: nn.Module) -> list[tuple[str, Any, Way | None]]:
