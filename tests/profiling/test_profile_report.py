@@ -249,7 +249,7 @@ def test_each_range_of_steps_has_its_maps(tmp_path: Path) -> None:
 
 
 def test_many_ranges_of_steps_are_not_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_files, "_MOST_PLANS", 2)
+    monkeypatch.setattr(profile_page, "_MOST_PLANS", 2)
     profile = make(1, 2, ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0)), measured=False)
     drawn = pictures(profile)
     assert [p.name for p in drawn if p.name.startswith("methods")] == ["methods_0", "methods_1"]
