@@ -64,7 +64,9 @@ MUTANTS = [
     Mutant("steps, all of them", POLICY, "not 0 <= share <= 1", "not 0 <= share < 1"),
     Mutant("steps, three shares", POLICY, "if len(self.dense_steps) != 2:", "if len(self.dense_steps) < 2:"),
     Mutant("tokens, negative", POLICY, "or self.min_tokens < 0", "or self.min_tokens < -1"),
-    Mutant("tokens, a text", POLICY, "isinstance(self.min_tokens, (bool, str))", "isinstance(self.min_tokens, bool)"),
+    Mutant(
+        "tokens, truth values", POLICY, "isinstance(self.min_tokens, (bool, str))", "isinstance(self.min_tokens, str)"
+    ),
     Mutant("needs, always causal", METHOD, '"causal": layout.is_causal', '"causal": True'),
     Mutant("needs, always bidirectional", METHOD, '"bidirectional": not layout.is_causal', '"bidirectional": True'),
     Mutant("needs, always a video", METHOD, '"video grid": layout.video_part is not None', '"video grid": True'),

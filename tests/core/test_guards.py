@@ -65,9 +65,9 @@ def test_dense_layers(layers: Any, dense: list[int]) -> None:
     [
         (None, 4, []),
         (0.5, 4, [0, 1]),
-        # Each share that is more than 0 keeps at least one step; 0.1 of 30 is 3, whatever floats say.
+        # Each share that is more than 0 keeps at least one step; 0.07 of 100 is 7, whatever floats say.
         (0.01, 4, [0]),
-        (0.1, 30, [0, 1, 2]),
+        (0.07, 100, [*range(7)]),
         ((0.25, 0.25), 4, [0, 3]),
         ((0, 0.5), 4, [2, 3]),
         (1, 2, [0, 1]),
