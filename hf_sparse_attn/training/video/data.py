@@ -124,7 +124,6 @@ def open_videos(
     *,
     cache: Path,
     run: Run | None = None,
-    family: str | None = None,
     first_frame: bool = False,
     shard_bytes: int = _SHARD_BYTES,
 ) -> LatentData:
@@ -140,7 +139,6 @@ def open_videos(
             need neither.
         cache: folder for latents, made if missing.
         run: where the training runs; the first process encodes and the others wait.
-        family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
         first_frame: whether a sample's conditions are also those of its first frame; see
             `video_vae.encode_first_frame`.
         shard_bytes: about how large a file of the cache is.
@@ -149,13 +147,13 @@ def open_videos(
         ValueError: a size that the VAE cannot take, a video that cannot be read or has no caption, or latents of
             another size.
         FileNotFoundError: no such folder, or nothing in it.
-        TypeError: a VAE of an unknown class, or of another family.
+        TypeError: a VAE of an unknown class.
         MissingExtra: nothing that reads the videos is installed.
     """
     source = Path(settings.source).expanduser()
     ready = (source / INDEX).is_file()
     if not ready or getattr(pipe, "vae", None) is not None:
-        check_vae(getattr(pipe, "vae", None), family)
+        check_vae(getattr(pipe, "vae", None))
     shape = latent_shape(settings, pipe)
     if ready:
         data = LatentData(source)

@@ -36,39 +36,32 @@ class _Rules:
     """Of one class of VAE.
 
     Args:
-        family: of the transformers that take its latents.
         normal: shift and factor, [channels or 1, 1, 1, 1]: latents for the transformer are (z - shift) * factor.
         prompt: names of what `encode_prompt` of its pipelines returns; None for what is not kept.
     """
 
-    family: str
     normal: Callable[[Any], tuple[Tensor, Tensor]]
     prompt: tuple[str | None, ...]
 
 
 _HUNYUAN_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 _RULES = {
-    "AutoencoderKLWan": _Rules("wan", _mean_and_std, ("prompt_embeds", None)),
+    "AutoencoderKLWan": _Rules(_mean_and_std, ("prompt_embeds", None)),
     "AutoencoderKLHunyuanVideo": _Rules(
-        "hunyuan_video", _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+        _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     ),
-    "AutoencoderKLHunyuanVideo15": _Rules("hunyuan_video", _scaling_factor, _HUNYUAN_15),
+    "AutoencoderKLHunyuanVideo15": _Rules(_scaling_factor, _HUNYUAN_15),
 }
 
 
-def check_vae(vae: Any, family: str | None = None) -> None:
-    """Refuses a VAE that nothing here knows, or one that does not go with a family.
+def check_vae(vae: Any) -> None:
+    """Refuses a VAE that nothing here knows.
 
     Raises:
         TypeError: it is of another class.
-        ValueError: an unknown family.
     """
-    families = sorted({rules.family for rules in _RULES.values()})
-    if family is not None and family not in families:
-        raise ValueError(f"`family` must be {' or '.join(families)}, got {family!r}")
-    fitting = [name for name, rules in _RULES.items() if family in (None, rules.family)]
-    if type(vae).__name__ not in fitting:
-        raise TypeError(f"`vae` must be {' or '.join(fitting)}; got {type(vae).__name__}")
+    if type(vae).__name__ not in _RULES:
+        raise TypeError(f"`vae` must be {' or '.join(_RULES)}; got {type(vae).__name__}")
 
 
 def normalised(vae: Any, z: Tensor) -> Tensor:
