@@ -268,9 +268,7 @@ def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...]) 
     if len(values) > 64:
         raise ValueError(f"`{name}` must hold at most 64 values, got {len(values)}")
     for key, value in values.items():
-        items = (
-            list(value) if isinstance(value, (list, tuple)) and str not in kinds[1:] and len(kinds) > 1 else [value]
-        )
+        items = list(value) if isinstance(value, (list, tuple)) and len(kinds) > 1 else [value]
         if not isinstance(key, str) or len(key) > 200 or len(items) > 256:
             raise ValueError(f"`{name}` must have short names and lists of at most 256, got {shortened(key)}")
         for item in items:

@@ -215,9 +215,7 @@ def open_text(settings: TextSettings, tokenizer: Any, *, seed: int, cache: Path,
 
 def document_weights(document: NeedleDocument, answer: float, other: float) -> NDArray[np.float32]:
     """What the loss at each byte weighs, [length]: 1 in code, `answer` in the answers, `other` in the rest."""
-    weights = np.full(len(document), other, dtype=np.float32)
-    for start, stop in document.code_spans:
-        weights[start:stop] = 1.0
+    weights = np.where(document.code_mask.numpy(), np.float32(1.0), np.float32(other))
     for needle in document.needles:
         weights[needle.asked_at : needle.asked_at + len(needle.value)] = answer
     return weights

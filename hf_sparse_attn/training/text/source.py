@@ -206,13 +206,11 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
         if column not in names:
             raise ValueError(_no_column(column, names, str(path)))
         share = path.stat().st_size // max(1, file.metadata.num_rows)
-        row = 0
-        for batch in file.iter_batches(_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                text = _text(value, column, names, f"row {row} of {path}")
-                if text:
-                    yield Piece(text, advance=share)
+        batches = file.iter_batches(_ROWS, columns=[column])
+        for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
+            text = _text(value, column, names, f"row {row} of {path}")
+            if text:
+                yield Piece(text, advance=share)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {

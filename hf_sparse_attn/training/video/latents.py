@@ -134,13 +134,6 @@ class LatentWriter:
         self._shard_bytes = check_int("shard_bytes", shard_bytes, 1)
         # As JSON gives it back: tuples are lists there.
         plain = json.loads(json.dumps(key or {}))
-        self._index: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "complete": False,
-            "key": plain,
-            "samples": [],
-        }
         self._waiting: dict[str, Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,13 +141,13 @@ class LatentWriter:
             if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS and left.name.startswith(_TEMPORARY):
                 left.unlink(missing_ok=True)
         if (self.folder / INDEX).is_file():
-            found = read_index(self.folder)
-            if found["key"] != plain:
+            self._index = read_index(self.folder)
+            if self._index["key"] != plain:
                 raise ValueError(
                     f"`folder` must be empty or hold latents of the same key, got others in {self.folder}"
                 )
-            self._index = found
         else:
+            self._index = {"format": FORMAT, "version": VERSION, "complete": False, "key": plain, "samples": []}
             self._write_index()
 
     def __len__(self) -> int:

@@ -344,8 +344,5 @@ def _bare_pipeline(model: str, dtype: torch.dtype) -> Any:
 def scheduler_shift(scheduler: Any) -> float:
     """How far a flow matching scheduler leans towards noise; 1 where there is none, or its config says nothing."""
     config = {} if scheduler is None else scheduler.config
-    for name in ("flow_shift", "shift"):
-        value = config.get(name)
-        if value is not None:
-            return float(value)
-    return 1.0
+    told = (config.get(name) for name in ("flow_shift", "shift"))
+    return float(next((value for value in told if value is not None), 1.0))
