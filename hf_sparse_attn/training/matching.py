@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,9 @@ def teaching(model: nn.Module, patch: Patch | None, adapter: Any = None) -> Iter
         patch: sparse attention on it, or None.
         adapter: a lora.Adapter on it, or None.
     """
-    with ExitStack() as stack:
-        stack.enter_context(evaluating([model]))
-        if patch is not None:
-            stack.enter_context(patch.paused())
-        if adapter is not None:
-            stack.enter_context(adapter.disabled())
-        stack.enter_context(torch.no_grad())
+    paused = nullcontext() if patch is None else patch.paused()
+    disabled = nullcontext() if adapter is None else adapter.disabled()
+    with evaluating([model]), paused, disabled, torch.no_grad():
         yield
 
 

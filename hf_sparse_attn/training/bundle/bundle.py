@@ -107,8 +107,7 @@ def save_bundle(
     to_json(made)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    (path / FILE).unlink(missing_ok=True)
-    for name in NAMES:
+    for name in (FILE, *NAMES):
         (path / name).unlink(missing_ok=True)
     for name in (PROFILE, GATES):
         # What is not of the bundle stays, and its folder.
