@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def store(device: str, software: str, kernel: str, shape: str, launch: Mapping[s
     known = _load()
     known.setdefault(f"{device}, {software}", {}).setdefault(kernel, {})[shape] = entry
     path().parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": _FORMAT, "launches": known}, indent=1, sort_keys=True)
-    replace_file(path(), lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path(), json.dumps({"format": _FORMAT, "launches": known}, indent=1, sort_keys=True))
     _READ.pop(path(), None)
 
 

@@ -20,7 +20,7 @@ from hf_sparse_attn.profiles.card import card
 from hf_sparse_attn.profiles.measurements import Measurements
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
 from hf_sparse_attn.registry import make_method
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import local_folder, pushing, told
 from hf_sparse_attn.sharing.strict_json import (
@@ -92,14 +92,14 @@ def push(
 def write(profile: HeadProfile, folder: Path, repo_id: str | None = None) -> None:
     """Writes the files of a profile, the profile itself last; see `card` for `repo_id`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = to_json(profile)
+    text, shown = to_json(profile), card(profile, repo_id)
     if profile.measurements is not None:
         replace_file(folder / MEASUREMENTS, profile.measurements.save)
     else:
         # What an earlier profile left here would pass for this one's.
         (folder / MEASUREMENTS).unlink(missing_ok=True)
-    replace_file(folder / CARD, lambda path: path.write_text(card(profile, repo_id), encoding="utf-8"))
-    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD, shown)
+    write_text(folder / FILE, text)
 
 
 def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) -> HeadProfile:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import local_folder, told
 from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, read_document, shortened
@@ -100,7 +100,7 @@ class GateSet(nn.Module):
         # Weights that belong to other settings would fit in shape, perhaps: each file knows the other.
         mark = {"format": FORMAT, "settings": _digest(value)}
         replace_file(path / WEIGHTS_FILE, lambda file: save_file(weights, file, mark))
-        replace_file(path / SETTINGS_FILE, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
+        write_text(path / SETTINGS_FILE, json.dumps(value, indent=1) + "\n")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> GateSet:
@@ -177,7 +177,11 @@ def find_gates(gates: Gates, kind: str) -> GateSet:
     if not gates:
         raise ValueError(f"`gates` must be a folder, a Hub id or a GateSet with gates trained for {kind}, got none")
     folder = _folder(gates)
-    written = tuple(_stat(folder / name) for name in (SETTINGS_FILE, WEIGHTS_FILE))
+    try:
+        written = tuple((folder / name).stat().st_mtime_ns for name in (SETTINGS_FILE, WEIGHTS_FILE))
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise FileNotFoundError(f"`gates` must be a folder that holds {missing}, got {folder}") from None
     with _LOCK:
         known = _LOADED.get(folder)
         if known is None or known[0] != written:
@@ -241,13 +245,6 @@ def _download(repo_id: str) -> Path:
             huggingface_hub.hf_hub_download(repo_id, f"gates/{WEIGHTS_FILE}")
     # Not resolved: the files of a repository are links to where they are stored one by one.
     return Path(beside).parent
-
-
-def _stat(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:
-        raise FileNotFoundError(f"`gates` must be a folder that holds {file.name}, got {file.parent}") from None
 
 
 def _read(cls: type[GateSet], folder: Path) -> GateSet:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.sharing.files import replace_file, to_disk
+from hf_sparse_attn.sharing.files import to_disk, write_text
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -64,7 +64,7 @@ class TrainingFiles:
                         f"`{name}` must be as in the training of {self.folder}, {before.get(name)!r}, "
                         f"got {plain.get(name)!r}"
                     )
-        _write_text(file, text)
+        write_text(file, text)
 
     def load(
         self,
@@ -148,7 +148,7 @@ class TrainingFiles:
         shutil.rmtree(self.result, ignore_errors=True)
         os.replace(scratch, self.result)
         self._write_log()
-        _write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
+        write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
     def figures(self) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ class TrainingFiles:
         return dict(found[-1]) if found else {}
 
     def _write_log(self) -> None:
-        _write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
 
 
 @contextmanager
@@ -239,10 +239,6 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[s
     # Each of the formats has errors of its own.
     except Exception as error:
         raise ValueError(f"the checkpoint {folder} must be whole, got a damaged one: {error}") from error
-
-
-def _write_text(file: Path, text: str) -> None:
-    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
 from hf_sparse_attn.profiles.file import MEASUREMENTS, MODEL_KEYS
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.settings import build_config, plain
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, decode, encode, read_document, shortened
 from hf_sparse_attn.training.lora.file import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
@@ -106,8 +106,7 @@ def digest(path: Path) -> str:
 
 def write(bundle: Bundle, folder: Path) -> None:
     """Writes `bundle.json`, without which a folder is no bundle."""
-    text = to_json(bundle)
-    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / FILE, to_json(bundle))
 
 
 def to_json(bundle: Bundle) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 from hf_sparse_attn.sharing.strict_json import read_object, shortened
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
@@ -48,7 +48,7 @@ def save(adapter: Adapter, folder: Path, base_model: str = "") -> None:
         (folder / name).unlink(missing_ok=True)
     for name, (tensors, metadata) in files.items():
         replace_file(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CONFIG, text)
 
 
 def read_settings(file: Path) -> LoraSettings:

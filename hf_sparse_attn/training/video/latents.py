@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 
 FORMAT, VERSION = "hf_sparse_attn.latents", 1
 INDEX = "index.json"
@@ -222,8 +222,7 @@ class LatentWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        text = json.dumps(self._index)
-        replace_file(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.folder / INDEX, json.dumps(self._index))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
