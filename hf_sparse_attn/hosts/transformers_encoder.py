@@ -151,17 +151,14 @@ def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
     convolution = patch_embedding(owner)
     if convolution is None:
         raise ValueError(f"`owner` must cut images into patches, got {type(owner).__name__}")
-    hints = Hints(sum(_count(p) for name, p in owner.named_parameters() if name.rpartition(".")[2] in _BEFORE))
+    before = [p for name, p in owner.named_parameters() if name.rpartition(".")[2] in _BEFORE]
+    hints = Hints(sum(1 if p.ndim == 1 else p.shape[-2] for p in before))
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         batch, sizes = output.shape[0], tuple(output.shape[_CHANNELS:])
         hints.grid = (batch, *(1,) * (3 - len(sizes)), *sizes)
 
     return hints, convolution.register_forward_hook(look)
-
-
-def _count(parameter: Tensor) -> int:
-    return 1 if parameter.ndim == 1 else parameter.shape[-2]
 
 
 def reads_causally(owner: nn.Module) -> bool:
