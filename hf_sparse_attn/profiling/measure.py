@@ -94,9 +94,9 @@ def measure(
     path = None if state is None else Path(state)
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
     watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches)
-    shown: Any = {"total": len(batches) if isinstance(batches, Sized) else None, "disable": not progress}
-    shown |= {"desc": "profiling", "unit": "batch", "leave": False}
-    with tqdm(**shown) as bar, evaluating(find_family(model)[2]):
+    total = len(batches) if isinstance(batches, Sized) else None
+    bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
+    with bar, evaluating(find_family(model)[2]):
         for number, batch in enumerate(batches):
             if watch.tally is None or number >= watch.tally.batches:
                 watch.number = number
