@@ -169,7 +169,8 @@ def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradien
         if not isinstance(inputs, Mapping):
             raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
         inputs = dict(inputs)
-        watch.needles = inputs.pop("needles", ())
+        needles: Any = inputs.pop("needles", ())
+        watch.needles = needles
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
