@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn import dispatch
+from hf_sparse_attn import backend
 from hf_sparse_attn.kernels.torch_reference import TorchReference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from tests.support.patterns import Expected, expected, random_inputs, random_pattern
@@ -423,7 +423,7 @@ def test_an_explicit_request_raises_with_the_reason() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
 def test_auto_never_takes_it(device: str) -> None:
-    assert "triton_int8" not in dispatch.auto_order(device)
+    assert "triton_int8" not in backend.auto_order(device)
 
 
 def test_empty_batch_gives_an_empty_output() -> None:

@@ -17,6 +17,7 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.training.adapter_task import checkpoint_gradients
 from hf_sparse_attn.training.lora import adapter as lora
 from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
@@ -366,7 +367,7 @@ def test_gradients_are_those_of_masked_dense_attention(
 ) -> None:
     if backend == "cpp_block_sparse":
         q = torch.zeros(1, 1, 64, 64, requires_grad=True)
-        reason = hsa.dispatch.BACKENDS.get(backend).why_not(None, q, q, q, True)
+        reason = BACKENDS.get(backend).why_not(None, q, q, q, True)
         if reason is not None:
             pytest.skip(reason)
     assert_gradients(gradients(name, torch.float32, backend, checkpointing)[1], masked_dense(name))
