@@ -163,14 +163,13 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    inputs: Any = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     watch.needles = ()
     if not callable(inputs):
         if not isinstance(inputs, Mapping):
             raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
         inputs = dict(inputs)
-        needles: Any = inputs.pop("needles", ())
-        watch.needles = needles
+        watch.needles = inputs.pop("needles", ())
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
