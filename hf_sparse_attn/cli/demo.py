@@ -19,7 +19,7 @@ from hf_sparse_attn.api import attention, patch
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import pooled_attention
-from hf_sparse_attn.profiling.observe import Captured, capture
+from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
@@ -52,10 +52,10 @@ class Row:
     ratio: float
 
 
-def output_error(method: Method, seen: Captured) -> float:
+def output_error(method: Method, seen: dict[int, Call]) -> float:
     """Relative error of the attention output against dense on captured q, k, v, mean over layers."""
     errors = []
-    for q, k, v, ctx in seen.calls.values():
+    for q, k, v, ctx in seen.values():
         dense = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=ctx.softmax_scale, enable_gqa=True
         )
@@ -190,7 +190,7 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
     axes = figure.subplots(len(methods), len(heads), squeeze=False)
     for line, method in zip(axes, methods, strict=True):
         for ax, (what, layer, head) in zip(line, heads, strict=True):
-            q, k, _, ctx = seen.calls[layer]
+            q, k, _, ctx = seen[layer]
             group = q.shape[1] // k.shape[1]
             q, k = q[:, head : head + 1], k[:, head // group : head // group + 1]
             pattern = method.pattern_for(q, k, ctx)
@@ -218,7 +218,7 @@ def _draw_head(ax: Any, q: Tensor, k: Tensor, scale: float, pattern: BlockPatter
     ax.tick_params(labelsize=8)
 
 
-def _telling_heads(seen: Captured, document: NeedleDocument) -> list[tuple[str, int, int]]:
+def _telling_heads(seen: dict[int, Call], document: NeedleDocument) -> list[tuple[str, int, int]]:
     """Three heads, as (what it does, layer, head): most on the needles, most on the start, most on the neighbourhood.
 
     Shares are of the attention of the positions that choose the digits of the answers.
@@ -226,7 +226,7 @@ def _telling_heads(seen: Captured, document: NeedleDocument) -> list[tuple[str, 
     asked = torch.tensor([p for positions, _ in document.questions for p in positions])
     stated = torch.tensor([p for _, positions in document.questions for p in positions])
     shares: dict[tuple[int, int], tuple[float, float, float]] = {}
-    for layer, (q, k, _, ctx) in seen.calls.items():
+    for layer, (q, k, _, ctx) in seen.items():
         group = q.shape[1] // k.shape[1]
         position = torch.arange(k.shape[2])
         for head in range(q.shape[1]):
