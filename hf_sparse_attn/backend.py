@@ -124,7 +124,7 @@ class BackendUnavailable(RuntimeError):
 
 def auto_order(device_type: str) -> list[str]:
     """Names of the backends that backend="auto" tries on a device type, in that order."""
-    ranks = {name: getattr(found, "auto_rank", {}).get(device_type) for name, found in BACKENDS.items()}
+    ranks = {name: found.auto_rank.get(device_type) for name, found in BACKENDS.items()}
     return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -12,14 +12,14 @@ from torch import nn
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.report import Report
-from hf_sparse_attn.session import Session
+from hf_sparse_attn.session import Session, Uncopied
 
 # Where a patched module keeps its Patch; absent from modules that are not patched.
 PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
 _ABSENT = object()
 
 
-class Patch:
+class Patch(Uncopied, AbstractContextManager["Patch"]):
     """A reversible change of a model, made by `patch()`; `remove()` or the end of `with` leaves it as it was."""
 
     def __init__(self, family: str, session: Session, modules: Sequence[nn.Module], model: object) -> None:
@@ -34,9 +34,6 @@ class Patch:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
         watched = [ref(module) for module in self.modules]
         session.in_training = lambda: any(m.training for one in watched if (m := one()) is not None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        return self
 
     def __reduce__(self) -> Any:
         raise TypeError("a patched model must not be pickled: unpatch() it first, or save its state_dict()")
@@ -57,15 +54,7 @@ class Patch:
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets an instance attribute; `remove()` restores the value or the absence it had."""
-        before = owner.__dict__.get(name, _ABSENT)
-
-        def restore() -> None:
-            if before is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = before
-
-        self.on_remove(restore)
+        self.on_remove(restoring(owner, name))
         owner.__dict__[name] = value
 
     def report(self) -> Report:
@@ -109,15 +98,38 @@ class Patch:
             self._removed = True
             self._undo.close()
 
-    def __enter__(self) -> Patch:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else f"{len(self.session.records)} layers"
         return f"Patch({self.session.method!r} on {self.family}, {state})"
+
+
+def restoring(owner: Any, name: str) -> Callable[[], None]:
+    """What gives an instance attribute the value back, or the absence, that it has now."""
+    before = owner.__dict__.get(name, _ABSENT)
+
+    def restore() -> None:
+        if before is _ABSENT:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = before
+
+    return restore
+
+
+@contextmanager
+def changed(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Within it an attribute of some objects has another value."""
+    before = [(owner, getattr(owner, name)) for owner in owners]
+    try:
+        for owner, _ in before:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, was in before:
+            setattr(owner, name, was)
 
 
 def active_patch(module: object) -> Patch | None:

@@ -137,6 +137,8 @@ def _check_backend(name: str, entry: object) -> None:
     for needed in ("why_not", "attention"):
         if not callable(getattr(entry, needed, None)):
             raise TypeError(f"backend {name!r} must have a method {needed}(), got {entry!r}")
+    # One that says nothing is taken by name only.
+    entry.auto_rank = getattr(entry, "auto_rank", {})  # type: ignore[attr-defined]
     entry.name = name  # type: ignore[attr-defined]
 
 

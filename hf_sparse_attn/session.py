@@ -38,7 +38,14 @@ SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-class Session:
+class Uncopied:
+    """Base of what a deep copy of a patched model shares with it: a copy goes on with the same state and counts."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class Session(Uncopied):
     """What the layers of one patch share: the method, the policy, the backend and the records."""
 
     def __init__(self, method: Method, policy: Policy, backend: str, strict: bool) -> None:
@@ -55,10 +62,6 @@ class Session:
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        # A copied model goes on with the same counts; copying a session would split them silently.
-        return self
 
     def steady(self, *inputs: Tensor) -> bool:
         """Whether a call must decide as the same call did before and will again: in training, for recomputation.

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import diffusers_install
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, self_attentions, transformers_of_diffusers
+from hf_sparse_attn.hosts.diffusers_model import (
+    DiffusersFamily,
+    Place,
+    Tokens,
+    self_attentions,
+    transformers_of_diffusers,
+)
 from hf_sparse_attn.method import NEEDS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
@@ -181,11 +186,9 @@ class Diffusers(DiffusersFamily):
     @staticmethod
     def places(transformer: Any) -> Iterable[Place]:
         """See DiffusersFamily."""
-        index = 0
-        for found in self_attentions(transformer):
-            if found.way is not None:
-                yield Place(found.path, index, found.attention, found.way)
-                index += 1
+        reached = [(path, module, way) for path, module, way in self_attentions(transformer) if way is not None]
+        for index, (path, module, way) in enumerate(reached):
+            yield Place(path, index, module, way)
 
     @staticmethod
     def tokens(transformer: Any, inputs: Inputs) -> Tokens:
@@ -202,7 +205,7 @@ class Diffusers(DiffusersFamily):
     @staticmethod
     def blocks(transformer: nn.Module) -> Iterable[str]:
         """See DiffusersFamily: not every model hands its layers a rotary tensor."""
-        return dict.fromkeys(_block_of(found.path) for found in self_attentions(transformer))
+        return dict.fromkeys(_block_of(path) for path, _, _ in self_attentions(transformer))
 
     @staticmethod
     def tiny() -> tuple[Any, dict[str, Any]]:
@@ -235,8 +238,8 @@ def why_not(transformer: nn.Module) -> str | None:
     found = self_attentions(transformer)
     if not found:
         return f"{kind} has no self-attention with a processor"
-    lost = sorted({type(a.attention.processor).__name__ for a in found if a.way is None})
-    if len(lost) == len({type(a.attention.processor).__name__ for a in found}):
+    lost = sorted({type(module.processor).__name__ for _, module, way in found if way is None})
+    if len(lost) == len({type(module.processor).__name__ for _, module, _ in found}):
         return f"{kind} computes attention by itself, without the dispatcher or PyTorch's function: {', '.join(lost)}"
     return None
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import diffusers_install
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
+from hf_sparse_attn.hosts.diffusers_model import DiffusersFamily, Place, Tokens, find_transformers
 from hf_sparse_attn.hosts.padding import key_padding
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch

@@ -10,8 +10,7 @@ from torch import nn
 
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts import diffusers_install
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import Place, Tokens, find_transformers
+from hf_sparse_attn.hosts.diffusers_model import DiffusersFamily, Place, Tokens, find_transformers
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES

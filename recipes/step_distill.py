@@ -32,8 +32,8 @@ from hf_sparse_attn.recipes.step_distill_task import SceneMaker, SingleWan, Step
 from hf_sparse_attn.recipes.video_models import HunyuanMaterial, open_material
 from hf_sparse_attn.settings import plain
 from hf_sparse_attn.training.adapter_task import AdapterRecipe
+from hf_sparse_attn.training.video.data import ClipSettings, PromptSettings
 from hf_sparse_attn.training.video.material import Material
-from hf_sparse_attn.training.video.prompts import ClipSettings, PromptSettings
 from hf_sparse_attn.training.video.scenes import MOVING_WAN, SceneSettings
 
 

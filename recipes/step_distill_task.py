@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.video_models import WanMaterial
 from hf_sparse_attn.settings import plain
-from hf_sparse_attn.shipped.moving import CHANNELS_OUT, draw_classes
+from hf_sparse_attn.shipped.moving import CHANNELS_OUT
+from hf_sparse_attn.shipped.moving_scenes import draw_classes
 from hf_sparse_attn.training import trajectory_matching as tm
 from hf_sparse_attn.training.adapter_task import AdapterTask
 from hf_sparse_attn.training.flow_matching import flow_error, sample_seed

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.training.adapter_task import AdapterRecipe
-from hf_sparse_attn.training.video.data import VideoSettings
+from hf_sparse_attn.training.video.data import PromptSettings, VideoSettings
 from hf_sparse_attn.training.video.material import TIMES, PipelineMaterial, load_pipeline
-from hf_sparse_attn.training.video.prompts import PromptSettings
 from hf_sparse_attn.training.video.task import VideoRecipe
 
 Expert = Literal["high", "low"]

@@ -126,7 +126,7 @@ def kernel_point(
             for name, call in _mixed_calls(options, q, k, v, pattern, density).items():
                 calls[name, density] = with_backward(call, (q, k, v), backward)
     title = f"{shape['pass']} {queries} x {tokens} x {dim} {dtype}"
-    times, failed = in_turns(calls, options, title)
+    times, failed = in_turns(calls, options.where, options.repeats, options.seconds, title)
     reasons.update(failed)
     dense = min((t["median"] for (name, _), t in times.items() if name.startswith(DENSE)), default=None)
     records = []

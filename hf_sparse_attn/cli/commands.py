@@ -300,9 +300,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.profiling.view import files
+    from hf_sparse_attn.profiling.view import page
 
-    text, notes = files.main(args, _width())
+    text, notes = page.main(args, _width())
     print(text)
     for note in notes:
         print(note, file=sys.stderr)

@@ -19,7 +19,7 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import pooled_attention
-from hf_sparse_attn.profiling.observe import Captured, capture
+from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
@@ -71,7 +71,7 @@ def compare(
     tokens = document.token_ids
     names = ["dense", *(f"{name}({', '.join(f'{k}={v}' for k, v in params.items())})" for name, params in chosen)]
     entries: list[tuple[str, dict[str, Any]]] = [("dense", {}), *chosen]
-    reference = Reference(list(capture(model, tokens).calls.values()))
+    reference = Reference(list(capture(model, tokens).values()))
     results: list[dict[str, Any]] = [{"seconds": []} for _ in entries]
     for turn in range(rounds + 1):
         for (name, params), result in zip(entries, results, strict=True):
@@ -168,7 +168,7 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
     axes = figure.subplots(len(methods), len(heads), squeeze=False)
     for line, method in zip(axes, methods, strict=True):
         for ax, (what, layer, head) in zip(line, heads, strict=True):
-            q, k, _, ctx = seen.calls[layer]
+            q, k, _, ctx = seen[layer]
             group = q.shape[1] // k.shape[1]
             q, k = q[:, head : head + 1], k[:, head // group : head // group + 1]
             pattern = method.pattern_for(q, k, ctx)
@@ -196,7 +196,7 @@ def _draw_head(ax: Any, q: Tensor, k: Tensor, scale: float, pattern: BlockPatter
     ax.tick_params(labelsize=8)
 
 
-def _telling_heads(seen: Captured, document: NeedleDocument) -> list[tuple[str, int, int]]:
+def _telling_heads(seen: dict[int, Call], document: NeedleDocument) -> list[tuple[str, int, int]]:
     """Three heads, as (what it does, layer, head): most on the needles, most on the start, most on the neighbourhood.
 
     Shares are of the attention of the positions that choose the digits of the answers.
@@ -204,7 +204,7 @@ def _telling_heads(seen: Captured, document: NeedleDocument) -> list[tuple[str, 
     asked = torch.tensor([p for positions, _ in document.questions for p in positions])
     stated = torch.tensor([p for _, positions in document.questions for p in positions])
     shares: dict[tuple[int, int], tuple[float, float, float]] = {}
-    for layer, (q, k, _, ctx) in seen.calls.items():
+    for layer, (q, k, _, ctx) in seen.items():
         group = q.shape[1] // k.shape[1]
         position = torch.arange(k.shape[2])
         for head in range(q.shape[1]):

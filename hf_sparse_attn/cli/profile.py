@@ -208,9 +208,10 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Any, list
 def _moving(batches: int, seed: int, device: torch.device) -> tuple[Any, list[Any]]:
     """The shipped video model, and denoising runs over classes of scenes."""
     from hf_sparse_attn.shipped import moving
+    from hf_sparse_attn.shipped.moving_scenes import draw_classes
 
     model = moving.load_moving_wan().to(device)
-    classes = moving.draw_classes(batches, seed)
+    classes = draw_classes(batches, seed)
 
     def run(scene: Any, number: int) -> Callable[[Any], Any]:
         return lambda model: moving.sample(model, [scene], seed=seed + number)

@@ -75,13 +75,13 @@ class _Streak:
     def __init__(self) -> None:
         self.losses = self.pause = 0
 
-    def lost(self) -> None:
+    def note(self, won: bool) -> None:
+        if won:
+            self.losses = self.pause = 0
+            return
         self.losses += 1
         if self.losses >= LOSSES:
             self.pause = min(_LONGEST_PAUSE, 2 << (self.losses - LOSSES))
-
-    def won(self) -> None:
-        self.losses = self.pause = 0
 
 
 # Seconds per key that the pattern building of a method took lately, by method, device and shape class.
@@ -147,7 +147,10 @@ class Judge:
 
     def class_of(self, shape: cost.Shape, device: torch.device, ctx: Context) -> Any:
         """Calls that share what is learned: of like shape, and alike to the method."""
-        return _class_of(shape, device), self.method.call_key(ctx)
+        n = shape.kv_len
+        # Lengths within a quarter of a power of two, all else equal.
+        size = n.bit_length(), n >> max(0, n.bit_length() - 3)
+        return (*shape[2:], size, shape.q_len == n, device), self.method.call_key(ctx)
 
     def streaks_of(self, layer: str, shape: Any) -> tuple[_Streak, _Streak]:
         """The streaks of a shape class over all layers, and of this layer."""
@@ -221,10 +224,7 @@ class Call:
 
     def _close(self, won: bool) -> None:
         for streak in self.streaks:
-            if won:
-                streak.won()
-            else:
-                streak.lost()
+            streak.note(won)
 
     def _backend(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> str:
         """The backend that will run, without an error: run_pattern raises it where it is due."""
@@ -255,13 +255,6 @@ class Call:
             noted.append(first.elapsed_time(last) * 1e-3 / tokens)
         # This call's own time is not known yet: the last one's stands for it.
         self.estimated = known[-1] * self.shape.kv_len if known else None
-
-
-def _class_of(shape: cost.Shape, device: torch.device) -> tuple[Any, ...]:
-    """Calls of like shape: lengths within a quarter of a power of two, all else equal."""
-    n = shape.kv_len
-    size = (n.bit_length(), n >> max(0, n.bit_length() - 3))
-    return (*shape[2:], size, shape.q_len == n, device)
 
 
 _PENDING: deque[tuple[Any, Any, deque[float], int]] = deque(maxlen=4096)

@@ -260,8 +260,6 @@ def _at_length(points: list[tuple[int, float]], n: float) -> float:
     return points[-1][1]
 
 
-# ---------------------------------------------------------------------- files
-
 _TABLES: dict[tuple[str, int | None], Table] = {}
 
 

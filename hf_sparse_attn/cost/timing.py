@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,22 +16,6 @@ log = logging.getLogger(__name__)
 
 # A point that is slow stops after this many rounds once its time is up.
 FEWEST_ROUNDS = 2
-
-
-class Rounds(Protocol):
-    """How often to measure, and where; bench.Options is one."""
-
-    @property
-    def repeats(self) -> int:
-        """Rounds over the contestants."""
-
-    @property
-    def seconds(self) -> float:
-        """Time after which there is no further round once there were two."""
-
-    @property
-    def where(self) -> torch.device:
-        """The device."""
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -115,9 +99,16 @@ def _peak_on_gpu(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def in_turns(
-    contestants: dict[Any, Callable[[], Any]], options: Rounds, title: str
+    contestants: dict[Any, Callable[[], Any]], where: torch.device, repeats: int, seconds: float, title: str
 ) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
     """Times all contestants round by round, so that what else the machine does meets them alike.
+
+    Args:
+        contestants: calls by name.
+        where: the device.
+        repeats: rounds over the contestants.
+        seconds: time after which there is no further round once there were two.
+        title: of the bar.
 
     Returns:
         by contestant: `warmup_seconds` (the first call, compiling and planning included), `seconds` (one per round),
@@ -126,24 +117,24 @@ def in_turns(
     """
     times: dict[Any, dict[str, Any]] = {}
     failed: dict[Any, str] = {}
-    with tqdm(total=len(contestants) * (1 + options.repeats), desc=title, leave=False, disable=None) as bar:
+    with tqdm(total=len(contestants) * (1 + repeats), desc=title, leave=False, disable=None) as bar:
         for name, call in contestants.items():
             try:
-                times[name] = {"warmup_seconds": timed(call, options.where)[0], "seconds": []}
+                times[name] = {"warmup_seconds": timed(call, where)[0], "seconds": []}
             # A contestant that breaks must not take the others' numbers with it; it is listed with its error.
             except Exception as error:
                 log.debug("%s failed", name, exc_info=True)
                 failed[name] = failure(error)
             bar.update()
-        peaks = peak_bytes((contestants[name] for name in times), options.where)
+        peaks = peak_bytes((contestants[name] for name in times), where)
         for found, peak in zip(times.values(), peaks, strict=True):
             found["bytes"] = peak
         begin = time.perf_counter()
-        for done in range(options.repeats):
-            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > options.seconds:
+        for done in range(repeats):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
                 break
             for name in times:
-                times[name]["seconds"].append(timed(contestants[name], options.where)[0])
+                times[name]["seconds"].append(timed(contestants[name], where)[0])
                 bar.update()
     return {name: {**found, **summary(found["seconds"])} for name, found in times.items()}, failed
 

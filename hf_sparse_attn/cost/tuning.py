@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hf_sparse_attn.sharing.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,7 @@ def store(device: str, software: str, kernel: str, shape: str, launch: Mapping[s
     known = _load()
     known.setdefault(f"{device}, {software}", {}).setdefault(kernel, {})[shape] = entry
     path().parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path().parent, suffix=".json")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "launches": known}, file, indent=1, sort_keys=True)
-        os.replace(name, path())
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path(), json.dumps({"format": _FORMAT, "launches": known}, indent=1, sort_keys=True))
     _READ.pop(path(), None)
 
 
@@ -92,16 +85,15 @@ def _parse(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("launches"), dict):
         log.warning("%s is not of format %d and is ignored", file, _FORMAT)
         return {}
-    levels = [found["launches"]]
-    for _ in range(2):
-        if all(isinstance(level, dict) for level in levels):
-            levels = [value for level in levels for value in level.values()]
-    entries = [e for level in levels if isinstance(level, dict) for e in level.values()]
-    if not all(isinstance(level, dict) for level in levels) or not all(map(_is_entry, entries)):
-        log.warning("%s holds something that is no launch and is ignored", file)
-        return {}
     launches: dict[str, Any] = found["launches"]
-    return launches
+    try:
+        known = all(_is_entry(e) for kernels in launches.values() for k in kernels.values() for e in k.values())
+    except AttributeError:
+        # Something else than an object on one of the levels.
+        known = False
+    if not known:
+        log.warning("%s holds something that is no launch and is ignored", file)
+    return launches if known else {}
 
 
 def _is_entry(entry: object) -> bool:

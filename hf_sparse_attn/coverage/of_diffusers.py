@@ -78,9 +78,9 @@ def _of(kind: type[Any], sizes: Sizes | None) -> Coverage:
     found, reasons = ask_families(model)
     if found is None:
         return Coverage(name, file, None, None, reasons["diffusers"], True, False)
-    ways = {layer.way for layer in self_attentions(model) if layer.way is not None}
-    way: Way | None = "both" if len(ways) > 1 else next(iter(ways), None)
-    return Coverage(name, file, found[0], way, None, True, False)
+    ways = {way for _, _, way in self_attentions(model) if way is not None}
+    reached: Way | None = "both" if len(ways) > 1 else next(iter(ways), None)
+    return Coverage(name, file, found[0], reached, None, True, False)
 
 
 def _without_memory(kind: type[Any], sizes: Sizes | None) -> nn.Module | Exception:

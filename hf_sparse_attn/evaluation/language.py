@@ -125,4 +125,4 @@ def profile_batch(document: NeedleDocument) -> dict[str, Any]:
 
 def captured(model: nn.Module, document: NeedleDocument) -> list[Call]:
     """The attention calls of a dense forward, layer by layer."""
-    return list(capture(model, document.token_ids).calls.values())
+    return list(capture(model, document.token_ids).values())

@@ -20,7 +20,8 @@ from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted,
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, Seen, observing
-from hf_sparse_attn.shipped.moving import SceneClass, check_motion, draw_classes, load_moving_wan, sample
+from hf_sparse_attn.shipped.moving import check_motion, load_moving_wan, sample
+from hf_sparse_attn.shipped.moving_scenes import SceneClass, draw_classes
 
 STEPS = 8
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.

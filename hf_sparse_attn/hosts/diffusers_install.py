@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_compile import CompiledLayer, CompiledModel
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
 from hf_sparse_attn.hosts.diffusers_model import (
     DISPATCH_TABLES,
     NAME,
     NUMBER,
     PIPELINE_PARTS,
+    DiffusersFamily,
     Layer,
     dispatcher,
     forward_parameters,
     pipeline_of,
 )
-from hf_sparse_attn.hosts.diffusers_run import Attention
+from hf_sparse_attn.hosts.diffusers_run import Attention, CompiledLayer, CompiledModel
 from hf_sparse_attn.hosts.diffusers_state import Forwards
 from hf_sparse_attn.hosts.sdpa_hook import is_scoped, scoped_class
 from hf_sparse_attn.patching import Patch

@@ -1,4 +1,4 @@
-"""How the models of diffusers are made: their transformers, what their tokens are, and the attention dispatcher."""
+"""How the models of diffusers are made, what a family says of them, and the attention dispatcher."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs, Segment, TokenLayout
+from hf_sparse_attn.hosts.padding import key_padding
 from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +135,52 @@ class Asked:
     inputs: LayerInputs | None = None
 
 
+class DiffusersFamily(ABC):
+    """The base of families whose models are transformers of diffusers. It is used as it is, without an instance: what
+    belongs to a patch, a forward or a layer at work is none of its business.
+    """
+
+    @staticmethod
+    @abstractmethod
+    def places(transformer: Any) -> Iterable[Place]:
+        """The self-attention modules of a transformer, in the order they run."""
+
+    @staticmethod
+    @abstractmethod
+    def tokens(transformer: Any, inputs: Mapping[str, Any]) -> Tokens:
+        """What the tokens of a forward are, from its arguments by name."""
+
+    @staticmethod
+    def layer_inputs(inputs: Mapping[str, Any]) -> LayerInputs | None:
+        """What a method that reads more than q, k and v is handed, from the arguments of an attention by name."""
+        return None
+
+    @staticmethod
+    def text_keys(inputs: Mapping[str, Any]) -> int:
+        """How many keys are the text alone, by which cross-attention under another name is told; 0 for no such."""
+        return 0
+
+    @staticmethod
+    def blocks(transformer: nn.Module) -> Iterable[str]:
+        """Paths of the modules whose inputs say which forward backward runs again, besides the rotary tables."""
+        return ()
+
+    @staticmethod
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+        """Valid keys of each row, bool [batch, tokens], or None where the mask says more than that."""
+        return key_padding(mask, batch, tokens)
+
+    @staticmethod
+    def dense_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
+        """The mask that the model's own attention is given."""
+        return mask
+
+    @staticmethod
+    def stand_in(processor: Any, backend: Any, session: Session) -> Any | None:
+        """A processor that runs instead of `processor` and asks `backend` for attention; None where it can itself."""
+        return None
+
+
 def find_transformers(model: object, classes: Mapping[str, str]) -> list[nn.Module] | Decline:
     """The transformers of some classes in a module or pipeline; imports nothing: what is not loaded cannot be given.
 
@@ -170,29 +219,18 @@ def transformers_of_diffusers(model: object) -> list[nn.Module] | Decline:
     inside: set[nn.Module] = set()
     for part in parts:
         for module in part.modules():
-            if module not in inside and any(_is_model(base) for base in type(module).__mro__):
+            bases = (base for base in type(module).__mro__ if base.__module__.startswith(_MODELS))
+            if module not in inside and any("config_name" in dir(base) for base in bases):
                 found[module] = None
                 inside.update(module.modules())
     return list(found) or Decline(f"{type(model).__name__} holds no transformer model of diffusers")
 
 
-def _is_model(kind: type[Any]) -> bool:
-    return kind.__module__.startswith(_MODELS) and "config_name" in dir(kind)
+def self_attentions(transformer: nn.Module) -> list[tuple[str, Any, Way | None]]:
+    """The self-attention modules over the main tokens of any transformer, found by their processors and names.
 
-
-@dataclass(frozen=True)
-class SelfAttention:
-    """A self-attention module of any model: its path, the module, and how its processor reaches attention."""
-
-    path: str
-    attention: Any
-    way: Way | None
-
-
-def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    """The self-attention modules over the main tokens of a transformer, found by their processors and names.
-
-    Left out: cross-attention, and what works on text, audio or conditions alone.
+    Each with its path before it, and behind it how its processor reaches attention. Left out: cross-attention, and
+    what works on text, audio or conditions alone.
     """
     found = []
     for path, module in transformer.named_modules():
@@ -200,7 +238,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
         if processor is None or getattr(module, "is_cross_attention", False) is True:
             continue
         if not any(_ASIDE.fullmatch(part) for part in path.split(".")):
-            found.append(SelfAttention(path, module, way_of(processor)))
+            found.append((path, module, way_of(processor)))
     return found
 
 

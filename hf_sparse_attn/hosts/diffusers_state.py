@@ -18,9 +18,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
-from hf_sparse_attn.hosts.diffusers_family import DiffusersFamily
-from hf_sparse_attn.hosts.diffusers_model import NUMBER, Call, Layer, Tokens, pipeline_of, rotary_table
+from hf_sparse_attn.hosts.diffusers_model import (
+    NUMBER,
+    Call,
+    DiffusersFamily,
+    Layer,
+    Tokens,
+    pipeline_of,
+    rotary_table,
+)
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.session import Uncopied
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +124,8 @@ class _Thread(threading.local):
         self.traced = Traced()
 
 
-class Forwards:
-    """The forwards of the transformers of one patch, and the hooks that note them.
+class Forwards(Uncopied):
+    """The forwards of the transformers of one patch, and the hooks that note them; these know of a copy by its module.
 
     Args:
         why_lost: how an attention was changed since it was taken over, or None.
@@ -140,10 +148,6 @@ class Forwards:
         self.calls = WeakTensorKeyDictionary()
         self.number = next(_NUMBERS)
         self.warned: set[str] = set()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
-        # A copied model takes the hooks along; they know by the module that it is a copy.
-        return self
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by name."""

@@ -15,9 +15,10 @@ from hf_sparse_attn.hosts.transformers_hook import LayerState, Output, attend_sp
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide
 from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Uncopied
 
 
-class CompiledLayer:
+class CompiledLayer(Uncopied):
     """Stands for a patched attention module in compiled graphs; see opaque.Layer.
 
     What is known to be dense while tracing is the model's own attention in the graph: decoding and the method "dense",
@@ -33,9 +34,6 @@ class CompiledLayer:
         self.number = opaque.enrol(self)
         # Attention functions read parameters from the module (sinks); an operator is given what it differentiates.
         self.parameters = tuple(name for name, p in module._parameters.items() if p is not None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
-        return self
 
     def traced(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Output:
         """What stands in the graph for one call."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.hosts.transformers_hook import is_text_attention
+from hf_sparse_attn.hosts.transformers_hook import code_names, is_text_attention
+from hf_sparse_attn.session import Uncopied
 
 # Arguments by which a forward takes the tokens that are keys, where these are not the queries'.
 _OTHERS = frozenset(
@@ -28,7 +29,7 @@ _CHANNELS = 2
 
 
 @dataclass(eq=False)
-class Hints:
+class Hints(Uncopied):
     """What is known of the calls of a stack of attention layers besides their arguments; hooks keep it up to date.
 
     Args:
@@ -38,9 +39,6 @@ class Hints:
 
     before: int = 0
     grid: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hints:
-        return self
 
     def layout(self, batch: int, tokens: int) -> TokenLayout:
         """The tokens of a row: a video where they are as many as its patches and what stands before, else text."""
@@ -52,13 +50,10 @@ class Hints:
 
 
 @dataclass(eq=False)
-class Source:
+class Source(Uncopied):
     """Whether the keys of a module's current call are of another sequence than its queries."""
 
     other: bool = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self
 
 
 def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
@@ -70,7 +65,7 @@ def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
     """
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return False
-    if "ALL_ATTENTION_FUNCTIONS" not in _code_names(module):
+    if "ALL_ATTENTION_FUNCTIONS" not in code_names(type(module)):
         return False
     if getattr(module, "is_causal", False) is not False or getattr(module, "is_cross_attention", False):
         return False
@@ -95,8 +90,8 @@ def other_tokens(module: nn.Module) -> tuple[str, ...]:
 
 def has_bias(module: nn.Module) -> bool:
     """Whether a module's forward adds a position bias to the logits of its attention."""
-    code = inspect.unwrap(type(module).forward).__code__
-    return any(_BIAS.fullmatch(name) for name in (*code.co_varnames, *code.co_names))
+    kind = type(module)
+    return any(_BIAS.fullmatch(name) for name in (*code_names(kind, "co_varnames"), *code_names(kind)))
 
 
 def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -137,7 +132,7 @@ def patch_embedding(owner: nn.Module) -> nn.Module | None:
     # A model that hides patches at random may shuffle the others.
     if any(hasattr(module, "random_masking") for module in above):
         return None
-    return convolution if {"flatten", "transpose"} <= set(_code_names(above[0])) else None
+    return convolution if {"flatten", "transpose"} <= set(code_names(type(above[0]))) else None
 
 
 def image_model(owner: Any, models: Iterable[Any]) -> Any:
@@ -145,10 +140,6 @@ def image_model(owner: Any, models: Iterable[Any]) -> Any:
     # One configuration is one tower: in models of images and text the text has its own.
     above = [m for m in models if m.config is owner.config and any(part is owner for part in m.modules())]
     return next((m for m in (owner, *reversed(above)) if patch_embedding(m) is not None), None)
-
-
-def _code_names(module: nn.Module) -> tuple[str, ...]:
-    return getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
 
 
 def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
@@ -160,7 +151,8 @@ def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
     convolution = patch_embedding(owner)
     if convolution is None:
         raise ValueError(f"`owner` must cut images into patches, got {type(owner).__name__}")
-    hints = Hints(sum(_count(p) for name, p in owner.named_parameters() if name.rpartition(".")[2] in _BEFORE))
+    before = [p for name, p in owner.named_parameters() if name.rpartition(".")[2] in _BEFORE]
+    hints = Hints(sum(1 if p.ndim == 1 else p.shape[-2] for p in before))
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         batch, sizes = output.shape[0], tuple(output.shape[_CHANNELS:])
@@ -169,10 +161,6 @@ def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
     return hints, convolution.register_forward_hook(look)
 
 
-def _count(parameter: Tensor) -> int:
-    return 1 if parameter.ndim == 1 else parameter.shape[-2]
-
-
 def reads_causally(owner: nn.Module) -> bool:
     """Whether a model makes a causal mask for attention that itself is not: CLIP's text, for one."""
-    return "create_causal_mask" in _code_names(owner)
+    return "create_causal_mask" in code_names(type(owner))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from transformers.modeling_utils import AttentionInterface
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
+from hf_sparse_attn.patching import changed
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
-from hf_sparse_attn.session import Session
+from hf_sparse_attn.session import Session, Uncopied
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -38,7 +39,7 @@ Output = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(Uncopied):
     """What an attention module needs to run sparse.
 
     Args:
@@ -61,9 +62,6 @@ class LayerState:
     source: Source | None = None
     watch: LayerWatch | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
-        return self
-
 
 Find = Callable[[nn.Module], "LayerState | None"]
 
@@ -77,20 +75,19 @@ def is_text_attention(module: nn.Module) -> bool:
         and getattr(module, "is_causal", False) is True
         and getattr(config, "is_causal", True) is not False
         and not getattr(module, "is_cross_attention", False)
-        and "ALL_ATTENTION_FUNCTIONS" in _names(inspect.unwrap(type(module).forward))
+        and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
     )
 
 
 def is_segment_attention(module: nn.Module) -> bool:
     """Whether a module is attention of a vision tower that is told by `cu_seqlens` where its segments end."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ()) and "cu_seqlens" in getattr(
-        code, "co_varnames", ()
-    )
+    kind = type(module)
+    return "ALL_ATTENTION_FUNCTIONS" in code_names(kind) and "cu_seqlens" in code_names(kind, "co_varnames")
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    return getattr(getattr(function, "__code__", None), "co_names", ())
+def code_names(kind: type[nn.Module], field: str = "co_names") -> tuple[str, ...]:
+    """Names in the code of a class's forward, in the order in which it uses them first."""
+    return getattr(getattr(inspect.unwrap(kind.forward), "__code__", None), field, ())
 
 
 @lru_cache(maxsize=256)
@@ -98,7 +95,7 @@ def _home(kind: Any) -> tuple[dict[str, Any], str]:
     """Globals of the file where the class's forward stands, and the name of its eager attention there."""
     forward = inspect.unwrap(kind.forward)
     # One file may hold several, for text and for images: the one that this forward names.
-    named = [n for n in _names(forward) if n.endswith("eager_attention_forward")]
+    named = [n for n in code_names(kind) if n.endswith("eager_attention_forward")]
     return forward.__globals__, named[0] if named else "eager_attention_forward"
 
 
@@ -130,21 +127,13 @@ def run_dense(
     """What the implementation `name` returns for the call, to the bit."""
     if isinstance(mask, MaskSpec):
         mask = mask.dense(name, q.device)
-    with _named(module.config, name) if "flash" in name else _AS_IT_IS:
+    # The flash functions choose their kernel by what the config names.
+    named = changed([module.config], "_attn_implementation_internal", name) if "flash" in name else _AS_IT_IS
+    with named:
         return dense_function(name, module)(module, q, k, v, mask, **kwargs)
 
 
 _AS_IT_IS = nullcontext()
-
-
-@contextmanager
-def _named(config: Any, name: str) -> Iterator[None]:
-    """Lets `config` give `name` as its implementation: the flash functions choose their kernel by it."""
-    before, config._attn_implementation_internal = config._attn_implementation_internal, name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 def attend_sparse(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs
+from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.method import MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.session import Uncopied
 
 
-class LayerWatch:
+class LayerWatch(Uncopied):
     """Keeps what the parts of one attention module give while it runs, until the attention function asks for it.
 
     The part that is watched is looked up in every forward, for PEFT may put a wrapper in its place, before or after,
@@ -31,10 +32,6 @@ class LayerWatch:
         self._kept: dict[str, Tensor] = {}
         self._watched: dict[str, tuple[nn.Module, Any]] = {}
         self._closed = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerWatch:
-        # A copied model has the same state: see LayerState.
-        return self
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before the module: a new call begins."""
@@ -120,9 +117,8 @@ def watch_layer(patch: Patch, module: nn.Module, name: str) -> LayerWatch:
 
 def _part(module: nn.Module, field: str) -> str | None:
     """Name of the part that gives queries or keys last before positions are put in: the norm, else the projection."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    # Names in the order in which the code uses them first; a norm after the rotation is none that counts here.
-    names = list(getattr(code, "co_names", ()))
+    # A norm after the rotation is none that counts here.
+    names = code_names(type(module))
     rotated = next((i for i, n in enumerate(names) if "rot" in n and "apply" in n), len(names))
     for name in (f"{field}_norm", f"{field}_proj"):
         if name in names[:rotated] and isinstance(getattr(module, name, None), nn.Module):

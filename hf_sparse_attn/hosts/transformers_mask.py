@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -205,7 +205,6 @@ class MaskSpec:
         self.device = torch.device(wanted.get("device", "cpu"))
         self.shape = (wanted["batch_size"], 1, wanted["q_length"], wanted["kv_length"])
         self._dense: dict[tuple[str, torch.device], Any] = {}
-        self._plan: Plan | None = None
 
     def contiguous(self) -> MaskSpec:
         """Itself; generate() asks for it."""
@@ -246,13 +245,9 @@ class MaskSpec:
             self._dense[key] = mask.to(device) if isinstance(mask, Tensor) else mask
         return self._dense[key]
 
+    @cached_property
     def plan(self) -> Plan:
         """The sequences of the batch, or why they cannot be told; worked out once."""
-        if self._plan is None:
-            self._plan = self._make_plan()
-        return self._plan
-
-    def _make_plan(self) -> Plan:
         batch, _, q_len, kv_len = self.shape
         kv_offset, q_offset = int(self.wanted.get("kv_offset", 0)), int(self.wanted["q_offset"])
         rule = read_rule(self.wanted.get("mask_function", masking_utils.causal_mask_function)).settled(q_offset)

@@ -111,7 +111,7 @@ class LayerCall:
         if self.mask is None:
             batch, _, tokens, _ = self.q.shape
             return Plan(tokens, whole(batch, tokens, tokens), causal=False)
-        plan: Plan = self.mask.plan()
+        plan: Plan = self.mask.plan
         if plan.reason is None and plan.causal != self.causal and self.state.dense != "eager":
             causal = "bidirectional mask in a causal layer"
             return replace(plan, reason=causal if self.causal else "causal mask in a layer with is_causal=False")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Segment, TokenLayout
+from hf_sparse_attn.session import Uncopied
 from hf_sparse_attn.span import Span
 
 Row = tuple[Segment, ...]
@@ -19,7 +20,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(Uncopied):
     """What the tokens of a call and of its cache are, padding included, or why nobody can tell.
 
     Args:
@@ -30,10 +31,6 @@ class Tokens:
     rows: tuple[Row, ...]
     unknown: str | None = None
     _described: dict[Any, tuple[Span, ...]] = field(default_factory=dict, repr=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tokens:
-        # Never changed; a copied cache holds the same tokens.
-        return self
 
     @property
     def length(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_sparse_attn.profiles.measurements import label_of
-from hf_sparse_attn.sharing.card import front_matter, markdown_table, plain_value
+from hf_sparse_attn.sharing.card import front_matter, plain_value, section
 from hf_sparse_attn.sharing.hub import is_hub_id
 
 if TYPE_CHECKING:
@@ -32,18 +32,12 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
         "```python\nimport hf_sparse_attn as hsa\n\n"
         f"with hsa.patch(model, {json.dumps(repo_id or 'this/folder')}) as p:\n    ...\n    print(p.report())\n```\n",
         "A model of another class or configuration is refused, and the difference named.\n",
-        "## Model\n",
-        markdown_table(("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
-        "## Methods\n",
-        markdown_table(("method", "heads", "mean density", *_names(profile)), _methods(profile)),
-        "## Calibration\n",
-        markdown_table(("", ""), _facts(profile)),
+        *section("Model", ("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
+        *section("Methods", ("method", "heads", "mean density", *_names(profile)), _methods(profile)),
+        *section("Calibration", ("", ""), _facts(profile)),
+        *section("Other budgets", ("density", "damage"), [(_number(a), _number(b)) for a, b in profile.pareto]),
+        *section("Versions", ("library", "version"), list(profile.versions.items())),
     ]
-    if profile.pareto:
-        rows = [(_number(a), _number(b)) for a, b in profile.pareto]
-        parts += ["## Other budgets\n", markdown_table(("density", "damage"), rows)]
-    if profile.versions:
-        parts += ["## Versions\n", markdown_table(("library", "version"), list(profile.versions.items()))]
     return "\n".join(parts)
 
 

@@ -1,12 +1,15 @@
-"""The files of a HeadProfile: written whole, and read as what a stranger may have written."""
+"""The files of a HeadProfile: in folders and on the Hub, written whole, read as what a stranger may have written."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +20,9 @@ from hf_sparse_attn.profiles.card import card
 from hf_sparse_attn.profiles.measurements import Measurements
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
 from hf_sparse_attn.registry import make_method
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.hub import local_folder, pushing, told
 from hf_sparse_attn.sharing.strict_json import (
     as_dict,
     as_list,
@@ -47,22 +51,55 @@ _KEYS = (
 MODEL_KEYS = tuple(Fingerprint.__dataclass_fields__)
 
 
-def save(profile: HeadProfile, folder: Path) -> None:
-    """See HeadProfile.save_pretrained."""
-    write(profile, folder, card(profile))
+def load(kind: type[HeadProfile], source: str | os.PathLike[str], measurements: bool = True) -> HeadProfile:
+    """See HeadProfile.from_pretrained; `kind` is the class to make."""
+    path = local_folder(source)
+    if path is None:
+        file, beside = _download(os.fspath(source), measurements)
+    else:
+        file, beside = path / FILE, path / MEASUREMENTS
+        if not file.is_file():
+            raise FileNotFoundError(f"`source` must be a folder that holds {FILE}, got {path}")
+    return read(kind, file, beside if measurements and beside.is_file() else None)
 
 
-def write(profile: HeadProfile, folder: Path, text_of_card: str) -> None:
-    """Writes the files of a profile with a ready card; the profile itself last."""
+def _download(repo_id: str, measurements: bool) -> tuple[Path, Path]:
+    """Where the files of a profile lie once they are here; the second may not exist."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with told(f"`source` must be a profile on the Hub that can be reached, got {repo_id!r}"):
+        file = Path(huggingface_hub.hf_hub_download(repo_id, FILE))
+    beside = file.with_name(MEASUREMENTS)
+    if measurements:
+        # Most profiles come without; one that is cached without is read without when there is no network.
+        with suppress(EntryNotFoundError):
+            beside = Path(huggingface_hub.hf_hub_download(repo_id, MEASUREMENTS))
+    return file, beside
+
+
+def push(
+    profile: HeadProfile, repo_id: str, private: bool | None, token: str | bool | None, kwargs: dict[str, Any]
+) -> str:
+    """See HeadProfile.push_to_hub."""
+    options = {"commit_message": "Upload head profile", **kwargs}
+    with TemporaryDirectory() as folder:
+        write(profile, Path(folder), repo_id)
+        with pushing(repo_id, private, token) as api:
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model", **options))
+
+
+def write(profile: HeadProfile, folder: Path, repo_id: str | None = None) -> None:
+    """Writes the files of a profile, the profile itself last; see `card` for `repo_id`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = to_json(profile)
+    text, shown = to_json(profile), card(profile, repo_id)
     if profile.measurements is not None:
         replace_file(folder / MEASUREMENTS, profile.measurements.save)
     else:
         # What an earlier profile left here would pass for this one's.
         (folder / MEASUREMENTS).unlink(missing_ok=True)
-    replace_file(folder / CARD, lambda path: path.write_text(text_of_card, encoding="utf-8"))
-    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD, shown)
+    write_text(folder / FILE, text)
 
 
 def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) -> HeadProfile:
@@ -79,9 +116,6 @@ def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) 
         return from_json(kind, file.read_bytes().decode("utf-8"), kept)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`source` must hold a valid head profile, got {file}: {error}") from error
-
-
-# ---------------------------------------------------------------------- writing
 
 
 def to_json(profile: HeadProfile) -> str:
@@ -128,9 +162,6 @@ def _lines(value: Any, indent: str = "") -> str:
     if isinstance(value, list) and any(isinstance(v, (list, dict, str)) for v in value):
         return "[\n" + ",\n".join(deeper + _lines(v, deeper) for v in value) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-# ---------------------------------------------------------------------- reading
 
 
 def from_json(kind: type[HeadProfile], text: str, measurements: Measurements | None = None) -> HeadProfile:

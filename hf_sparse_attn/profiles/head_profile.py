@@ -76,8 +76,8 @@ class HeadProfile:
                     f"`metric` must be {PUBLISHED!r}, one of {known}, or a sum of them; got {shortened(self.metric)}"
                 ) from None
         _check_budget(self.budget)
-        _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)), lists=True)
-        _check_texts("versions", self.versions, (str,), lists=False)
+        _check_texts("calibration", self.calibration, (str, int, float, bool, type(None)))
+        _check_texts("versions", self.versions, (str,))
         object.__setattr__(self, "pareto", tuple((finite("pareto", a), finite("pareto", b)) for a, b in self.pareto))
         if not isinstance(self.same_in_group, bool):
             raise TypeError(f"`same_in_group` must be a bool, got {shortened(self.same_in_group)}")
@@ -137,9 +137,9 @@ class HeadProfile:
         Raises:
             OSError: it cannot be written.
         """
-        from hf_sparse_attn.profiles.file import save
+        from hf_sparse_attn.profiles.file import write
 
-        save(self, Path(directory))
+        write(self, Path(directory))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, measurements: bool = True) -> HeadProfile:
@@ -154,7 +154,7 @@ class HeadProfile:
             ValueError: a file that is no whole, valid profile; or `source` is neither a folder nor a Hub id.
             OSError: the Hub cannot be reached, or has no such repository.
         """
-        from hf_sparse_attn.profiles.hub import load
+        from hf_sparse_attn.profiles.file import load
 
         return load(cls, source, measurements)
 
@@ -176,7 +176,7 @@ class HeadProfile:
             ValueError: `repo_id` is not of that form.
             OSError: the Hub cannot be reached or refuses.
         """
-        from hf_sparse_attn.profiles.hub import push
+        from hf_sparse_attn.profiles.file import push
 
         return push(self, repo_id, private, token, kwargs)
 
@@ -263,14 +263,12 @@ def _check_budget(budget: Mapping[str, float]) -> None:
             raise ValueError(f"`budget[{name!r}]` must be more than 0 and at most 1, got {value}")
 
 
-def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...], lists: bool) -> None:
+def _check_texts(name: str, values: Mapping[str, Any], kinds: tuple[type, ...]) -> None:
     """Values that a profile carries along without reading them: short, and plain."""
     if len(values) > 64:
         raise ValueError(f"`{name}` must hold at most 64 values, got {len(values)}")
     for key, value in values.items():
-        items = (
-            list(value) if isinstance(value, (list, tuple)) and str not in kinds[1:] and len(kinds) > 1 else [value]
-        )
+        items = list(value) if isinstance(value, (list, tuple)) and len(kinds) > 1 else [value]
         if not isinstance(key, str) or len(key) > 200 or len(items) > 256:
             raise ValueError(f"`{name}` must have short names and lists of at most 256, got {shortened(key)}")
         for item in items:

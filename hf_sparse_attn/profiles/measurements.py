@@ -203,15 +203,9 @@ def label_of(method: Method) -> str:
 
 def methods_of(entries: Sequence[Mapping[str, Any]]) -> tuple[Method, ...]:
     """Methods from JSON: [{"method": name, "params": {...}}, ...]."""
-
-    def hashable(value: Any) -> Any:
-        # JSON knows lists alone.
-        return tuple(value) if isinstance(value, list) else value
-
-    return tuple(
-        make_method(entry["method"], {name: hashable(v) for name, v in entry.get("params", {}).items()})
-        for entry in entries
-    )
+    # JSON knows lists alone, and parameters are hashable.
+    params = [{n: tuple(v) if isinstance(v, list) else v for n, v in e.get("params", {}).items()} for e in entries]
+    return tuple(make_method(entry["method"], own) for entry, own in zip(entries, params, strict=True))
 
 
 def read_arrays(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Decline, Method, PartlyDense, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import derived
@@ -211,10 +211,10 @@ class ProfiledMethod(Method):
                 else:
                     found.append((own, pattern))
         if not found:
-            return Mix(_dense(ctx, 128, 128, device), tuple(reasons), sparse=False)
+            return Mix(_dense(ctx.layout, 128, 128, device), tuple(reasons), sparse=False)
         sizes = [math.gcd(*(getattr(p, name) for _, p in found)) for name in ("block_q", "block_k")]
         if dense:
-            found.append((dense, _dense(ctx, sizes[0], sizes[1], device)))
+            found.append((dense, _dense(ctx.layout, sizes[0], sizes[1], device)))
         absent = [h for h in range(ctx.num_heads) if h not in chosen]
         if absent:
             found.append((absent, _nothing(ctx, sizes[0], sizes[1], device)))
@@ -243,7 +243,9 @@ def _patterns(
         reason = method.why_not(ctx)
         found = Decline(reason) if reason is not None else method.static_pattern(ctx, device)
         if isinstance(found, BlockPattern) and _heads(found) > 1:
-            found = _picked(found, tuple(heads))
+            every: BlockPattern = found
+            # Made once for a pattern that is kept.
+            found = derived(every, ("heads", tuple(heads)), lambda: stack_heads([every], heads))
         return [(heads, found)]
     if q is None or k is None:
         raise TypeError(f"`q` and `k` must be tensors: {method.name} chooses by content, got None")
@@ -251,11 +253,6 @@ def _patterns(
         (own, method.pattern_for(_part(q, own), _part(k, kv_heads), _of_heads(ctx, own, kv_heads)))
         for own, kv_heads in _classes(heads, ctx)
     ]
-
-
-def _picked(pattern: BlockPattern, heads: tuple[int, ...]) -> BlockPattern:
-    """The pattern of some heads; made once for a pattern that is kept."""
-    return derived(pattern, ("heads", heads), lambda: stack_heads([pattern], heads))
 
 
 def _side_by_side(found: list[tuple[list[int], BlockPattern]], num_heads: int) -> BlockPattern:
@@ -278,14 +275,11 @@ def _heads(pattern: BlockPattern) -> int:
 
 
 @lru_cache(maxsize=16)
-def _dense_of(q_len: int, kv_len: int, causal: bool, block_q: int, block_k: int, device: torch.device) -> BlockPattern:
-    keep = torch.ones(1, 1, -(-q_len // block_q), -(-kv_len // block_k), dtype=torch.bool, device=device)
-    return BlockPattern.from_block_map(keep, block_q, block_k, q_len, kv_len, causal)
-
-
-def _dense(ctx: Context, block_q: int, block_k: int, device: torch.device) -> BlockPattern:
+def _dense(layout: TokenLayout, block_q: int, block_k: int, device: torch.device) -> BlockPattern:
     """All keys, in blocks of the size of the other heads'."""
-    return _dense_of(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, block_q, block_k, device)
+    q_len, kv_len = layout.q_len, layout.kv_len
+    keep = torch.ones(1, 1, -(-q_len // block_q), -(-kv_len // block_k), dtype=torch.bool, device=device)
+    return BlockPattern.from_block_map(keep, block_q, block_k, q_len, kv_len, layout.is_causal)
 
 
 def _nothing(ctx: Context, block_q: int, block_k: int, device: torch.device) -> BlockPattern:

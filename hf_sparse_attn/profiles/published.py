@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -191,34 +191,28 @@ def from_sliding_tile(
             f"{len(value)} for {steps} steps in {path}"
         )
     made: dict[Any, Method | None] = {}
-    plans = []
-    for step in range(steps):
-        cells = []
-        for layer in range(found.layers):
-            for head in range(found.heads):
-                where = f"step {step} layer {layer} head {head}"
-                if (step, layer, head) not in windows:
-                    raise ValueError(f"`path` must have a window for {where}, got none in {path}")
-                window = windows[step, layer, head]
-                if not _is_window(window):
-                    raise ValueError(f"{where} must be three numbers of tiles, got {shortened(window)}")
-                key = tuple(window)
-                if key not in made:
-                    dense = full is not None and all(a >= b for a, b in zip(key, full, strict=True))
-                    made[key] = None if dense else _made(where, "sliding_tile", window=key, tile=tuple(tile))
-                cells.append(made[key])
-        plans.append(cells)
+    cells = []
+    for step, layer, head in product(range(steps), range(found.layers), range(found.heads)):
+        where = f"step {step} layer {layer} head {head}"
+        if (step, layer, head) not in windows:
+            raise ValueError(f"`path` must have a window for {where}, got none in {path}")
+        window = windows[step, layer, head]
+        sizes = window if isinstance(window, list) and len(window) == 3 else [0]
+        if not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
+            raise ValueError(f"{where} must be three numbers of tiles, got {shortened(window)}")
+        key = tuple(window)
+        if key not in made:
+            dense = full is not None and all(a >= b for a, b in zip(key, full, strict=True))
+            made[key] = None if dense else _made(where, "sliding_tile", window=key, tile=tuple(tile))
+        cells.append(made[key])
+    size = found.layers * found.heads
+    plans = [cells[at : at + size] for at in range(0, len(cells), size)]
     runs = [len(list(run)) for _, run in groupby(plans)]
     edges = [0, *np.cumsum(runs).tolist()]
     ranges = [(a / steps, b / steps) for a, b in pairwise(edges)]
     kept = [cell for edge in edges[:-1] for cell in plans[edge]]
     calibration = {"source": "sliding tile attention", "file": Path(path).name, "steps": steps}
     return _profile(found, kept, ranges, calibration)
-
-
-def _is_window(window: Any) -> bool:
-    sizes = isinstance(window, list) and len(window) == 3
-    return sizes and all(type(n) is int and 0 < n <= LARGEST for n in window)
 
 
 def _made(where: str, name: str, **params: Any) -> Method:

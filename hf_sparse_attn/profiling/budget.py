@@ -85,26 +85,14 @@ def choose(
         MissingExtra: the solver needs scipy, which is not installed.
         TimeoutError: integer programming found nothing in time.
     """
-    one = np.asarray(damage, np.float64), np.asarray(cost, np.float64)
-    for name, values in zip(("damage", "cost"), one, strict=True):
-        if values.ndim != 2:
-            raise ValueError(f"`{name}` must be [units, candidates], got shape {list(values.shape)}")
+    harm, price = _tables(damage, cost, ("units", "candidates"))
     limits = None if floor is None else np.asarray(floor, np.float64)[None]
-    options = _Options(solver, layers, max_plans_per_layer, groups, limits, time_limit)
-    return _choose(one[0][None], one[1][None], [budget], "budget", options)
+    given = harm[None], price[None], [budget], "budget"
+    return _choose(*given, solver, layers, max_plans_per_layer, groups, limits, time_limit)
 
 
 def choose_elastic(
-    damage: ArrayLike,
-    cost: ArrayLike,
-    budgets: ArrayLike,
-    *,
-    solver: str = "exact",
-    layers: ArrayLike | None = None,
-    max_plans_per_layer: int | None = None,
-    groups: ArrayLike | None = None,
-    floor: ArrayLike | None = None,
-    time_limit: float = 60.0,
+    damage: ArrayLike, cost: ArrayLike, budgets: ArrayLike, *, floor: ArrayLike | None = None, **options: Any
 ) -> Choice:
     """One choice for several lengths, within each length's budget (MoA's elastic rule, arXiv 2406.14909).
 
@@ -118,22 +106,17 @@ def choose_elastic(
     Args:
         damage, cost: [lengths, units, candidates]; a candidate is allowed where it is finite at every length.
         budgets: [lengths], largest mean cost per unit at each length.
-        solver, layers, max_plans_per_layer, groups, time_limit: as in `choose`.
         floor: largest damage allowed for a unit at any length: a number, [lengths, 1] or [lengths, units].
+        options: solver, layers, max_plans_per_layer, groups, time_limit: as in `choose`.
 
     Raises:
         BudgetError, ValueError, MissingExtra: as in `choose`.
     """
-    many = np.asarray(damage, np.float64), np.asarray(cost, np.float64)
-    for name, values in zip(("damage", "cost"), many, strict=True):
-        if values.ndim != 3:
-            raise ValueError(f"`{name}` must be [lengths, units, candidates], got shape {list(values.shape)}")
+    harm, price = _tables(damage, cost, ("lengths", "units", "candidates"))
     limits = np.atleast_1d(np.asarray(budgets, np.float64))
-    if limits.shape != many[0].shape[:1]:
-        raise ValueError(f"`budgets` must be [{len(many[0])}], one for each length, got shape {list(limits.shape)}")
-    floor = None if floor is None else np.asarray(floor, np.float64)
-    options = _Options(solver, layers, max_plans_per_layer, groups, floor, time_limit)
-    return _choose(many[0], many[1], limits, "budgets", options)
+    if limits.shape != harm.shape[:1]:
+        raise ValueError(f"`budgets` must be [{len(harm)}], one for each length, got shape {list(limits.shape)}")
+    return _choose(harm, price, limits, "budgets", floor=None if floor is None else np.asarray(floor), **options)
 
 
 def pareto(
@@ -169,17 +152,26 @@ def pareto(
     return front
 
 
-class _Options(NamedTuple):
-    solver: str
-    layers: ArrayLike | None
-    max_plans_per_layer: int | None
-    groups: ArrayLike | None
-    floor: Floats | None
-    time_limit: float
+def _tables(damage: ArrayLike, cost: ArrayLike, axes: tuple[str, ...]) -> list[Floats]:
+    tables = [np.asarray(damage, np.float64), np.asarray(cost, np.float64)]
+    for name, values in zip(("damage", "cost"), tables, strict=True):
+        if values.ndim != len(axes):
+            raise ValueError(f"`{name}` must be [{', '.join(axes)}], got shape {list(values.shape)}")
+    return tables
 
 
-def _choose(damage: Floats, cost: Floats, budgets: ArrayLike, name: str, options: _Options) -> Choice:
-    solver, layers, max_plans_per_layer, groups, floor, time_limit = options
+def _choose(
+    damage: Floats,
+    cost: Floats,
+    budgets: ArrayLike,
+    name: str,
+    solver: str = "exact",
+    layers: ArrayLike | None = None,
+    max_plans_per_layer: int | None = None,
+    groups: ArrayLike | None = None,
+    floor: Floats | None = None,
+    time_limit: float = 60.0,
+) -> Choice:
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}; got {solver!r}")
     if not time_limit > 0:

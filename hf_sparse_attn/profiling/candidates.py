@@ -9,6 +9,9 @@ from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
 
+# Names of methods with their parameters; all get the block size of the length besides.
+Entries = list[tuple[str, dict[str, Any]]]
+
 
 def default_candidates(layout: TokenLayout, tokens: int = 0) -> list[Method]:
     """Methods and parameters to measure on a layout; those that this installation does not have are left out.
@@ -20,14 +23,13 @@ def default_candidates(layout: TokenLayout, tokens: int = 0) -> list[Method]:
     n = max(tokens, layout.kv_len)
     entries = _text(n) if layout.is_causal else _video(n, layout) if layout.video_part is not None else _full(n)
     made = []
-    for name, params in entries:
-        if name in METHODS:
-            cls = METHODS.get(name)
-            # A method of another version may lack a parameter.
-            if set(params) <= {f.name for f in fields(cls)}:
-                method = cls(**params)
-                if method not in made:
-                    made.append(method)
+    for name, own in entries:
+        params = {**own, "block_size": block_for(n)}
+        # A method of another version may lack a parameter.
+        if name in METHODS and set(params) <= {f.name for f in fields(METHODS.get(name))}:
+            method = METHODS.get(name)(**params)
+            if method not in made:
+                made.append(method)
     return made
 
 
@@ -39,21 +41,16 @@ def block_for(tokens: int) -> int:
     return size
 
 
-def _text(n: int) -> list[tuple[str, dict[str, Any]]]:
-    size = block_for(n)
-    found: list[tuple[str, dict[str, Any]]] = []
-    for share in (64, 32, 16, 8, 4):
-        found.append(("sliding_window", {"window": max(16, n // share), "sink": 16, "block_size": size}))
+def _text(n: int) -> Entries:
+    found = _windows(n, (64, 32, 16, 8, 4), sink=16)
     # Diagonals are rounded to blocks and so cost more than columns.
     for vertical, slash in ((16, 64), (8, 64), (32, 32), (16, 16), (8, 8)):
-        budget = {"vertical": max(30, n // vertical), "slash": max(50, n // slash)}
-        found.append(("vertical_slash", {**budget, "block_size": size}))
-    for density in (1 / 16, 1 / 8, 1 / 4):
-        found.append(("block_topk", {"density": density, "block_size": size}))
-    found.append(("strided", {"local": 4, "stride": 8, "sink": 1, "block_size": size}))
+        found.append(("vertical_slash", {"vertical": max(30, n // vertical), "slash": max(50, n // slash)}))
+    found += _densities(1 / 16, 1 / 8, 1 / 4)
+    found.append(("strided", {"local": 4, "stride": 8, "sink": 1}))
     for held in (0.6, 0.9):
-        found.append(("flexprefill", {"gamma": held, "min_budget": max(size, n // 32), "block_size": size}))
-        found.append(("xattention", {"threshold": held, "stride": 8, "block_size": size}))
+        found.append(("flexprefill", {"gamma": held, "min_budget": max(block_for(n), n // 32)}))
+        found.append(("xattention", {"threshold": held, "stride": 8}))
     return found
 
 
@@ -64,26 +61,21 @@ def tile_for(layout: TokenLayout) -> tuple[int, int, int]:
     return min(6, frames), min(8, height), min(8, width)
 
 
-def _video(n: int, layout: TokenLayout) -> list[tuple[str, dict[str, Any]]]:
-    size = block_for(n)
-    found: list[tuple[str, dict[str, Any]]] = [("radial", {"block_size": size})]
-    for kind in ("spatial", "temporal"):
-        for density in (1 / 32, 1 / 8, 1 / 4):
-            found.append(("svg", {"kind": kind, "density": density, "block_size": size}))
-    for share_kept in (1 / 32, 1 / 8, 1 / 4):
-        found.append(("sliding_tile", {"window": share_kept, "tile": tile_for(layout), "block_size": size}))
-    for density in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
-        found.append(("block_topk", {"density": density, "block_size": size}))
-    for share in (32, 16):
-        found.append(("sliding_window", {"window": max(16, n // share), "sink": 0, "block_size": size}))
-    return found
+def _video(n: int, layout: TokenLayout) -> Entries:
+    shares = (1 / 32, 1 / 8, 1 / 4)
+    found: Entries = [("radial", {})]
+    found += [("svg", {"kind": kind, "density": share}) for kind in ("spatial", "temporal") for share in shares]
+    found += [("sliding_tile", {"window": share, "tile": tile_for(layout)}) for share in shares]
+    return found + _densities(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2) + _windows(n, (32, 16), sink=0)
 
 
-def _full(n: int) -> list[tuple[str, dict[str, Any]]]:
-    size = block_for(n)
-    found: list[tuple[str, dict[str, Any]]] = []
-    for density in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
-        found.append(("block_topk", {"density": density, "block_size": size}))
-    for share in (32, 16, 8, 4):
-        found.append(("sliding_window", {"window": max(16, n // share), "sink": 16, "block_size": size}))
-    return found
+def _full(n: int) -> Entries:
+    return _densities(1 / 16, 1 / 8, 1 / 4, 1 / 2) + _windows(n, (32, 16, 8, 4), sink=16)
+
+
+def _windows(n: int, parts: tuple[int, ...], sink: int) -> Entries:
+    return [("sliding_window", {"window": max(16, n // part), "sink": sink}) for part in parts]
+
+
+def _densities(*shares: float) -> Entries:
+    return [("block_topk", {"density": share}) for share in shares]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,16 +65,6 @@ def pooled_attention(
     return out
 
 
-@dataclass
-class _Open:
-    """A map whose candidates are still to come."""
-
-    layer: int
-    head: int
-    attention: Tensor
-    kept: Tensor
-
-
 class MapMaker:
     """Draws `most` heads, spread evenly over layers and heads, the first time each layer is seen.
 
@@ -83,11 +74,11 @@ class MapMaker:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.open: list[_Open] = []
+        self.open: list[HeadMap] = []
         self.seen: set[int] = set()
         self.case: object = None
 
-    def begin(self, seen: Seen, case: object, candidates: int) -> list[_Open]:
+    def begin(self, seen: Seen, case: object, candidates: int) -> list[HeadMap]:
         """The maps that a call opens: their dense attention is drawn; of the candidates, dense keeps all.
 
         Args:
@@ -111,20 +102,21 @@ class MapMaker:
             attention = pooled_attention(
                 q, k, ctx.softmax_scale, CELLS, ctx.layout.is_causal, ctx.softcap, "mean", _QUERIES
             )
-            kept = torch.zeros(candidates, CELLS, CELLS, dtype=torch.bool)
+            kept = np.zeros((candidates, CELLS, CELLS), np.bool_)
             kept[0] = True
-            opened.append(_Open(layer, head, attention.cpu(), kept))
+            # Which case it is of is known at the end.
+            opened.append(HeadMap(0, layer, head, attention.cpu().numpy(), kept))
         self.open += opened
         return opened
 
     def finish(self, case: int) -> list[HeadMap]:
         """All maps, of the case with this number."""
-        return [HeadMap(case, m.layer, m.head, m.attention.numpy(), m.kept.numpy()) for m in self.open]
+        return [replace(drawn, case=case) for drawn in self.open]
 
 
-def keep(maps: Sequence[_Open], candidate: int, patterns: Sequence[BlockPattern], keys: int) -> None:
+def keep(maps: Sequence[HeadMap], candidate: int, patterns: Sequence[BlockPattern], keys: int) -> None:
     """Notes what a candidate kept in a call; patterns over other keys than the call's (pooled ones) are left out."""
     for drawn in maps:
         for pattern in patterns:
             if pattern.kv_len == keys:
-                drawn.kept[candidate] |= kept_cells(pattern, drawn.head, CELLS).cpu()
+                drawn.kept[candidate] |= kept_cells(pattern, drawn.head, CELLS).cpu().numpy()

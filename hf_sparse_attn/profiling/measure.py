@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.family import find_family, pretrained_models
@@ -93,10 +95,11 @@ def measure(
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
     watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches)
     total = len(batches) if isinstance(batches, Sized) else None
-    with _bar(total, progress) as bar, evaluating(find_family(model)[2]):
+    bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
+    with bar, evaluating(find_family(model)[2]):
         for number, batch in enumerate(batches):
             if watch.tally is None or number >= watch.tally.batches:
-                watch.begin(number)
+                watch.number = number
                 reasons = _run(model, batch, watch, method, "influence" in wanted, len(ranges) > 1)
                 if watch.tally is None:
                     raise ValueError(
@@ -113,28 +116,21 @@ def measure(
     return watch.tally.means(watch.maps.finish(case))
 
 
+@dataclass(eq=False)
 class _Watch:
     """What sees the calls: measures every candidate and adds up."""
 
-    def __init__(
-        self,
-        tally: Tally | None,
-        candidates: Sequence[Method] | None,
-        steps: Sequence[Steps],
-        metrics: frozenset[str],
-        query_blocks: int | None,
-        seed: int,
-        maps: MapMaker,
-        batches: object,
-    ) -> None:
-        self.tally, self.candidates, self.steps, self.metrics = tally, candidates, steps, metrics
-        self.query_blocks, self.seed, self.maps, self.batches = query_blocks, seed, maps, batches
-        self.number = 0
-        self.needles: Sequence[Needle] = ()
-
-    def begin(self, number: int) -> None:
-        """Before a batch."""
-        self.number = number
+    tally: Tally | None
+    candidates: Sequence[Method] | None
+    steps: Sequence[Steps]
+    metrics: frozenset[str]
+    query_blocks: int | None
+    seed: int
+    maps: MapMaker
+    batches: object
+    # Of the batch that runs.
+    number: int = 0
+    needles: Sequence[Needle] = ()
 
     def __call__(self, seen: Seen) -> None:
         ctx = seen.ctx
@@ -167,15 +163,13 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    inputs: Any = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    watch.needles = ()
     if not callable(inputs):
         if not isinstance(inputs, Mapping):
             raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
         inputs = dict(inputs)
-        needles: Any = inputs.pop("needles", ())
-        watch.needles = needles
-    else:
-        watch.needles = ()
+        watch.needles = inputs.pop("needles", ())
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
@@ -283,9 +277,3 @@ def _check_steps(steps: Sequence[Steps] | None) -> tuple[Steps, ...]:
     if not ranges:
         raise ValueError("`steps` must hold at least one range, got none")
     return ranges
-
-
-def _bar(total: int | None, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)

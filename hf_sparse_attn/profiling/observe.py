@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -189,19 +189,12 @@ class Call(NamedTuple):
     ctx: Context
 
 
-@dataclass
-class Captured:
-    """q, k, v of every layer in one dense forward."""
-
-    calls: dict[int, Call] = field(default_factory=dict)
-
-
-def capture(model: nn.Module, tokens: Tensor) -> Captured:
-    """q, k, v of every layer of a dense forward over `tokens` [1, length]."""
-    found = Captured()
+def capture(model: nn.Module, tokens: Tensor) -> dict[int, Call]:
+    """q, k, v of every layer, by its index, of a dense forward over `tokens` [1, length]."""
+    found: dict[int, Call] = {}
 
     def keep(seen: Seen) -> None:
-        found.calls[seen.ctx.layer] = Call(seen.q, seen.k, seen.v, seen.ctx)
+        found[seen.ctx.layer] = Call(seen.q, seen.k, seen.v, seen.ctx)
 
     with observing(model, keep), torch.no_grad():
         model(tokens, use_cache=False)

@@ -47,6 +47,12 @@ def sample_units(q_len: int, query_blocks: int | None, seed: int) -> Tensor | No
     return edge[:-1] + (draw * edge.diff()).long()
 
 
+def places_of(units: Tensor, q_len: int) -> Tensor:
+    """The places of the queries in runs of UNIT."""
+    found = (units[:, None] * UNIT + torch.arange(UNIT, device=units.device)).flatten()
+    return found[found < q_len]
+
+
 def dense_rows(layout: TokenLayout, units: Tensor) -> BlockPattern:
     """Dense attention of some runs of UNIT queries; nothing is built for the others."""
     keys = -(-layout.kv_len // UNIT)
@@ -92,7 +98,7 @@ class Probe:
         self.seen, self.ctx = seen, seen.ctx
         self.units = None if units is None else units.to(seen.q.device)
         # The tokens of an order (None: as they are) with the dense output and log-sum-exp of these.
-        self._known: list[tuple[Tensor | None, Tensor, Pair]] = []
+        self._known: list[tuple[Tensor | None, Tensor | None, Pair]] = []
         self.needles = _Needles(seen, needles) if needles else None
         self.table = cost.table_for(seen.q.device)
         # One batch row: seconds must not depend on how many prompts are measured together.
@@ -150,38 +156,29 @@ class Probe:
             found["influence"] = effect.sum((0, 2)).abs() * (self.seen.q.shape[2] / difference.shape[2])
         return found
 
-    def places(self, units: Tensor) -> Tensor:
-        """The places of the queries in runs of UNIT."""
-        found = (units[:, None] * UNIT + torch.arange(UNIT, device=units.device)).flatten()
-        return found[found < self.seen.q.shape[2]]
-
     def _reference(self, order: Tensor | None, units: Tensor | None) -> tuple[Tensor | None, Pair]:
         """Tokens [batch or 1, heads or 1, n] that are compared (None: all), dense output and log-sum-exp of these."""
         q, k, v = self.seen.q, self.seen.k, self.seen.v
         if units is None:
             order = None
         for known, tokens, pair in self._known:
-            same = known is order or (known is not None and order is not None and torch.equal(known, order))
-            if same and (tokens.numel() == 0) == (units is None):
-                return (None if units is None else tokens), pair
+            if _same(known, order) and (tokens is None) == (units is None):
+                return tokens, pair
         layout = self.ctx.layout
         if units is None:
             chosen = torch.arange(-(-layout.q_len // UNIT), device=q.device)
-            tokens, pattern = chosen[:0], dense_rows(layout, chosen)
-            query = q
+            tokens, pattern = None, dense_rows(layout, chosen)
         elif order is None:
-            tokens, pattern = self.places(units)[None, None], dense_rows(layout, units)
-            query = take(q, tokens)
+            tokens, pattern = places_of(units, layout.q_len)[None, None], dense_rows(layout, units)
         else:
             # Every query sees every key, so that the order of the queries does not matter.
-            tokens = order[:, :, self.places(units)]
+            tokens = order[:, :, places_of(units, layout.q_len)]
             n, keys = tokens.shape[2], layout.kv_len
             chosen = torch.arange(-(-n // UNIT), device=q.device)
             pattern = dense_rows(TokenLayout.bidirectional(keys).continued(keys - n), chosen)
-            query = take(q, tokens)
-        out, lse, _ = run_pattern(query, k, v, pattern, self.ctx.softmax_scale, softcap=self.ctx.softcap)
+        out, lse, _ = run_pattern(take(q, tokens), k, v, pattern, self.ctx.softmax_scale, softcap=self.ctx.softcap)
         self._known.append((order, tokens, (out.float(), lse.float())))
-        return (None if units is None else tokens), self._known[-1][2]
+        return tokens, self._known[-1][2]
 
 
 class _Run:
@@ -213,7 +210,7 @@ class _Run:
             return run_pattern(q, k, v, pattern, ctx.softmax_scale, softcap=ctx.softcap)[:2]
         if pattern.q_order is not None and ctx.layout.is_causal:
             raise _Whole
-        rows = (probe.places(self.units) // pattern.block_q).unique()
+        rows = (places_of(self.units, q.shape[2]) // pattern.block_q).unique()
         return run_rows(q, k, v, pattern, rows, ctx.softmax_scale, ctx.softcap)
 
 
@@ -322,5 +319,4 @@ class _Needles:
 
 def _at_units(pattern: BlockPattern, units: Tensor, q_len: int) -> BlockPattern:
     """A pattern of rows cut out, with the tokens these rows had as its order; for `run_rows` of all its rows."""
-    places = (units[:, None] * UNIT + torch.arange(UNIT, device=units.device)).flatten()
-    return replace(pattern, q_order=places[places < q_len][None, None])
+    return replace(pattern, q_order=places_of(units, q_len)[None, None])

@@ -108,8 +108,6 @@ class Tally:
             maps=maps,
         )
 
-    # ------------------------------------------------------------------ the file
-
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Writes all sums, so that a reader sees either the file before or this one.
 

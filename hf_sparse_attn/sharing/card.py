@@ -19,6 +19,11 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return markdown(tuple(columns), [tuple(plain_value(cell) for cell in row) for row in rows]) + "\n"
 
 
+def section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The parts of a card with a table under a heading; none where there are no rows."""
+    return [f"## {title}\n", markdown_table(columns, rows)] if rows else []
+
+
 def plain_value(text: str) -> str:
     """A text that ends no cell, line or tag."""
     return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")

@@ -27,6 +27,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`replace_file` with a text."""
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def to_disk(file: Path) -> None:
     """Waits until a file is on the disk: after a power cut its name must not stand for an empty one."""
     with open(file, "rb+") as opened:

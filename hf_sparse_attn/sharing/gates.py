@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
+from hf_sparse_attn.sharing.hub import local_folder, told
 from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, read_document, shortened
 from hf_sparse_attn.version import __version__
 
@@ -99,7 +100,7 @@ class GateSet(nn.Module):
         # Weights that belong to other settings would fit in shape, perhaps: each file knows the other.
         mark = {"format": FORMAT, "settings": _digest(value)}
         replace_file(path / WEIGHTS_FILE, lambda file: save_file(weights, file, mark))
-        replace_file(path / SETTINGS_FILE, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))
+        write_text(path / SETTINGS_FILE, json.dumps(value, indent=1) + "\n")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> GateSet:
@@ -176,7 +177,11 @@ def find_gates(gates: Gates, kind: str) -> GateSet:
     if not gates:
         raise ValueError(f"`gates` must be a folder, a Hub id or a GateSet with gates trained for {kind}, got none")
     folder = _folder(gates)
-    written = tuple(_stat(folder / name) for name in (SETTINGS_FILE, WEIGHTS_FILE))
+    try:
+        written = tuple((folder / name).stat().st_mtime_ns for name in (SETTINGS_FILE, WEIGHTS_FILE))
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise FileNotFoundError(f"`gates` must be a folder that holds {missing}, got {folder}") from None
     with _LOCK:
         known = _LOADED.get(folder)
         if known is None or known[0] != written:
@@ -213,35 +218,22 @@ def gate_of(gates: Gates, kind: str, layer: int, like: Tensor, dtype: torch.dtyp
     return gate
 
 
-# ---------------------------------------------------------------------- files
-
-
 def _folder(source: str | os.PathLike[str]) -> Path:
     """Where the files of gates lie."""
-    if not isinstance(source, (str, os.PathLike)) or isinstance(os.fspath(source), bytes):
-        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
+    path = local_folder(source)
+    if path is not None:
         if not (path / SETTINGS_FILE).is_file():
             raise FileNotFoundError(f"`source` must be a folder that holds {SETTINGS_FILE}, got {path}")
         return path.resolve()
-    if path.exists():
-        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
-    if isinstance(source, str) and source in _DOWNLOADED:
-        return _DOWNLOADED[source]
-    from hf_sparse_attn.sharing.hub import check_hub_id
-
-    # A path object was never meant as the name of a repository.
-    folder = _download(check_hub_id("source", source))
-    _DOWNLOADED[str(source)] = folder
-    return folder
+    repo_id = os.fspath(source)
+    if repo_id not in _DOWNLOADED:
+        _DOWNLOADED[repo_id] = _download(repo_id)
+    return _DOWNLOADED[repo_id]
 
 
 def _download(repo_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
-
-    from hf_sparse_attn.sharing.hub import told
 
     with told(f"`source` must be gates on the Hub that can be reached, got {repo_id!r}"):
         try:
@@ -253,13 +245,6 @@ def _download(repo_id: str) -> Path:
             huggingface_hub.hf_hub_download(repo_id, f"gates/{WEIGHTS_FILE}")
     # Not resolved: the files of a repository are links to where they are stored one by one.
     return Path(beside).parent
-
-
-def _stat(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:
-        raise FileNotFoundError(f"`gates` must be a folder that holds {file.name}, got {file.parent}") from None
 
 
 def _read(cls: type[GateSet], folder: Path) -> GateSet:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(f"{_PART}/{_PART}")
@@ -24,6 +27,42 @@ def check_hub_id(argument: str, name: object) -> str:
     if not isinstance(name, str) or not is_hub_id(name):
         raise ValueError(f"`{argument}` must be a folder that exists or a Hub id 'name/repository', got {name!r}")
     return name
+
+
+def local_folder(source: object) -> Path | None:
+    """The folder that `source` names, or None where it is the id of a repository.
+
+    Raises:
+        TypeError: it is neither a text nor a path.
+        ValueError: it is a file, or no id either.
+    """
+    if not isinstance(source, (str, os.PathLike)) or isinstance(os.fspath(source), bytes):
+        raise TypeError(f"`source` must be a folder or a Hub id, got {source!r} of type {type(source).__name__}")
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"`source` must be a folder or a Hub id, got the file {path}")
+    # A path object was never meant as the name of a repository.
+    check_hub_id("source", source)
+    return None
+
+
+@contextmanager
+def pushing(repo_id: str, private: bool | None, token: str | bool | None) -> Iterator[Any]:
+    """The client of the Hub, for a model repository that is made if it is not there.
+
+    Raises:
+        ValueError: `repo_id` is not of the form of an id.
+        OSError: the Hub cannot be reached or refuses.
+    """
+    import huggingface_hub
+
+    check_hub_id("repo_id", repo_id)
+    with told(f"`repo_id` must be a repository that can be written, got {repo_id!r}"):
+        api = huggingface_hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+        yield api
 
 
 @contextmanager

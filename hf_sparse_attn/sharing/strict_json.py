@@ -84,24 +84,30 @@ def read_document(text: str, what: str, form: str, version: int, keys: tuple[str
         ValueError, TypeError: the text is not JSON, or of another format, version or keys.
     """
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_word)
+        value = read_object(text)
     except RecursionError:
         raise ValueError(f"the text must be a {what}, got lists within lists without end") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
-    check_format(value, form, version)
+    found = value.get("format"), value.get("version")
+    if found[0] != form or type(found[1]) is not int or found[1] != version:
+        raise ValueError(f"the format must be {form} version {version}, got {shortened(found)}")
     check_keys(what, value, keys)
     return value
 
 
-def check_format(value: dict[str, Any], form: str, version: int) -> None:
-    """Raises where a document is not of this format and version."""
-    found = value.get("format"), value.get("version")
-    if found[0] != form or type(found[1]) is not int or found[1] != version:
-        raise ValueError(f"the format must be {form} version {version}, got {shortened(found)}")
+def read_object(text: str) -> dict[str, Any]:
+    """The object in a text.
+
+    Raises:
+        ValueError: it is no JSON, gives a key twice or a number that is not finite, or holds something else.
+        RecursionError: lists within lists without end.
+    """
+    value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_word)
+    if not isinstance(value, dict):
+        raise ValueError(f"the text must be a JSON object, got {shortened(value)}")
+    return value
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of json.loads: a key that is given twice is refused."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -112,7 +118,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def refuse_word(word: str) -> Any:
+def _refuse_word(word: str) -> Any:
     """`parse_constant` of json.loads: NaN and infinity are refused."""
     raise ValueError(f"numbers must be finite, got {word}")
 

@@ -39,24 +39,10 @@ _VALUE_OFFSET = _LINE_BYTES - 1 - VALUE_DIGITS
 _LEAST_CODE = 64
 
 # Tables, test data and machine-made files say little about how code reads, so they stay out.
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "__phello__",
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "ensurepip",
-        "idlelib",
-        "idle_test",
-        "lib-dynload",
-        "lib2to3",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+_SKIPPED_FOLDERS = frozenset({
+    "__phello__", "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "idle_test", "lib-dynload",
+    "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo",
+})  # fmt: skip
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-")
 
 # Large modules that exist from Python 3.10 to 3.14: held out whatever their hash says, so long documents exist.

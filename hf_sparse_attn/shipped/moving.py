@@ -25,35 +25,9 @@ from hf_sparse_attn.shipped.moving_scenes import (
     SHAPES,
     SPEED,
     SceneClass,
-    draw_classes,
-    least_size,
-    moving_clips,
-    scene_classes,
     sprite_cover,
     travelled,
 )
-
-__all__ = [
-    "COLOURS",
-    "DIRECTIONS",
-    "SHAPES",
-    "SPEED",
-    "MotionCheck",
-    "SceneClass",
-    "check_motion",
-    "condition",
-    "draw_classes",
-    "frames_to_image",
-    "from_model",
-    "least_size",
-    "load_moving_wan",
-    "moving_clips",
-    "sample",
-    "scene_classes",
-    "to_model",
-    "travelled",
-    "with_motion",
-]
 
 MODEL = Path(__file__).parents[1] / "assets" / "moving_wan"
 # One conditioning token for the shape, one for the colour, one for the direction.

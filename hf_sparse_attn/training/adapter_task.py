@@ -92,7 +92,8 @@ class AdapterTask(Task):
         with ExitStack() as undo:
             if recipe.sparse is not None:
                 check_backward(recipe.sparse, model)
-            undo.callback(_restore_gradients, [(p, p.requires_grad) for p in model.parameters()])
+            for parameter in model.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
             model.requires_grad_(False)
             if recipe.lora is not None:
                 from hf_sparse_attn.training.lora.adapter import add_lora
@@ -106,13 +107,9 @@ class AdapterTask(Task):
                 undo.callback(self.patch.remove)
             self._undo = undo.pop_all()
 
-    def number(self, step: int, sample: int) -> int:
-        """Number of a sample over the whole training."""
-        return step * self.recipe.batch + sample
-
     def numbers(self, step: int, samples: Sequence[int]) -> list[int]:
         """Numbers of some samples of a step over the whole training."""
-        return [self.number(step, sample) for sample in samples]
+        return [step * self.recipe.batch + sample for sample in samples]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.recipe.optimizer.make(list(self.trained().values()))]
@@ -190,8 +187,3 @@ def checkpoint_gradients(model: Any) -> Any:
         model.enable_gradient_checkpointing()
         return model.disable_gradient_checkpointing
     raise ValueError(f"`gradient_checkpointing` must be false for {type(model).__name__}, which has none; got true")
-
-
-def _restore_gradients(before: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, required in before:
-        parameter.requires_grad_(required)

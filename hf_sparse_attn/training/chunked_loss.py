@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.patching import changed
 
 # Numbers in the logits of one chunk where the caller does not say how many positions it takes.
 _CHUNK_NUMBERS = 1 << 26
@@ -124,17 +125,12 @@ class CausalParts:
         """At how many positions logits are worked on at a time."""
         return max(1, _CHUNK_NUMBERS // int(self.model.config.get_text_config().vocab_size))
 
-    @contextmanager
-    def _given(self, hidden: Tensor) -> Iterator[None]:
+    def _given(self, hidden: Tensor) -> AbstractContextManager[None]:
         """The model with hidden states in place of its decoder."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        decoder = self.model._modules[self.prefix]
-        self.model._modules[self.prefix] = _Given((self._kind or BaseModelOutputWithPast)(last_hidden_state=hidden))
-        try:
-            yield
-        finally:
-            self.model._modules[self.prefix] = decoder
+        given = _Given((self._kind or BaseModelOutputWithPast)(last_hidden_state=hidden))
+        return changed([self.model], self.prefix, given)
 
 
 class _Given(nn.Module):

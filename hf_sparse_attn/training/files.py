@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.sharing.files import replace_file, to_disk
+from hf_sparse_attn.sharing.files import to_disk, write_text
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -64,7 +64,7 @@ class TrainingFiles:
                         f"`{name}` must be as in the training of {self.folder}, {before.get(name)!r}, "
                         f"got {plain.get(name)!r}"
                     )
-        _write_text(file, text)
+        write_text(file, text)
 
     def load(
         self,
@@ -78,7 +78,7 @@ class TrainingFiles:
         Raises:
             ValueError: the checkpoint is of other weights, or damaged.
         """
-        found = self._last()
+        found = max(self._checkpoints.glob("step-*"), default=None)
         step = 0 if found is None else int(found.name.removeprefix("step-"))
         if found is not None:
             kept, states, state = _read_checkpoint(found)
@@ -91,7 +91,8 @@ class TrainingFiles:
             for optimizer, own in zip(optimizers, states, strict=True):
                 optimizer.load_state_dict(own)
             task.load_state({name: tensor.to(device) for name, tensor in state.items()})
-        self._entries = [e for e in self._read_log() if e["step"] <= step]
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
+        self._entries = [entry for entry in map(json.loads, lines) if entry["step"] <= step]
         return step
 
     def save(
@@ -134,7 +135,7 @@ class TrainingFiles:
         done = self._checkpoints / f"step-{step:08d}"
         shutil.rmtree(done, ignore_errors=True)
         os.replace(scratch, done)
-        for old in self._all():
+        for old in self._checkpoints.glob("step-*"):
             if old != done:
                 shutil.rmtree(old)
 
@@ -147,7 +148,7 @@ class TrainingFiles:
         shutil.rmtree(self.result, ignore_errors=True)
         os.replace(scratch, self.result)
         self._write_log()
-        _write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
+        write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
     def figures(self) -> dict[str, Any] | None:
@@ -177,20 +178,8 @@ class TrainingFiles:
         found = [e["evaluation"] for e in self._entries if e["step"] == step and "evaluation" in e]
         return dict(found[-1]) if found else {}
 
-    def _all(self) -> list[Path]:
-        return sorted(self._checkpoints.glob("step-*"))
-
-    def _last(self) -> Path | None:
-        found = self._all()
-        return found[-1] if found else None
-
     def _write_log(self) -> None:
-        _write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
-
-    def _read_log(self) -> list[dict[str, Any]]:
-        if not self._log.is_file():
-            return []
-        return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+        write_text(self._log, "".join(json.dumps(entry) + "\n" for entry in self._entries))
 
 
 @contextmanager
@@ -250,10 +239,6 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[s
     # Each of the formats has errors of its own.
     except Exception as error:
         raise ValueError(f"the checkpoint {folder} must be whole, got a damaged one: {error}") from error
-
-
-def _write_text(file: Path, text: str) -> None:
-    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

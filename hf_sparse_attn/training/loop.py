@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hf_sparse_attn.cost.timing import synchronize
+from hf_sparse_attn.cost.timing import synchronize, threads
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.recipe import Recipe, Run, Task
 from hf_sparse_attn.settings import plain
@@ -99,7 +99,7 @@ def train(
         # Seeds are set step by step: the caller's generators and threads must be as they were afterwards.
         devices = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(_threads(recipe.threads))
+        stack.enter_context(threads(recipe.threads))
         finished = files.figures()
         if finished is not None:
             log.info("%s holds the finished training", output)
@@ -339,16 +339,6 @@ def _mixed(*numbers: int) -> int:
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import dense_attention
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, changed
 from hf_sparse_attn.profiling.observe import evaluating
 
 
@@ -25,13 +26,9 @@ def teaching(model: nn.Module, patch: Patch | None, adapter: Any = None) -> Iter
         patch: sparse attention on it, or None.
         adapter: a lora.Adapter on it, or None.
     """
-    with ExitStack() as stack:
-        stack.enter_context(evaluating([model]))
-        if patch is not None:
-            stack.enter_context(patch.paused())
-        if adapter is not None:
-            stack.enter_context(adapter.disabled())
-        stack.enter_context(torch.no_grad())
+    paused = nullcontext() if patch is None else patch.paused()
+    disabled = nullcontext() if adapter is None else adapter.disabled()
+    with evaluating([model]), paused, disabled, torch.no_grad():
         yield
 
 
@@ -69,11 +66,9 @@ class AttentionMatch:
 
         With a gradient only where it was said that it trains.
         """
-        before, self._found = self._found, []
-        try:
-            yield self._found
-        finally:
-            self._found = before
+        found: list[tuple[int, Tensor]] = []
+        with changed([self], "_found", found):
+            yield found
 
 
 class LayerOutputs:
@@ -92,23 +87,18 @@ class LayerOutputs:
             return
         names = [name for name, record in patch.session.records.items() if not record.exact]
         for name, module in zip(names, _modules(patch, names), strict=True):
-            patch.on_remove(module.register_forward_hook(self._keeper(name)).remove)
+            patch.on_remove(module.register_forward_hook(partial(self._keep, name)).remove)
 
-    def _keeper(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self._found is not None:
-                self._found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
-
-        return keep
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._found is not None:
+            self._found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
 
     @contextmanager
     def collecting(self) -> Iterator[dict[str, list[Tensor]]]:
         """Within it outputs are gathered: [batch, tokens, width] by the layer's name, one for each of its calls."""
-        before, self._found = self._found, {}
-        try:
-            yield self._found
-        finally:
-            self._found = before
+        found: dict[str, list[Tensor]] = {}
+        with changed([self], "_found", found):
+            yield found
 
 
 def _modules(patch: Patch, names: Sequence[str]) -> list[nn.Module]:
@@ -132,9 +122,7 @@ def layers_error(mine: dict[str, list[Tensor]], taught: dict[str, list[Tensor]])
     errors = []
     for name, outputs in taught.items():
         for out, told in zip(mine[name], outputs, strict=True):
-            told = told.detach().to(torch.promote_types(told.dtype, torch.float32))
-            size = told.square().flatten(1).sum(1).clamp(min=torch.finfo(told.dtype).tiny)
-            errors.append((out.to(told.dtype) - told).square().flatten(1).sum(1) / size)
+            errors.append(_relative(out, told.detach().to(torch.promote_types(told.dtype, torch.float32))))
     return torch.stack([error.to(errors[0].device) for error in errors]).mean(0)
 
 
@@ -148,9 +136,13 @@ def output_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> 
     """
     with torch.no_grad():
         dense = dense_attention(q, k, v, ctx)[0].to(torch.promote_types(out.dtype, torch.float32))
-        size = dense.square().flatten(1).sum(1)
-    error = (out.to(dense.dtype) - dense).square().flatten(1).sum(1)
-    return error / size.clamp(min=torch.finfo(dense.dtype).tiny)
+    return _relative(out, dense)
+
+
+def _relative(out: Tensor, told: Tensor) -> Tensor:
+    """Squared error of [batch, ...] over the squares of what was told, [batch]."""
+    size = told.square().flatten(1).sum(1).clamp(min=torch.finfo(told.dtype).tiny)
+    return (out.to(told.dtype) - told).square().flatten(1).sum(1) / size
 
 
 def mean_error(found: Sequence[tuple[int, Tensor]], batch: int) -> Tensor:
@@ -187,9 +179,6 @@ def layer_figures(found: Sequence[tuple[int, Tensor]]) -> dict[str, float]:
         return {}
     mean = sum(roots.values()) / len(roots)
     return {"attention_error": mean, **{f"attention_error_layer_{layer}": root for layer, root in roots.items()}}
-
-
-# ---------------------------------------------------------------------- next tokens
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.patching import restoring
 from hf_sparse_attn.settings import build_config
 
-_ABSENT = object()
 # Types of transformers whose base can be changed and which keep their meaning.
 _BASED = ("default", "linear", "llama3")
 # Layers that see no further than a window meet no longer distances in a longer text.
@@ -140,20 +141,21 @@ class _Changes:
     """Attributes and buffers that were set, and what they were."""
 
     def __init__(self) -> None:
-        self._attributes: list[tuple[Any, str, Any, Any]] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self._undone = False
+        self._back = ExitStack()
+        self._stretched: list[tuple[Any, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute."""
-        self._attributes.append((owner, name, owner.__dict__.get(name, _ABSENT), value))
+        if name == "rope_parameters":
+            self._stretched.append((owner, value))
+        self._back.callback(restoring(owner, name))
         setattr(owner, name, value)
 
     def set_buffer(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Sets a buffer that is there."""
         before = module._buffers[name]
         assert before is not None
-        self._buffers.append((module, name, before))
+        self._back.callback(_put_back, module, name, before)
         module._buffers[name] = value.to(before.device, before.dtype)
 
     def undo(self) -> None:
@@ -162,21 +164,16 @@ class _Changes:
         Raises:
             ValueError: the model was stretched again since, which must be undone first.
         """
-        if self._undone:
-            return
-        for owner, name, _, now in self._attributes:
-            if name == "rope_parameters" and owner.__dict__.get(name) is not now:
-                raise ValueError("`rope_parameters` of the model were changed since: undo that first")
-        self._undone = True
-        for module, name, before in reversed(self._buffers):
-            current = module._buffers[name]
-            # The model may have moved to another device in the meantime.
-            module._buffers[name] = before if current is None else before.to(current.device)
-        for owner, name, before, _ in reversed(self._attributes):
-            if before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+        if any(owner.__dict__.get("rope_parameters") is not now for owner, now in self._stretched):
+            raise ValueError("`rope_parameters` of the model were changed since: undo that first")
+        self._stretched.clear()
+        self._back.close()
+
+
+def _put_back(module: nn.Module, name: str, before: Tensor) -> None:
+    current = module._buffers[name]
+    # The model may have moved to another device in the meantime.
+    module._buffers[name] = before if current is None else before.to(current.device)
 
 
 def _configs(model: nn.Module, rotary: list[nn.Module]) -> list[Any]:
@@ -204,7 +201,8 @@ def _planned(config: Any, settings: RopeSettings) -> dict[str, Any]:
     changed = {"rope_parameters": after, "max_position_embeddings": longest}
     if settings.type == "yarn" and hasattr(config, "original_max_position_embeddings"):
         # Where a config has this one, transformers puts it before the one in the parameters.
-        changed["original_max_position_embeddings"] = _original(after if not layers else wide.popitem()[1])
+        stretched = after if not layers else wide.popitem()[1]
+        changed["original_max_position_embeddings"] = int(stretched["original_max_position_embeddings"])
     return changed
 
 
@@ -213,10 +211,6 @@ def _length(config: Any) -> int:
     if not isinstance(found, int):
         raise ValueError(f"`model` must have max_position_embeddings in its config, got {found!r}")
     return found
-
-
-def _original(parameters: dict[str, Any]) -> int:
-    return int(parameters["original_max_position_embeddings"])
 
 
 def _stretch(parameters: dict[str, Any], config: Any, settings: RopeSettings) -> int:

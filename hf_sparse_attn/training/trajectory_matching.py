@@ -102,7 +102,9 @@ def draw(seeds: Sequence[int], shape: Sequence[int], levels: Tensor, shift: floa
     Raises:
         ValueError: the levels do not fall from at most 1 to 0, or `shift` is not positive.
     """
-    _check_levels(levels)
+    falls = levels.ndim == 1 and len(levels) > 1 and bool((levels.diff() < 0).all())
+    if not falls or levels[0] > 1 or levels[-1] != 0:
+        raise ValueError(f"`levels` must fall from at most 1 to 0, got {levels.tolist()}")
     _check_shift(shift)
     plain = shifted(levels.double(), 1 / shift)
     steps, at = [], []
@@ -290,9 +292,3 @@ def _like(level: Tensor, state: Tensor) -> Tensor:
 def _check_shift(shift: float) -> None:
     if not 0 < shift < math.inf:
         raise ValueError(f"`shift` must be more than 0, got {shift}")
-
-
-def _check_levels(levels: Tensor) -> None:
-    falls = levels.ndim == 1 and len(levels) > 1 and bool((levels.diff() < 0).all())
-    if not falls or levels[0] > 1 or levels[-1] != 0:
-        raise ValueError(f"`levels` must fall from at most 1 to 0, got {levels.tolist()}")

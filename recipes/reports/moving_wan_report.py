@@ -23,7 +23,8 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.recipes.reports.page import pipes
-from hf_sparse_attn.shipped.moving import MODEL, check_motion, draw_classes, frames_to_image, load_moving_wan, sample
+from hf_sparse_attn.shipped.moving import MODEL, check_motion, frames_to_image, load_moving_wan, sample
+from hf_sparse_attn.shipped.moving_scenes import draw_classes
 
 _FRAMES, _SIDE = 12, 24
 _ROWS = 64

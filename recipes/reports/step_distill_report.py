@@ -26,7 +26,7 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.reports.page import cells, grid, log_of, machine_line, recipe_of, strip, write
 from hf_sparse_attn.recipes.step_distill import StepDistill
 from hf_sparse_attn.recipes.step_distill_task import SceneMaker
-from hf_sparse_attn.shipped.moving import draw_classes
+from hf_sparse_attn.shipped.moving_scenes import draw_classes
 from hf_sparse_attn.training.sparse import make_patch
 
 _NAME = "step_distill"

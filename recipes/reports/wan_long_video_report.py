@@ -41,7 +41,7 @@ from hf_sparse_attn.recipes.reports.page import (
     write,
 )
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
-from hf_sparse_attn.shipped.moving import draw_classes, moving_clips
+from hf_sparse_attn.shipped.moving_scenes import draw_classes, moving_clips
 from hf_sparse_attn.training.lora.settings import ADAPTER
 from hf_sparse_attn.training.video.scenes import motion_figures
 

@@ -23,17 +23,8 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import OptimizerSettings, Run, Task
 from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon
 from hf_sparse_attn.recipes.shipped.staged import StagedRecipe
-from hf_sparse_attn.shipped.moving import (
-    CHANNELS_IN,
-    CHANNELS_OUT,
-    TEXT_DIM,
-    condition,
-    draw_classes,
-    least_size,
-    moving_clips,
-    to_model,
-    with_motion,
-)
+from hf_sparse_attn.shipped.moving import CHANNELS_IN, CHANNELS_OUT, TEXT_DIM, condition, to_model, with_motion
+from hf_sparse_attn.shipped.moving_scenes import draw_classes, least_size, moving_clips
 
 # Seeds of the held-out clips; those of training are small multiples of another number.
 _HELD_OUT, _HELD_OUT_CLIPS = 77_000_000, 8

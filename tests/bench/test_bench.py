@@ -188,13 +188,13 @@ def test_contestants_take_turns_and_slow_points_stop(monkeypatch):
     options = make_options(suite="kernels", repeats=5, device="cpu")
     order: list[str] = []
     calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
-    times, failed = timing.in_turns(calls, options, "test")
+    times, failed = timing.in_turns(calls, options.where, options.repeats, options.seconds, "test")
     # Once more each for the memory.
     assert "".join(order) == "ab" * 7 and not failed and times["a"]["rounds"] == 5
     # Each look at the clock is a minute later.
     clock = iter(range(0, 1 << 20, 60))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times, _ = timing.in_turns(calls, options, "test")
+    times, _ = timing.in_turns(calls, options.where, options.repeats, options.seconds, "test")
     assert times["a"]["rounds"] == times["b"]["rounds"] == 2
 
 

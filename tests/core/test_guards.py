@@ -389,3 +389,9 @@ def test_only_an_absent_package_of_others_leaves_a_file_out(
             things.discover()
         return
     assert things.names() == [] and things.missing == {"one": "needs the package absent_package"}
+
+
+def test_a_backend_without_ranks_is_taken_by_name_only() -> None:
+    entry = type("B", (), {"attention": print, "why_not": print})
+    _check_backend("x", entry)
+    assert entry.auto_rank == {} and entry.name == "x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(monkeypatch: pytest.MonkeyPatc
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(tuning.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         tuning.store(*KEY, {"queries": 16}, 1.0)
     assert tuning.path().read_bytes() == before

@@ -223,7 +223,7 @@ def raising(module: nn.Module, error: BaseException) -> Iterator[None]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_exception_leaves_no_state(kind: str, where: str, error: BaseException) -> None:
     model, calls = MODELS[kind]()
-    attention = self_attentions(model)[-1].attention
+    attention = self_attentions(model)[-1][1]
     projection = attention.to_out[0] if attention.to_out is not None else attention.to_q
     with hsa.patch(model, **WINDOW):
         want = run(model, **calls[1])
@@ -256,7 +256,7 @@ def test_a_forward_inside_of_a_forward(outer: str, inner: str, place: str) -> No
     model, calls = MODELS[outer]()
     other, others = MODELS[inner]()
     blocks = self_attentions(model)
-    module = blocks[0].attention.to_q if place == "in a layer" else blocks[-1].attention
+    module = blocks[0][1].to_q if place == "in a layer" else blocks[-1][1]
     found: list[Tensor] = []
     with hsa.patch(model, strict=True, **RADIAL) as first, hsa.patch(other, strict=True, **TOP) as second:
         want, wanted = run(model, **calls[0]), run(other, **others[1])

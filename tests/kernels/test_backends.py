@@ -59,7 +59,7 @@ def answer(request: pytest.FixtureRequest) -> Any:
             return found
         pool: ProcessPoolExecutor = request.getfixturevalue("interpreter")
         payload = pickle.dumps((name, problem, gradient))
-        return pickle.loads(pool.submit(_interpreted, payload).result(timeout=120))  # type: ignore[no-any-return]
+        return pickle.loads(pool.submit(_interpreted, payload).result())  # type: ignore[no-any-return]
 
     return ask
 

@@ -123,9 +123,7 @@ def _in_worker(payload: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def interpreted(interpreter: ProcessPoolExecutor) -> Callable[..., list[Tensor]]:
     def run(p: Problem, pieces: tuple[int, int] | None = None) -> list[Tensor]:
-        found: list[Tensor] = pickle.loads(
-            interpreter.submit(_in_worker, pickle.dumps((p, pieces))).result(timeout=120)
-        )
+        found: list[Tensor] = pickle.loads(interpreter.submit(_in_worker, pickle.dumps((p, pieces))).result())
         return found
 
     return run
@@ -294,7 +292,7 @@ def _far_in_worker() -> str:
 
 
 def test_offsets_beyond_32_bits(interpreter: ProcessPoolExecutor) -> None:
-    found = interpreter.submit(_far_in_worker).result(timeout=120)
+    found = interpreter.submit(_far_in_worker).result()
     if found.startswith("no memory"):
         pytest.skip(found)
     assert found == "equal"
@@ -320,7 +318,7 @@ def test_transposed_blocks(
     """Every row that reads a tile of keys stands in its list once, whole readers first, rows in order."""
     pattern = random_pattern(q_len, 111, batch=lead[0], heads=lead[1])
     payload = pickle.dumps((pattern, size, merged, False))
-    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))
+    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result())
     walk = plan.Keys(*found)
     whole = replace(pattern, tiles=torch.ones_like(pattern.tiles))
     # Which row covers which key with any block, and which with a whole one.
@@ -343,7 +341,7 @@ def test_transposed_blocks(
 def test_transposed_columns(merged: int, interpreter: ProcessPoolExecutor) -> None:
     pattern = random_pattern(70, 111, heads=4, keep=0.1, columns=30)
     payload = pickle.dumps((pattern, 16, merged, True))
-    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))
+    _, found = pickle.loads(interpreter.submit(_plan_in_worker, payload).result())
     walk, seen = plan.Keys(*found), []
     for lead in range(4 // merged):
         places = walk.places[lead, : int(walk.used[lead])].tolist()
@@ -370,7 +368,7 @@ def test_transposed_columns(merged: int, interpreter: ProcessPoolExecutor) -> No
 )
 def test_whole_blocks_stand_first(pattern: BlockPattern, interpreter: ProcessPoolExecutor) -> None:
     payload = pickle.dumps((pattern, 32, 1, False))
-    found = plan.Rows(*pickle.loads(interpreter.submit(_plan_in_worker, payload).result(timeout=60))[0])
+    found = plan.Rows(*pickle.loads(interpreter.submit(_plan_in_worker, payload).result())[0])
     mixed = 0
     for row in range(pattern.heads * pattern.rows):
         at = row + row // pattern.rows
@@ -410,7 +408,7 @@ def test_heads_that_fit_the_cache_are_one_queue(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_plan_is_made_once(interpreter: ProcessPoolExecutor) -> None:
-    assert interpreter.submit(_plans_are_kept).result(timeout=60)
+    assert interpreter.submit(_plans_are_kept).result()
 
 
 def _plans_are_kept() -> bool:

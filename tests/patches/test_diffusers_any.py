@@ -315,7 +315,7 @@ def test_steps_and_branch(name: str) -> None:
 def test_a_change_after_the_patch_is_noticed(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model, given = tiny.build(name)
     own = run(model, given)
-    attention = self_attentions(model)[0].attention
+    attention = self_attentions(model)[0][1]
     patch = hsa.patch(model, "sliding_window", **SPARSE)
     kind = type(attention.processor).__mro__[1] if name == TWO[1] else type(attention.processor)
     with caplog.at_level(logging.WARNING, "hf_sparse_attn"):
@@ -344,7 +344,7 @@ def test_a_deep_copy_runs_dense_and_outlives_the_patch(name: str, caplog: pytest
 def test_removal_after_an_exception(name: str) -> None:
     model, given = tiny.build(name)
     before, own = state(model), run(model, given)
-    kinds = [type(a.attention.processor) for a in self_attentions(model)]
+    kinds = [type(module.processor) for _, module, _ in self_attentions(model)]
     with pytest.raises(RuntimeError), hsa.patch(model, "sliding_window", **SPARSE):
         run(model, {**given, "encoder_hidden_states": torch.zeros(1, 9, 15)})
     with hsa.patch(model, "sliding_window", **SPARSE) as patch:
@@ -353,7 +353,7 @@ def test_removal_after_an_exception(name: str) -> None:
         hsa.unpatch(model)
     assert patch.report().family == "diffusers"
     assert_same(before, state(model))
-    assert kinds == [type(a.attention.processor) for a in self_attentions(model)]
+    assert kinds == [type(module.processor) for _, module, _ in self_attentions(model)]
     assert torch.equal(run(model, given), own)
 
 

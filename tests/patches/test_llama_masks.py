@@ -100,7 +100,7 @@ PLANS = {
 @pytest.mark.parametrize("case", list(PLANS))
 def test_plan_is_the_mask_of_transformers(case):
     mask = PLANS[case]
-    plan, want = mask.plan(), mask.dense("sdpa", torch.device("cpu"))
+    plan, want = mask.plan, mask.dense("sdpa", torch.device("cpu"))
     assert plan.reason is None
     got, valid = torch.zeros_like(want), torch.zeros_like(want[..., :1])
     for span in plan.spans:
@@ -174,13 +174,13 @@ NO_PLANS = {
 @pytest.mark.parametrize("case", list(NO_PLANS))
 def test_no_plan_and_why(case):
     mask, reason, own = NO_PLANS[case]
-    plan = mask.plan()
+    plan = mask.plan
     assert reason in plan.reason
     assert plan.own == own
 
 
 def test_cu_seq_lens_beside_the_mask():
-    q, plan = torch.zeros(1, 2, 20, 8), mask_spec(batch=1).plan()
+    q, plan = torch.zeros(1, 2, 20, 8), mask_spec(batch=1).plan
     edges = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
     assert with_cu_seq_lens(plan, "sdpa", q, {}) is plan
     assert "3 sequences" in with_cu_seq_lens(plan, "sdpa", q, {"cu_seq_lens_k": edges}).reason
@@ -205,7 +205,7 @@ def test_mask_counter_of_a_static_cache_is_read_when_the_mask_is_made():
     counter = torch.tensor(3)
     mask = mask_spec(q=4, kv=10, q_offset=counter)
     counter.add_(4)
-    assert mask.plan().kv_end == 7
+    assert mask.plan.kv_end == 7
 
 
 def test_indexing_a_mask_gives_the_tensor():

@@ -18,13 +18,12 @@ from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.profiles.head_profile import HeadProfile, StepPlan
 from hf_sparse_attn.profiles.measurements import Case, HeadMap, Measurements
-from hf_sparse_attn.profiling.view import files as profile_files
+from hf_sparse_attn.profiling.view import page as profile_page
 from hf_sparse_attn.profiling.view import report as profile_report
 from hf_sparse_attn.profiling.view.curves import _shown, _singles
-from hf_sparse_attn.profiling.view.files import pictures
-from hf_sparse_attn.profiling.view.page import page
+from hf_sparse_attn.profiling.view.page import page, pictures
 from hf_sparse_attn.profiling.view.plots import method_styles
-from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage
+from hf_sparse_attn.profiling.view.report import number, short_labels, total_damage
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.processes import run_code
 
@@ -105,7 +104,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "new"
-    profile_files.write(make(), folder)
+    profile_page.write(make(), folder)
     return folder
 
 
@@ -201,7 +200,7 @@ def test_hostile_texts_are_only_texts(tmp_path: Path) -> None:
     model = Fingerprint(HOSTILE, HOSTILE, 3, 5, 1, 64, HOSTILE, HOSTILE)
     more = {HOSTILE: HOSTILE, "\u202eleft": "a\x1b[31m"}
     profile = make(model=model, calibration=more, versions=more)
-    html = profile_files.write(profile, tmp_path)[0].read_text(encoding="utf-8")
+    html = profile_page.write(profile, tmp_path)[0].read_text(encoding="utf-8")
     assert "<script" not in html and 'src="http' not in html
     parsed = Page(html)
     assert "script" not in {t for t, _ in parsed.tags}
@@ -211,7 +210,7 @@ def test_hostile_texts_are_only_texts(tmp_path: Path) -> None:
 
 
 def test_without_measurements_the_page_says_so(tmp_path: Path) -> None:
-    files = profile_files.write(make(measured=False, pareto=()), tmp_path)
+    files = profile_page.write(make(measured=False, pareto=()), tmp_path)
     assert sorted(f.name for f in files) == ["damage.png", "density.png", "methods.png", "report.html", "report.json"]
     text = Page(files[0].read_text(encoding="utf-8")).text
     assert "This part needs measurements with attention maps" in text and "No other budgets were tried" in text
@@ -241,7 +240,7 @@ def test_unknown_figures_are_neither_worst_nor_counted() -> None:
 
 
 def test_each_range_of_steps_has_its_maps(tmp_path: Path) -> None:
-    files = [f.name for f in profile_files.write(make(2, 3, VIDEO), tmp_path)]
+    files = [f.name for f in profile_page.write(make(2, 3, VIDEO), tmp_path)]
     assert [n for n in files if n[0] in "md"] == [
         f"{name}_{i}.png" for i in (0, 1) for name in ("methods", "density", "damage")
     ]
@@ -250,7 +249,7 @@ def test_each_range_of_steps_has_its_maps(tmp_path: Path) -> None:
 
 
 def test_many_ranges_of_steps_are_not_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_files, "_MOST_PLANS", 2)
+    monkeypatch.setattr(profile_page, "_MOST_PLANS", 2)
     profile = make(1, 2, ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0)), measured=False)
     drawn = pictures(profile)
     assert [p.name for p in drawn if p.name.startswith("methods")] == ["methods_0", "methods_1"]

@@ -57,7 +57,7 @@ def test_the_recipe_builds_the_shipped_architecture(model) -> None:
 def test_offset_heads_look_back_from_the_start() -> None:
     built = byte_llama.build_model(recipe()).eval()
     document = needle_document(600, needles=4, seed=0)
-    q, k, _, ctx = capture(built, document.token_ids).calls[0]
+    q, k, _, ctx = capture(built, document.token_ids)[0]
     for head in range(5):
         weights = (q[0, head, 300] @ k[0, head // 2, :301].T * ctx.softmax_scale).softmax(-1)
         assert int(weights.argmax()) == 300 - (head + 1)

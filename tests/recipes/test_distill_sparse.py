@@ -358,7 +358,8 @@ def test_text_without_a_held_out_part_keeps_its_last_samples_back(language: Path
 
 
 def test_latents_of_a_wan_transformer(video: Path, tmp_path: Path) -> None:
-    from hf_sparse_attn.training.video.latents import LatentSample, write_latents
+    from hf_sparse_attn.training.video.latents import LatentSample
+    from tests.support.latents import write_latents
 
     draw = torch.Generator().manual_seed(0)
     made = [

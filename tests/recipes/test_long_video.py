@@ -22,17 +22,19 @@ from hf_sparse_attn.recipes.reports import page, wan_long_video_report
 from hf_sparse_attn.recipes.wan_long_video import WanLongVideo
 from hf_sparse_attn.settings import plain
 from hf_sparse_attn.shipped import moving
-from hf_sparse_attn.shipped.moving import SceneClass, check_motion, moving_clips, scene_classes, travelled, with_motion
+from hf_sparse_attn.shipped.moving import check_motion, with_motion
+from hf_sparse_attn.shipped.moving_scenes import DIRECTIONS, SceneClass, moving_clips, scene_classes, travelled
 from hf_sparse_attn.training.flow_matching import noise_levels, sample_seed
 from hf_sparse_attn.training.lora.settings import LoraSettings
 from hf_sparse_attn.training.video import material as video_material
 from hf_sparse_attn.training.video.data import VideoSettings
-from hf_sparse_attn.training.video.latents import LatentSample, write_latents
+from hf_sparse_attn.training.video.latents import LatentSample
 from hf_sparse_attn.training.video.material import HELD_OUT, FlowSettings, draw_batch, load_pipeline
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from hf_sparse_attn.training.video.task import VideoTask
 from hf_sparse_attn.training.video.vae import encode_first_frame, encode_video
 from tests.support import tiny_hunyuan, tiny_wan
+from tests.support.latents import write_latents
 
 pytest.importorskip("peft")
 
@@ -618,7 +620,7 @@ def test_long_true_clips_are_right(frames: int) -> None:
         assert seen.right and seen.error < 0.3 and seen.flicker == 0
         assert seen.velocity == pytest.approx(scene.velocity, abs=0.15)
         assert not check_motion(clip, scene).right
-        turned = replace(scene, direction=moving.DIRECTIONS[(moving.DIRECTIONS.index(scene.direction) + 1) % 8])
+        turned = replace(scene, direction=DIRECTIONS[(DIRECTIONS.index(scene.direction) + 1) % 8])
         assert not check_motion(clip, turned, turn=12).right
 
 

@@ -16,7 +16,16 @@ from hf_sparse_attn.recipes.reports import moving_wan_report
 from hf_sparse_attn.recipes.shipped import moving_wan
 from hf_sparse_attn.recipes.shipped.moving_wan_muon import Muon, _orthogonal
 from hf_sparse_attn.shipped import moving
-from hf_sparse_attn.shipped.moving import DIRECTIONS, SceneClass, check_motion, moving_clips, scene_classes
+from hf_sparse_attn.shipped.moving import check_motion
+from hf_sparse_attn.shipped.moving_scenes import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SceneClass,
+    draw_classes,
+    moving_clips,
+    scene_classes,
+)
 from hf_sparse_attn.training.loop import train
 
 YAML = Path(__file__).parents[2] / "recipes" / "shipped" / "moving_wan.yaml"
@@ -44,8 +53,8 @@ def turned(scene: SceneClass, eighths: int) -> SceneClass:
 
 
 def test_scenes_follow_the_seed() -> None:
-    classes = moving.draw_classes(5, seed=3)
-    assert classes == moving.draw_classes(5, seed=3) != moving.draw_classes(5, seed=4)
+    classes = draw_classes(5, seed=3)
+    assert classes == draw_classes(5, seed=3) != draw_classes(5, seed=4)
     clips = moving_clips(classes, 5, 14, 18, seed=3)
     assert clips.shape == (5, 5, 3, 14, 18) and clips.dtype == torch.float32
     assert 0 <= float(clips.min()) and float(clips.max()) <= 1
@@ -54,8 +63,8 @@ def test_scenes_follow_the_seed() -> None:
 
 
 def test_drawn_classes_are_even() -> None:
-    drawn = moving.draw_classes(24, seed=0)
-    for kind, known in (("shape", moving.SHAPES), ("colour", moving.COLOURS), ("direction", DIRECTIONS)):
+    drawn = draw_classes(24, seed=0)
+    for kind, known in (("shape", SHAPES), ("colour", COLOURS), ("direction", DIRECTIONS)):
         counts = [sum(getattr(scene, kind) == word for scene in drawn) for word in known]
         assert counts == [24 // len(known)] * len(known)
 

@@ -22,15 +22,16 @@ from hf_sparse_attn.recipes.reports import step_distill_report
 from hf_sparse_attn.recipes.step_distill import ClipSettings, FakeSettings, StepDistill, StudentSettings
 from hf_sparse_attn.recipes.step_distill_task import StepDistillTask
 from hf_sparse_attn.shipped import moving
+from hf_sparse_attn.shipped.moving_scenes import draw_classes
 from hf_sparse_attn.training import trajectory_matching as tm
 from hf_sparse_attn.training.flow_matching import sample_seed
 from hf_sparse_attn.training.loop import train
 from hf_sparse_attn.training.lora.adapter import add_lora
 from hf_sparse_attn.training.lora.companion import add_companion
 from hf_sparse_attn.training.lora.settings import LoraSettings
-from hf_sparse_attn.training.video import prompts as video_prompts
+from hf_sparse_attn.training.video import data as video_data
+from hf_sparse_attn.training.video.data import read_prompts
 from hf_sparse_attn.training.video.material import HELD_OUT
-from hf_sparse_attn.training.video.prompts import read_prompts
 from hf_sparse_attn.training.video.scenes import SceneSettings
 from tests.support import tiny_prompts
 from tests.support.processes import run_code
@@ -367,7 +368,7 @@ def test_the_bundle_samples_as_the_student_did(run: Run) -> None:
     assert torch.equal(kept, (clips * 255).round().byte())
     model = moving.load_moving_wan()
     with hsa.load_bundle(model, run.output / "bundle") as loaded:
-        scene = moving.draw_classes(1, SCENES.seed)
+        scene = draw_classes(1, SCENES.seed)
         again = moving.sample(model, scene, 4, 12, 12, steps=3, seed=SCENES.seed, guidance=1.0, turn=3, even=True)
         # The same operations; what differs is the memory they work in.
         torch.testing.assert_close(again, clips, rtol=0, atol=1e-4)
@@ -383,7 +384,7 @@ def test_even_levels_of_the_small_model_are_the_students() -> None:
     model.register_forward_pre_hook(lambda _, args: levels.append(float(args[1][0]) / 1000))
     for even in (True, False):
         levels.clear()
-        moving.sample(model, moving.draw_classes(1, 0), 2, 12, 12, steps=4, guidance=1.0, even=even, shift=5.0)
+        moving.sample(model, draw_classes(1, 0), 2, 12, 12, steps=4, guidance=1.0, even=even, shift=5.0)
         assert levels == pytest.approx(tm.student_levels(4, 5.0, even)[:-1].tolist(), rel=1e-5)
 
 
@@ -432,7 +433,7 @@ def test_prompts_are_encoded_once_and_kept(prompts: Any, run: Run, monkeypatch: 
             assert set(task.evaluate()) == {"teacher_error", "density"}
         assert task.shift == 3.0
     calls: list[str] = []
-    monkeypatch.setattr(video_prompts, "encode_caption", lambda pipe, prompt, *rest: calls.append(prompt))
+    monkeypatch.setattr(video_data, "encode_caption", lambda pipe, prompt, *rest: calls.append(prompt))
     with closing(prompts().task(run)) as task:
         assert not calls and torch.equal(task.batch(0, [0, 1, 2])[1]["prompt_embeds"], conditions["prompt_embeds"])
 

@@ -227,9 +227,10 @@ def test_a_recipe_for_latents_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.
     """The way of a real Wan: a pipeline of diffusers and a folder of latents."""
     from hf_sparse_attn.recipes import video_models
     from hf_sparse_attn.training.video.data import VideoSettings
-    from hf_sparse_attn.training.video.latents import LatentSample, write_latents
+    from hf_sparse_attn.training.video.latents import LatentSample
     from hf_sparse_attn.training.video.material import FlowSettings
     from tests.support import tiny_wan
+    from tests.support.latents import write_latents
 
     samples = [LatentSample(torch.randn(16, 3, 12, 10), {"prompt_embeds": torch.randn(9, 32)}) for _ in range(3)]
     write_latents(tmp_path / "latents", samples)

@@ -29,7 +29,6 @@ from hf_sparse_attn.training import rope_scaling
 from hf_sparse_attn.training.bundle import bundle
 from hf_sparse_attn.training.bundle import file as bundle_file
 from hf_sparse_attn.training.bundle.card import card
-from hf_sparse_attn.training.bundle.hub import fetch
 from hf_sparse_attn.training.lora import adapter as lora_adapter
 from hf_sparse_attn.training.lora import file as lora_file
 from hf_sparse_attn.training.lora.adapter import Adapter, add_lora
@@ -144,7 +143,7 @@ def test_all_settings_come_back(tmp_path: Path) -> None:
         dense_steps=(0.25, 0.5), min_tokens="auto",
     )  # fmt: skip
     save(tmp_path, trained("wan"), sparse=sparse, rope={"type": "yarn", "factor": 4.0, "mscale": [1, 2.5]}, part="")
-    folder, found = fetch(tmp_path)
+    folder, found = bundle.fetch(tmp_path)
     assert found.settings_in(folder) == sparse
     assert found.rope == {"type": "yarn", "factor": 4.0, "mscale": [1, 2.5]}
     assert found.fingerprint == Fingerprint.of(CASES["wan"].build())

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_attn.training.video import latents as train_latents
-from hf_sparse_attn.training.video.latents import INDEX, LatentData, LatentSample, LatentWriter, write_latents
+from hf_sparse_attn.training.video.latents import INDEX, LatentData, LatentSample, LatentWriter
+from tests.support.latents import write_latents
 from tests.support.processes import exit_code
 
 # Above the bytes of two samples of `_sample` and below those of three.

@@ -10,7 +10,7 @@ import numpy as np
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile
 from hf_sparse_attn.profiles.measurements import HeadMap, Measurements, weights_of
 from hf_sparse_attn.profiling.view.plots import Picture, finish, method_styles, new_figure
-from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage, words
+from hf_sparse_attn.profiling.view.report import number, short_labels, total_damage, words
 
 _MOST_MAPS = 12
 _KEPT = "#E4572E"
@@ -95,8 +95,9 @@ def attention_picture(profile: HeadProfile) -> Picture | None:
         seen = shown[at]
         plan = _plan_of(profile, found, seen)
         index = int(profile.plans[plan].choice[seen.layer, seen.head])
-        candidate = _candidate(profile, found, index)
-        _draw(ax, seen, found.cases[seen.case].tokens, None if candidate is None else seen.kept[candidate])
+        method = profile.methods[index]
+        kept = seen.kept[found.candidates.index(method)] if method in found.candidates else None
+        _draw(ax, seen, found.cases[seen.case].tokens, kept)
         lines = [f"layer {seen.layer}, head {seen.head}", _cut(labels[index], 42), _said(profile, plan, seen)]
         if len(profile.plans) > 1:
             a, b = profile.plans[plan].steps
@@ -155,11 +156,6 @@ def _plan_of(profile: HeadProfile, found: Measurements, seen: HeadMap) -> int:
     """The plan at the middle of the steps that were measured."""
     middle = sum(found.cases[seen.case].steps) / 2
     return next((i for i, p in enumerate(profile.plans) if middle < p.steps[1]), len(profile.plans) - 1)
-
-
-def _candidate(profile: HeadProfile, found: Measurements, index: int) -> int | None:
-    method = profile.methods[index]
-    return found.candidates.index(method) if method in found.candidates else None
 
 
 def _said(profile: HeadProfile, plan: int, seen: HeadMap) -> str:

@@ -1,17 +1,25 @@
-"""A head profile as one HTML page that needs nothing but itself: no scripts, no fonts, no other files."""
+"""A head profile as one HTML page that needs nothing but itself (no scripts, no fonts), with its pictures as files."""
 
 from __future__ import annotations
 
+import argparse
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from html import escape as escape_html
+from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.view.plots import Picture, method_styles
-from hf_sparse_attn.profiling.view.report import worst_table
-from hf_sparse_attn.profiling.view.words import number, short_labels, words
+import numpy as np
 
+from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture
+from hf_sparse_attn.profiling.view.plots import Picture, figure_map, method_map, method_styles
+from hf_sparse_attn.profiling.view.report import layer_table, number, render, short_labels, summary, words, worst_table
+
+PAGE = "report.html"
+_MOST_PLANS = 12
 # Even a browser that finds an address in the page may not load it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -48,19 +56,84 @@ h3 { font-size: 16px; margin: 20px 0 4px; }
 """
 
 
+def write(profile: HeadProfile, folder: Path | str, worst: int = 10) -> list[Path]:
+    """Writes the page (one file that needs no other), its pictures as PNG, and `report.json`.
+
+    Args:
+        profile: the profile; without measurements the page says which parts need them.
+        folder: made if it is not there.
+        worst: heads in the table.
+
+    Returns:
+        the files, the page first.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        OSError: the folder cannot be written.
+    """
+    document = summary(profile, worst)
+    drawn = pictures(profile)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {PAGE: page(profile, document, drawn).encode(), **{f"{p.name}.png": p.png for p in drawn}}
+    files["report.json"] = (json.dumps(document, indent=2) + "\n").encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def main(args: argparse.Namespace, width: int) -> tuple[str, list[str]]:
+    """`hf-sparse-attn report`: what to print, and a line about each file.
+
+    Args:
+        args: profile (folder or Hub id), output (folder or None), worst (int), json (bool).
+        width: of the terminal.
+    """
+    profile = HeadProfile.from_pretrained(args.profile)
+    files = [] if args.output is None else write(profile, args.output, args.worst)
+    document = summary(profile, args.worst)
+    text = json.dumps({**document, "files": list(map(str, files))}, indent=2) if args.json else render(document, width)
+    return text, [f"wrote {file}" for file in files]
+
+
+def pictures(profile: HeadProfile) -> list[Picture]:
+    """All pictures there is data for.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("the page", "matplotlib", "report") from error
+
+    drawn = []
+    for at, plan in enumerate(profile.plans[:_MOST_PLANS]):
+        many = len(profile.plans) > 1
+        name, where = (f"_{at}", f", steps {plan.steps[0]:g} to {plan.steps[1]:g}") if many else ("", "")
+        drawn.append(method_map(profile, plan.choice, f"methods{name}", f"Method of each head{where}"))
+        for figure in ("density", "damage"):
+            if figure in profile.figures and not np.isnan(profile.figures[figure][at]).all():
+                title = f"{words(figure).capitalize()} of each head{where}"
+                drawn.append(figure_map(profile, figure, at, f"{figure}{name}", title))
+    drawn += [p for p in (pareto_picture(profile), attention_picture(profile)) if p is not None]
+    return drawn
+
+
 def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Picture]) -> str:
     """The page.
 
     Args:
         profile: what it shows.
         document: `report.summary` of it.
-        pictures: `files.pictures` of it.
+        pictures: `pictures` of it.
     """
     model = profile.model
     size = f"{model.layers} layers × {model.heads} heads"
     title = f"Head profile of {model.model_class}"
     maps = [p for p in pictures if p.name not in ("pareto", "attention")]
     by_name = {p.name: p for p in pictures}
+    drawn, many = sum(p.name.startswith("methods") for p in maps), len(profile.plans)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(size)}, family {escape(model.family)}. '
@@ -69,7 +142,7 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
         "<h2>Methods</h2>",
         _methods(profile, document),
         "<h2>Layers and heads</h2>",
-        _range_note(profile, maps),
+        f"<p>The first {drawn} of {many} step ranges are drawn.</p>" if drawn < many else "",
         _figures(maps),
         "<h2>What a budget buys</h2>",
         _or_note(
@@ -83,7 +156,7 @@ def page(profile: HeadProfile, document: dict[str, Any], pictures: Sequence[Pict
         "<h2>Worst heads</h2>",
         _worst(profile, document),
         "<h2>Layers</h2>",
-        _layers(document),
+        _table(*layer_table(document), numeric=(0, 1, 2)),
         "<h2>How it was made</h2>",
         _origin(profile, document),
     ]
@@ -147,14 +220,6 @@ def _worst(profile: HeadProfile, document: dict[str, Any]) -> str:
     return _table(columns, shown, numeric, escaped=True)
 
 
-def _layers(document: dict[str, Any]) -> str:
-    rows = []
-    for entry in document["layers"]:
-        used = ", ".join(f"{n} {name}" for name, n in entry["methods"].items())
-        rows.append([str(entry["layer"]), number(entry["density"]), number(entry["damage"]), used])
-    return _table(["layer", "density", "damage", "heads by method"], rows, numeric=(0, 1, 2))
-
-
 def _origin(profile: HeadProfile, document: dict[str, Any]) -> str:
     groups = "read the union of their patterns" if profile.same_in_group else "each read their own pattern"
     calibration: dict[str, Any] = {"metric": words(profile.metric), **document["calibration"]}
@@ -172,13 +237,6 @@ def _origin(profile: HeadProfile, document: dict[str, Any]) -> str:
         if values
     ]
     return f'<div class="columns">{"".join(made)}</div>'
-
-
-def _range_note(profile: HeadProfile, maps: Sequence[Picture]) -> str:
-    drawn = sum(p.name.startswith("methods") for p in maps)
-    if drawn < len(profile.plans):
-        return f"<p>The first {drawn} of {len(profile.plans)} step ranges are drawn.</p>"
-    return ""
 
 
 def _or_note(picture: Picture | None, note: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.view.words import short_labels, words
+from hf_sparse_attn.profiling.view.report import short_labels, words
 
 # Okabe and Ito's colours, which the colour-blind tell apart; dense is grey.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F5539")
@@ -119,6 +119,7 @@ def method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, title
 
 def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, title: str) -> Picture:
     """A figure of every head in one of the plans."""
+    import matplotlib
     from matplotlib.colors import Normalize, PowerNorm
 
     values = profile.figures[figure_name][plan].astype(np.float64)
@@ -132,7 +133,7 @@ def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, tit
     width, height, cell = _size(values.shape)
     figure = new_figure(width + 2.4, height + 0.75)
     ax, side = figure.subplots(1, 2, width_ratios=(width, 0.8), sharey=True)
-    colours = _colours("YlGnBu" if is_density else "YlOrBr")
+    colours = matplotlib.colormaps["YlGnBu" if is_density else "YlOrBr"].with_extremes(bad=_UNKNOWN)
     image = ax.imshow(values, cmap=colours, norm=norm, interpolation="nearest", aspect="auto")
     _frame(ax, values.shape, title)
     if cell >= _NUMBER:
@@ -203,12 +204,6 @@ def _write(ax: Any, x: int, y: int, text: str, behind: str, size: float) -> None
     drawn = ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else _INK)
     # A thousand letters that lie within the map need not be measured for the layout.
     drawn.set_in_layout(False)
-
-
-def _colours(name: str) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[name].with_extremes(bad=_UNKNOWN)
 
 
 def _short(value: float) -> str:

@@ -1,14 +1,16 @@
-"""What a head profile says: tables for the terminal, plain values for programs."""
+"""What a head profile says: tables for the terminal, plain values for programs, and words and numbers for all."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.view.words import number, short_labels, total_damage, words
+from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.tables import table
 
 _WORST = ("damage", "output_error_p95", "output_error")
@@ -89,26 +91,25 @@ def render(document: dict[str, Any], width: int = 110) -> str:
         for m in document["methods"]
     ]
     parts = ["\n".join(lines), table(["method", *ranges, *map(words, figures)], rows, "Methods", width)]
-    rows = [
-        [
-            str(entry["layer"]),
-            number(entry["density"]),
-            number(entry["damage"]),
-            ", ".join(f"{n} {name}" for name, n in entry["methods"].items()),
-        ]
-        for entry in document["layers"]
-    ]
-    parts.append(table(["layer", "density", "damage", "heads by method"], rows, "Layers", width))
+    parts.append(table(*layer_table(document), "Layers", width))
     if document["worst"]:
-        columns, rows = worst_table(document)
-        parts.append(table(columns, rows, f"Worst heads of {document['heads']}", width))
+        parts.append(table(*worst_table(document), f"Worst heads of {document['heads']}", width))
     return "\n\n".join(parts)
+
+
+def layer_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The layers as columns and rows of text."""
+    rows = []
+    for entry in document["layers"]:
+        used = ", ".join(f"{n} {name}" for name, n in entry["methods"].items())
+        rows.append([str(entry["layer"]), number(entry["density"]), number(entry["damage"]), used])
+    return ["layer", "density", "damage", "heads by method"], rows
 
 
 def worst_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The worst heads as columns and rows of text."""
-    figures = [n for n in ("density", "damage", "output_error", "output_error_p95", "recall")]
-    figures = [n for n in figures if n in _figure_names(document)]
+    known = _figure_names(document)
+    figures = [n for n in ("density", "damage", "output_error", "output_error_p95", "recall") if n in known]
     many = len(document["steps"]) > 1
     columns = ["layer", "head", *(["steps"] if many else []), "method", *map(words, figures)]
     rows = [
@@ -154,3 +155,45 @@ def _mean(values: Any) -> float | None:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def short_labels(methods: Sequence[Method]) -> list[str]:
+    """The methods in few words: the name, and of the parameters those in which methods of this name differ."""
+    made = []
+    for method in methods:
+        others = [m.params() for m in methods if m.name == method.name]
+        own = method.params()
+        differ = {n: v for n, v in own.items() if any(o.get(n) != v for o in others)}
+        made.append(" ".join([method.name, *(f"{n}={_brief(v)}" for n, v in differ.items())]))
+    # Methods of other packages may hide their parameters.
+    return made if len(set(made)) == len(made) else [label_of(m) for m in methods]
+
+
+def total_damage(profile: HeadProfile) -> float | None:
+    """Damage of all heads together, step ranges weighed by their share of the schedule; None where it is unknown.
+
+    A sum over the heads of all step ranges, as on the Pareto front.
+    """
+    if "damage" not in profile.figures or np.isnan(profile.figures["damage"]).all():
+        return None
+    sums = np.nansum(profile.figures["damage"].astype(np.float64), (1, 2))
+    # Shares of the schedule, with mean 1.
+    weights = np.array([b - a for a, b in (p.steps for p in profile.plans)]) * len(profile.plans)
+    return float(sums @ weights)
+
+
+def number(value: float | None) -> str:
+    """A figure in text; "-" where it is not known."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def words(name: str) -> str:
+    """The name of a figure as a heading."""
+    return {"output_error_p95": "output error, 95 %"}.get(name, name.replace("_", " "))
+
+
+def _brief(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return text if len(text) <= 24 else f"{text[:21]}..."

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_sparse_attn.sharing.card import front_matter, markdown_table, plain_value
+from hf_sparse_attn.sharing.card import front_matter, plain_value, section
 from hf_sparse_attn.sharing.hub import is_hub_id
 from hf_sparse_attn.training.bundle.file import Bundle
 from hf_sparse_attn.training.lora.file import DIFFUSERS_WEIGHTS
@@ -33,17 +33,13 @@ def card(bundle: Bundle, repo_id: str | None = None) -> str:
     if bundle.part:
         parts.append(f"In a pipeline it is put on `{plain_value(bundle.part)}` alone.\n")
     parts += _adapter(bundle, where)
-    if bundle.sparse is not None:
-        parts += ["## Sparse attention\n", markdown_table(("setting", "value"), _settings(bundle))]
-    if bundle.rope is not None:
-        parts += ["## Scaled positions\n", markdown_table(("setting", "value"), _rows(bundle.rope))]
-    if bundle.figures:
-        parts += ["## Figures\n", markdown_table(("figure", "value"), _rows(bundle.figures))]
-    parts += ["## Model\n", markdown_table(("field", "value"), _rows(vars(bundle.fingerprint)))]
-    if bundle.recipe:
-        parts += ["## Recipe\n", markdown_table(("setting", "value"), _rows(bundle.recipe))]
-    if bundle.versions:
-        parts += ["## Versions\n", markdown_table(("library", "version"), _rows(bundle.versions))]
+    setting = ("setting", "value")
+    parts += section("Sparse attention", setting, [] if bundle.sparse is None else _settings(bundle))
+    parts += section("Scaled positions", setting, _rows(bundle.rope or {}))
+    parts += section("Figures", ("figure", "value"), _rows(bundle.figures))
+    parts += section("Model", ("field", "value"), _rows(vars(bundle.fingerprint)))
+    parts += section("Recipe", setting, _rows(bundle.recipe))
+    parts += section("Versions", ("library", "version"), _rows(bundle.versions))
     return "\n".join(parts)
 
 

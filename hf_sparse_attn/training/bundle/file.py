@@ -16,7 +16,7 @@ from hf_sparse_attn.profiles.file import FILE as PROFILE_FILE
 from hf_sparse_attn.profiles.file import MEASUREMENTS, MODEL_KEYS
 from hf_sparse_attn.recipe import SparseSettings
 from hf_sparse_attn.settings import build_config, plain
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.strict_json import as_dict, as_text, check_keys, decode, encode, read_document, shortened
 from hf_sparse_attn.training.lora.file import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
@@ -25,10 +25,6 @@ FORMAT = "hf_sparse_attn.bundle"
 VERSION = 1
 FILE, CARD = "bundle.json", "README.md"
 PROFILE, GATES = "profile", "gates"
-_KEYS = (
-    "format", "version", "base_model", "part", "fingerprint", "sparse", "rope", "figures", "recipe", "versions",
-    "files",
-)  # fmt: skip
 _LARGEST_FILE = 8 << 20
 # No other files of a folder are in a bundle: no name in it can lead elsewhere, and nothing of one's own is uploaded.
 NAMES = frozenset(
@@ -91,6 +87,9 @@ class Bundle:
         return found
 
 
+_KEYS = ("format", "version", *Bundle.__dataclass_fields__)
+
+
 def files_in(folder: Path) -> dict[str, str]:
     """The files of a bundle that lie in a folder, each with its SHA-256."""
     return {name: digest(folder / name) for name in sorted(NAMES) if (folder / name).is_file()}
@@ -107,8 +106,7 @@ def digest(path: Path) -> str:
 
 def write(bundle: Bundle, folder: Path) -> None:
     """Writes `bundle.json`, without which a folder is no bundle."""
-    text = to_json(bundle)
-    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / FILE, to_json(bundle))
 
 
 def to_json(bundle: Bundle) -> str:
@@ -124,15 +122,12 @@ def to_json(bundle: Bundle) -> str:
     value = {
         "format": FORMAT,
         "version": VERSION,
-        "base_model": bundle.base_model,
-        "part": bundle.part,
+        **vars(bundle),
         "fingerprint": asdict(bundle.fingerprint),
         "sparse": sparse,
         "rope": None if bundle.rope is None else as_json("rope", bundle.rope),
         "figures": as_json("figures", bundle.figures),
         "recipe": as_json("recipe", bundle.recipe),
-        "versions": bundle.versions,
-        "files": bundle.files,
     }
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
@@ -156,9 +151,6 @@ def as_json(name: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"`{name}` must be numbers, texts, or lists or mappings of them, got {shortened(value)}")
-
-
-# ---------------------------------------------------------------------- reading
 
 
 def read(folder: Path) -> Bundle:

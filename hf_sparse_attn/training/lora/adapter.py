@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.patching import changed, restoring
 from hf_sparse_attn.training.lora import file
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
-
-_ABSENT = object()
 
 
 def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter:
@@ -90,7 +89,7 @@ def load_lora(model: nn.Module, folder: Path) -> Adapter:
     return adapter
 
 
-class Adapter:
+class Adapter(AbstractContextManager["Adapter"]):
     """A low-rank adapter on a model, made by `add_lora`; `remove()` or the end of `with` takes it off."""
 
     def __init__(self, model: nn.Module, settings: LoraSettings) -> None:
@@ -99,7 +98,7 @@ class Adapter:
         self.config: Any = None
         self._modules = [(module, dict(module._modules)) for module in model.modules()]
         self._required = [(p, p.requires_grad) for p in model.parameters()]
-        self._attributes = {name: model.__dict__.get(name, _ABSENT) for name in _HOST_ATTRIBUTES}
+        self._attributes = [restoring(model, name) for name in _HOST_ATTRIBUTES]
         self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
         self._removed = False
 
@@ -173,15 +172,8 @@ class Adapter:
         """Within it the model computes exactly what it did before `add_lora`, bit for bit."""
         self._check_there()
         # Not peft's own enable_adapters: that changes requires_grad, and with it what a graph made before is.
-        parts = [part for _, part in self.layers() + self.wrappers()]
-        before = [part._disable_adapters for part in parts]
-        try:
-            for part in parts:
-                part._disable_adapters = True
+        with changed((part for _, part in self.layers() + self.wrappers()), "_disable_adapters", True):
             yield
-        finally:
-            for part, was in zip(parts, before, strict=True):
-                part._disable_adapters = was
 
     def save(self, folder: str | os.PathLike[str], base_model: str = "") -> None:
         """Writes the adapter into a folder.
@@ -214,11 +206,8 @@ class Adapter:
             module._modules[name] = before
         for parameter, required in self._required:
             parameter.requires_grad_(required)
-        for name, value in self._attributes.items():
-            if value is _ABSENT:
-                self.model.__dict__.pop(name, None)
-            else:
-                self.model.__dict__[name] = value
+        for restore in self._attributes:
+            restore()
 
     def check_removable(self) -> None:
         """Raises what `remove` would."""
@@ -235,9 +224,6 @@ class Adapter:
         if self._removed:
             raise ValueError("the adapter must be on its model, it was removed")
 
-    def __enter__(self) -> Adapter:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.remove()
 
@@ -248,9 +234,6 @@ class Adapter:
 
 # What peft and the host libraries set on a model that has an adapter.
 _HOST_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded", "active_adapter")
-
-
-# ---------------------------------------------------------------------- which modules
 
 
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
@@ -334,9 +317,6 @@ def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> N
     raise ValueError(
         f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; got {given!r}"
     )
-
-
-# ---------------------------------------------------------------------- weights
 
 
 def _initialise(name: str, layer: Any, generator: torch.Generator) -> None:

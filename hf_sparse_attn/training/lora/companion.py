@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
+from hf_sparse_attn.patching import changed
 from hf_sparse_attn.training.lora.adapter import Adapter
 from hf_sparse_attn.training.lora.settings import ADAPTER
 
@@ -57,18 +58,10 @@ class Companion:
         """Whether it is this adapter that the model computes with, and not the first one."""
         return any(layer._active_adapter == COMPANION for layer in self._layers)
 
-    @contextmanager
-    def active(self, wanted: bool = True) -> Iterator[None]:
+    def active(self, wanted: bool = True) -> AbstractContextManager[None]:
         """Within it the model computes with this adapter in place of the first one; or with the first one again."""
         # Not peft's own set_adapter: that changes requires_grad.
-        before = [layer._active_adapter for layer in self._layers]
-        try:
-            for layer in self._layers:
-                layer._active_adapter = COMPANION if wanted else ADAPTER
-            yield
-        finally:
-            for layer, was in zip(self._layers, before, strict=True):
-                layer._active_adapter = was
+        return changed(self._layers, "_active_adapter", COMPANION if wanted else ADAPTER)
 
     def bound(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """A call that computes with the adapter that is in force now, whenever it is made: for a recomputation."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_sparse_attn.sharing.files import replace_file
-from hf_sparse_attn.sharing.strict_json import refuse_word, shortened, unique_keys
+from hf_sparse_attn.sharing.files import replace_file, write_text
+from hf_sparse_attn.sharing.strict_json import read_object, shortened
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ _INDIFFERENT = frozenset(
 _SETTINGS = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"})
 
 
-def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
-    """See Adapter.save; also gives the names of the files."""
+def save(adapter: Adapter, folder: Path, base_model: str = "") -> None:
+    """See Adapter.save."""
     from safetensors.torch import save_file
 
     config = _config(adapter, base_model)
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _tensors(adapter).items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     files = {WEIGHTS: ({_PEFT_PREFIX + name: value for name, value in state.items()}, {"format": "pt"})}
-    if _is_diffusers(adapter.model):
+    if any(cls.__module__.startswith("diffusers.") for cls in type(adapter.model).__mro__):
         inside = {_DIFFUSERS_PREFIX + key: value for key, value in config.items()}
         metadata = {"format": "pt", _METADATA: json.dumps(inside, indent=2, sort_keys=True)}
         files[DIFFUSERS_WEIGHTS] = ({_DIFFUSERS_PREFIX + name: value for name, value in state.items()}, metadata)
@@ -48,8 +48,7 @@ def save(adapter: Adapter, folder: Path, base_model: str = "") -> list[str]:
         (folder / name).unlink(missing_ok=True)
     for name, (tensors, metadata) in files.items():
         replace_file(folder / name, lambda path, t=tensors, m=metadata: save_file(t, path, metadata=m))  # type: ignore[misc]
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    return [CONFIG, *files]
+    write_text(folder / CONFIG, text)
 
 
 def read_settings(file: Path) -> LoraSettings:
@@ -98,24 +97,15 @@ def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
     return dict(json.loads(json.dumps(made)))
 
 
-def _is_diffusers(model: nn.Module) -> bool:
-    return any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__)
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"`{file.parent}` must hold {file.name}, which is missing")
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"`{file}` must have at most {_LARGEST_CONFIG} bytes, got {file.stat().st_size}")
     try:
-        found = json.loads(
-            file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_word
-        )
+        return read_object(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` must hold valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"`{file}` must hold a JSON object, got {shortened(found)}")
-    return found
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

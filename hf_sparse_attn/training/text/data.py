@@ -215,15 +215,10 @@ def open_text(settings: TextSettings, tokenizer: Any, *, seed: int, cache: Path,
 
 def document_weights(document: NeedleDocument, answer: float, other: float) -> NDArray[np.float32]:
     """What the loss at each byte weighs, [length]: 1 in code, `answer` in the answers, `other` in the rest."""
-    weights = np.full(len(document), other, dtype=np.float32)
-    for start, stop in document.code_spans:
-        weights[start:stop] = 1.0
+    weights = np.where(document.code_mask.numpy(), np.float32(1.0), np.float32(other))
     for needle in document.needles:
         weights[needle.asked_at : needle.asked_at + len(needle.value)] = answer
     return weights
-
-
-# ---------------------------------------------------------------------- tokens on the disk
 
 
 def _prepared(settings: TextSettings, tokenizer: Any, cache: Path, progress: bool) -> NDArray[Any]:
@@ -345,8 +340,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     text = json.dumps([type(tokenizer).__name__, tokenizer.eos_token_id, said], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
-
-# ---------------------------------------------------------------------- order
 
 # A Feistel network over fewer numbers than 2^8 would know too few permutations.
 _LEAST_HALF_BITS = 4

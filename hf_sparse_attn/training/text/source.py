@@ -160,9 +160,6 @@ def _either(names: Any) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-# ---------------------------------------------------------------------- files
-
-
 def _read_txt(path: Path, column: str) -> Iterator[Piece]:
     # The mark that Windows puts in front of UTF-8 is no text.
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -185,10 +182,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"`source` must hold a JSON object in each line, got line {number} of {path}"
-                ) from error
+            except ValueError:
+                row = None
             if not isinstance(row, dict):
                 raise ValueError(f"`source` must hold a JSON object in each line, got line {number} of {path}")
             text = _text(row.get(column), column, list(row), f"line {number} of {path}")
@@ -211,13 +206,11 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
         if column not in names:
             raise ValueError(_no_column(column, names, str(path)))
         share = path.stat().st_size // max(1, file.metadata.num_rows)
-        row = 0
-        for batch in file.iter_batches(_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                text = _text(value, column, names, f"row {row} of {path}")
-                if text:
-                    yield Piece(text, advance=share)
+        batches = file.iter_batches(_ROWS, columns=[column])
+        for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
+            text = _text(value, column, names, f"row {row} of {path}")
+            if text:
+                yield Piece(text, advance=share)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Piece]]] = {
@@ -239,9 +232,6 @@ def _text(value: Any, column: str, columns: list[str], where: str) -> str:
 
 def _no_column(column: str, columns: list[str], where: str) -> str:
     return f"`column` must be one of {', '.join(map(str, columns)) or 'none'}; got {column!r} for {where}"
-
-
-# ---------------------------------------------------------------------- data sets
 
 
 def _data_set(settings: TextSettings, path: Path | None) -> Texts:

@@ -1,4 +1,4 @@
-"""Videos to train on: encoded once by a pipeline's VAE and text encoders, and kept as latents."""
+"""Videos, and prompts alone, to train on: encoded once by a pipeline's VAE and text encoders, and kept as latents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
@@ -75,13 +78,52 @@ class VideoSettings(VideoSize):
             raise ValueError(f"`fps` must be more than 0, or none, got {self.fps}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(VideoSize):
+    """The videos that a model is to make of prompts; see VideoSize.
+
+    Args:
+        negative: what guidance points away from.
+    """
+
+    negative: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(ClipSettings):
+    """Prompts, and the videos that a model is to make of them.
+
+    Args:
+        source: a text file with a prompt a line; empty lines are passed over.
+    """
+
+    source: str
+
+
+class PromptData:
+    """Encoded prompts as samples. Their latents have a shape and nothing in them: they take no memory.
+
+    Args:
+        data: the prompts' conditions, as `open_prompts` keeps them.
+        shape: of the latents, [channels, frames, height, width].
+    """
+
+    def __init__(self, data: LatentData, shape: tuple[int, int, int, int]) -> None:
+        self.data, self.shape = data, shape
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> LatentSample:
+        return LatentSample(torch.zeros(()).expand(self.shape), self.data[index].conditions)
+
+
 def open_videos(
     settings: VideoSettings,
     pipe: Any,
     *,
     cache: Path,
     run: Run | None = None,
-    family: str | None = None,
     first_frame: bool = False,
     shard_bytes: int = _SHARD_BYTES,
 ) -> LatentData:
@@ -97,7 +139,6 @@ def open_videos(
             need neither.
         cache: folder for latents, made if missing.
         run: where the training runs; the first process encodes and the others wait.
-        family: that the pipeline must be of, "wan" or "hunyuan_video"; None takes either.
         first_frame: whether a sample's conditions are also those of its first frame; see
             `video_vae.encode_first_frame`.
         shard_bytes: about how large a file of the cache is.
@@ -106,13 +147,13 @@ def open_videos(
         ValueError: a size that the VAE cannot take, a video that cannot be read or has no caption, or latents of
             another size.
         FileNotFoundError: no such folder, or nothing in it.
-        TypeError: a VAE of an unknown class, or of another family.
+        TypeError: a VAE of an unknown class.
         MissingExtra: nothing that reads the videos is installed.
     """
     source = Path(settings.source).expanduser()
     ready = (source / INDEX).is_file()
     if not ready or getattr(pipe, "vae", None) is not None:
-        check_vae(getattr(pipe, "vae", None), family)
+        check_vae(getattr(pipe, "vae", None))
     shape = latent_shape(settings, pipe)
     if ready:
         data = LatentData(source)
@@ -127,6 +168,50 @@ def open_videos(
         return _encoded(settings, pipe, source, Path(cache), None, first_frame, shard_bytes)
     with run.main_first():
         return _encoded(settings, pipe, source, Path(cache), run, first_frame, shard_bytes)
+
+
+def open_prompts(settings: PromptSettings, pipe: Any, *, cache: Path, run: Run) -> PromptData:
+    """Opens prompts; those that have not been encoded before are encoded now, with a progress bar.
+
+    All is kept in `cache` under the prompts and the text encoders. A process that is killed loses the last shard.
+
+    Args:
+        settings: which prompts, and the size of a video.
+        pipe: a text-to-video pipeline of diffusers. Its text encoders are on the run's device meanwhile.
+        cache: folder, made if missing.
+        run: where the training runs; the first process encodes and the others wait.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no text or holds no prompt, or the VAE cannot take the size.
+        TypeError: a VAE of an unknown class.
+    """
+    check_vae(getattr(pipe, "vae", None))
+    vae: Any = pipe.vae.config
+    channels = int(vae.get("z_dim") or vae.latent_channels)
+    shape = (channels, *latent_shape(settings, pipe))
+    prompts = read_prompts(Path(settings.source).expanduser())
+    with run.main_first():
+        return PromptData(_encoded_prompts(settings, pipe, prompts, cache, run), shape)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not text in UTF-8, or holds nothing else than empty lines.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"`prompts` must be a text file with a prompt a line, got {file}, which is not there")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompts` must be a text file in UTF-8, got {file}: {error}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"`prompts` must hold at least one prompt, got none in {file}")
+    return found
 
 
 def latent_shape(settings: VideoSize, pipe: Any) -> tuple[int, int, int]:
@@ -168,7 +253,7 @@ def _check_latents(data: LatentData, shape: tuple[int, int, int], settings: Vide
             )
 
 
-def text_key(pipe: Any, encoders: Sequence[Any]) -> dict[str, Any]:
+def _text_key(pipe: Any, encoders: Sequence[Any]) -> dict[str, Any]:
     """What tells one pipeline's encoding of texts from another's: its encoders and tokenizers."""
     return {
         "text": [fingerprint(encoder) for encoder in encoders],
@@ -192,19 +277,19 @@ def _encoded(
         "settings": asked,
         "clips": [clip.identity() for clip in clips],
         "vae": fingerprint(pipe.vae),
-        **text_key(pipe, encoders),
+        **_text_key(pipe, encoders),
     }
     if first_frame:
         key["first_frame"] = "alone" if pipe.config.get("expand_timesteps") else "padded"
-    name = "videos-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    folder = _folder(cache, "videos", key)
     # The list of all clips is long, and in the name already.
-    writer = LatentWriter(cache / name, {**key, "clips": len(clips)}, shard_bytes)
+    writer = LatentWriter(folder, {**key, "clips": len(clips)}, shard_bytes)
     if not writer.complete:
         device = pipe.vae.device if run is None else run.device
         with placed([pipe.vae, *encoders], device):
             shown = run is None or (run.progress and run.is_main)
             _encode(settings, pipe, clips, writer, device, first_frame, shown)
-    return LatentData(cache / name)
+    return LatentData(folder)
 
 
 def _encode(
@@ -216,8 +301,6 @@ def _encode(
     first_frame: bool,
     progress: bool,
 ) -> None:
-    from tqdm import tqdm
-
     kept = set(writer.names)
     wanted = [clip for clip in clips if clip.name not in kept]
     hidden = None if progress else True
@@ -236,3 +319,31 @@ def _encode(
     if not len(writer):
         raise ValueError(f"`frames` must be at most what some video has, got {settings.frames}, which none has")
     writer.close()
+
+
+def _encoded_prompts(settings: PromptSettings, pipe: Any, prompts: list[str], cache: Path, run: Run) -> LatentData:
+    encoders = parts_of(pipe, TEXT_ENCODERS)
+    key = {
+        "tokens": settings.tokens,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        **_text_key(pipe, encoders),
+    }
+    folder = _folder(cache, "prompts", key)
+    writer = LatentWriter(folder, key, _SHARD_BYTES)
+    if not writer.complete:
+        # The files of latents want some.
+        none = torch.zeros(1, 1, 1, 1)
+        with placed(encoders, run.device):
+            rest = prompts[len(writer) :]
+            hidden = not (run.progress and run.is_main)
+            for prompt in tqdm(
+                rest, "encode prompts", len(prompts), initial=len(writer), unit="prompt", disable=hidden
+            ):
+                conditions = encode_caption(pipe, prompt, run.device, settings.tokens)
+                writer.add(LatentSample(none, conditions), prompt)
+        writer.close()
+    return LatentData(folder)
+
+
+def _folder(cache: Path, kind: str, key: dict[str, Any]) -> Path:
+    return cache / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import replace_file, write_text
 
 FORMAT, VERSION = "hf_sparse_attn.latents", 1
 INDEX = "index.json"
@@ -45,7 +44,7 @@ class LatentData:
     """Samples of a folder of latents, read from the disk as they are asked for; shapes may differ.
 
     Args:
-        folder: with index.json and its shards, as `write_latents` leaves it.
+        folder: with index.json and its shards, as a LatentWriter leaves it.
 
     Raises:
         FileNotFoundError: the folder, its index or a shard is not there.
@@ -135,13 +134,6 @@ class LatentWriter:
         self._shard_bytes = check_int("shard_bytes", shard_bytes, 1)
         # As JSON gives it back: tuples are lists there.
         plain = json.loads(json.dumps(key or {}))
-        self._index: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "complete": False,
-            "key": plain,
-            "samples": [],
-        }
         self._waiting: dict[str, Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,13 +141,13 @@ class LatentWriter:
             if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS and left.name.startswith(_TEMPORARY):
                 left.unlink(missing_ok=True)
         if (self.folder / INDEX).is_file():
-            found = read_index(self.folder)
-            if found["key"] != plain:
+            self._index = read_index(self.folder)
+            if self._index["key"] != plain:
                 raise ValueError(
                     f"`folder` must be empty or hold latents of the same key, got others in {self.folder}"
                 )
-            self._index = found
         else:
+            self._index = {"format": FORMAT, "version": VERSION, "complete": False, "key": plain, "samples": []}
             self._write_index()
 
     def __len__(self) -> int:
@@ -230,33 +222,7 @@ class LatentWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        text = json.dumps(self._index)
-        replace_file(self.folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_latents(
-    folder: str | os.PathLike[str],
-    samples: Iterable[LatentSample],
-    shard_bytes: int = _SHARD_BYTES,
-    key: Mapping[str, Any] | None = None,
-) -> LatentData:
-    """Writes samples to a folder and opens it; goes on where an earlier run stopped, or has nothing left to do.
-
-    Args:
-        folder: made if missing.
-        samples: all of them, in the same order in every run; those that an earlier run kept are drawn and passed over.
-        shard_bytes: about how large a shard is.
-        key: what the samples depend on; a folder of another key is refused.
-
-    Raises:
-        ValueError: a sample that is none, or a folder of another key.
-    """
-    writer = LatentWriter(folder, key, shard_bytes)
-    if not writer.complete:
-        for sample in islice(samples, len(writer), None):
-            writer.add(sample)
-        writer.close()
-    return LatentData(folder)
+        write_text(self.folder / INDEX, json.dumps(self._index))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

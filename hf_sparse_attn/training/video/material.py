@@ -23,9 +23,8 @@ from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.sharing.files import replace_file
 from hf_sparse_attn.training.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.training.text.data import sample_order
-from hf_sparse_attn.training.video.data import VideoSettings, open_videos
+from hf_sparse_attn.training.video.data import PromptData, PromptSettings, VideoSettings, open_prompts, open_videos
 from hf_sparse_attn.training.video.latents import LatentData, LatentSample
-from hf_sparse_attn.training.video.prompts import PromptData, PromptSettings, open_prompts
 from hf_sparse_attn.training.video.vae import TEXT_ENCODERS, encode_caption, parts_of, placed
 
 # What the pipelines multiply noise levels by to have timesteps.
@@ -225,9 +224,6 @@ def announced(model: Any, patch: Patch | None) -> AbstractContextManager[Any]:
     return told
 
 
-# ---------------------------------------------------------------------- models of a pipeline
-
-
 class PipelineMaterial(Material):
     """A transformer of a video pipeline, and videos or prompts encoded by its VAE and text encoders.
 
@@ -348,8 +344,5 @@ def _bare_pipeline(model: str, dtype: torch.dtype) -> Any:
 def scheduler_shift(scheduler: Any) -> float:
     """How far a flow matching scheduler leans towards noise; 1 where there is none, or its config says nothing."""
     config = {} if scheduler is None else scheduler.config
-    for name in ("flow_shift", "shift"):
-        value = config.get(name)
-        if value is not None:
-            return float(value)
-    return 1.0
+    told = (config.get(name) for name in ("flow_shift", "shift"))
+    return float(next((value for value in told if value is not None), 1.0))

@@ -17,14 +17,12 @@ from hf_sparse_attn.shipped.moving import (
     CHANNELS_OUT,
     check_motion,
     condition,
-    draw_classes,
     load_moving_wan,
-    moving_clips,
     sample,
     to_model,
     with_motion,
 )
-from hf_sparse_attn.shipped.moving_scenes import SceneClass, least_size
+from hf_sparse_attn.shipped.moving_scenes import SceneClass, draw_classes, least_size, moving_clips
 from hf_sparse_attn.training.video.latents import LatentSample
 from hf_sparse_attn.training.video.material import TIMES, Material
 

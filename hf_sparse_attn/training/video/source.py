@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,11 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
         least = math.floor((frames - 1) * rate / fps + 0.5) + 1
         taken = _at_rate(decoded, fps, rate)
     kept: list[Tensor] = []
-    try:
+    with _readable(clip.path):
         for frame in taken:
             kept.append(_fitted(torch.from_numpy(np.array(frame)), height, width))
             if len(kept) == frames:
                 return torch.stack(kept, 1)
-    except MissingExtra:
-        raise
-    # Each reader has errors of its own.
-    except Exception as error:
-        raise ValueError(f"`source` must hold videos that can be read, got {clip.path}: {error}") from error
     raise ShortClipError(
         f"`frames` must be at most what every video has, got {frames}, for which {clip.name} must have "
         f"{least} frames and has fewer; `skip_short` leaves such videos out"
@@ -166,9 +162,6 @@ def _fitted(frame: Tensor, height: int, width: int) -> Tensor:
         found = F.interpolate(found, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (found.shape[2] - height) // 2, (found.shape[3] - width) // 2
     return 2.0 * found[0, :, top : top + height, left : left + width] - 1.0
-
-
-# ---------------------------------------------------------------------- captions
 
 
 def _clip(folder: Path, path: Path, listed: dict[str, tuple[str, float | None]]) -> Clip:
@@ -228,24 +221,25 @@ def _json(text: str) -> Any:
         return None
 
 
-# ---------------------------------------------------------------------- decoding
-
-
 def _decode(clip: Clip) -> Decoded:
     """The frames of a video, one by one, and its rate."""
     path = clip.path
     if path.is_dir():
         return _frames_of(path), clip.fps
-    if path.suffix.lower() in _PICTURES:
-        return _moving_picture(path, clip.fps)
+    with _readable(path):
+        frames, rate = (_moving_picture if path.suffix.lower() in _PICTURES else _reader())(path)
+        return frames, clip.fps or rate
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        frames, rate = _reader()(path)
+        yield
     except MissingExtra:
         raise
     # Each reader has errors of its own.
     except Exception as error:
         raise ValueError(f"`source` must hold videos that can be read, got {path}: {error}") from error
-    return frames, clip.fps or rate
 
 
 def _frames_of(folder: Path) -> Iterator[tuple[Frame, None]]:
@@ -255,12 +249,8 @@ def _frames_of(folder: Path) -> Iterator[tuple[Frame, None]]:
             yield np.asarray(opened.convert("RGB")), None
 
 
-def _moving_picture(path: Path, fps: float | None) -> Decoded:
-    image = _pillow()
-    try:
-        opened = image.open(path)
-    except OSError as error:
-        raise ValueError(f"`source` must hold videos that can be read, got {path}: {error}") from error
+def _moving_picture(path: Path) -> Decoded:
+    opened = _pillow().open(path)
 
     def frames() -> Iterator[tuple[Frame, None]]:
         with opened:
@@ -269,7 +259,7 @@ def _moving_picture(path: Path, fps: float | None) -> Decoded:
                 yield np.asarray(opened.convert("RGB")), None
 
     milliseconds = opened.info.get("duration")
-    return frames(), fps or (1000.0 / milliseconds if milliseconds else None)
+    return frames(), 1000.0 / milliseconds if milliseconds else None
 
 
 def _pillow() -> Any:

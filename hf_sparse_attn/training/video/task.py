@@ -142,7 +142,5 @@ class VideoTask(AdapterTask):
 
     def held_out_loss(self) -> float:
         """Mean loss of the held-out samples."""
-        total = 0.0
-        for number in range(self.recipe.held_out):
-            total += float(self.loss(self.draw([HELD_OUT + number])).detach())
-        return total / self.recipe.held_out
+        numbers = range(HELD_OUT, HELD_OUT + self.recipe.held_out)
+        return sum(float(self.loss(self.draw([number])).detach()) for number in numbers) / len(numbers)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.profiling.observe import evaluating
 
 # Names of the text encoders of the pipelines.
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -35,39 +36,32 @@ class _Rules:
     """Of one class of VAE.
 
     Args:
-        family: of the transformers that take its latents.
         normal: shift and factor, [channels or 1, 1, 1, 1]: latents for the transformer are (z - shift) * factor.
         prompt: names of what `encode_prompt` of its pipelines returns; None for what is not kept.
     """
 
-    family: str
     normal: Callable[[Any], tuple[Tensor, Tensor]]
     prompt: tuple[str | None, ...]
 
 
 _HUNYUAN_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 _RULES = {
-    "AutoencoderKLWan": _Rules("wan", _mean_and_std, ("prompt_embeds", None)),
+    "AutoencoderKLWan": _Rules(_mean_and_std, ("prompt_embeds", None)),
     "AutoencoderKLHunyuanVideo": _Rules(
-        "hunyuan_video", _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+        _scaling_factor, ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     ),
-    "AutoencoderKLHunyuanVideo15": _Rules("hunyuan_video", _scaling_factor, _HUNYUAN_15),
+    "AutoencoderKLHunyuanVideo15": _Rules(_scaling_factor, _HUNYUAN_15),
 }
 
 
-def check_vae(vae: Any, family: str | None = None) -> None:
-    """Refuses a VAE that nothing here knows, or one that does not go with a family.
+def check_vae(vae: Any) -> None:
+    """Refuses a VAE that nothing here knows.
 
     Raises:
         TypeError: it is of another class.
-        ValueError: an unknown family.
     """
-    families = sorted({rules.family for rules in _RULES.values()})
-    if family is not None and family not in families:
-        raise ValueError(f"`family` must be {' or '.join(families)}, got {family!r}")
-    fitting = [name for name, rules in _RULES.items() if family in (None, rules.family)]
-    if type(vae).__name__ not in fitting:
-        raise TypeError(f"`vae` must be {' or '.join(fitting)}; got {type(vae).__name__}")
+    if type(vae).__name__ not in _RULES:
+        raise TypeError(f"`vae` must be {' or '.join(_RULES)}; got {type(vae).__name__}")
 
 
 def normalised(vae: Any, z: Tensor) -> Tensor:
@@ -200,15 +194,11 @@ def parts_of(pipe: Any, names: Sequence[str]) -> list[Any]:
 def placed(modules: list[Any], device: torch.device) -> Iterator[None]:
     """Models on a device, in eval mode; afterwards where and as they were. One that is offloaded stays where it is."""
     moved = [(m, m.device) for m in modules if not hasattr(m, "_hf_hook") and m.device != device]
-    training = [(part, part.training) for m in modules for part in m.modules()]
     try:
         for module, _ in moved:
             module.to(device)
-        for module in modules:
-            module.eval()
-        yield
+        with evaluating(modules):
+            yield
     finally:
-        for part, was in training:
-            part.training = was
         for module, before in moved:
             module.to(before)
