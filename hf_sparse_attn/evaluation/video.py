@@ -87,8 +87,9 @@ def evaluate(
             clips = sample(model, scenes, steps=STEPS, seed=_FIRST_SEED)
         density = applied.report().density
         sheets.append((name, density, clips))
-        own = {"psnr": psnr(clips, dense), "ssim": ssim(clips, dense), "right": share_right(clips, scenes)}
-        rows.append(VideoRow(density=density, **own, **common_figures(method, name, wanted, held_out)))
+        common = common_figures(method, name, wanted, held_out)
+        near, alike, right = psnr(clips, dense), ssim(clips, dense), share_right(clips, scenes)
+        rows.append(VideoRow(density=density, psnr=near, ssim=alike, right=right, **common))
 
     for name, density, method in fitted(names, densities, calls, skipped, "video"):
         score(method, name, density)
