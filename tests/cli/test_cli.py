@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -106,6 +106,8 @@ class _Broken:
     Args:
         fault: "wrong", "nan" or "raises".
     """
+
+    auto_rank: ClassVar[dict[str, int]] = {}
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
