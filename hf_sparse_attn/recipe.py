@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.lazy import lazy_names
 from hf_sparse_attn.settings import build_config, read_yaml
+
+# Stood here before.
+__getattr__, _ = lazy_names(__name__, {"LoraSettings": "hf_sparse_attn.training.lora.settings"})
 
 # Recipes, and those which made the models that come with the package: these are in the repository alone.
 _PACKAGES = ("hf_sparse_attn.recipes", "hf_sparse_attn.recipes.shipped")

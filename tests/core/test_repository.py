@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,16 @@ def test_public_names_exist() -> None:
         assert getattr(hsa, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hsa.nothing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bench.run", "bench.make_options", "cli.main", "corpus.needle_document", "coverage.coverage_table",
+        "demo.MODEL", "demo.load_model", "native.report", "pattern.BlockPattern", "profiling.profile",
+        "published_profiles.read_published", "recipe.LoraSettings", "recipe.read_recipe", "training.train",
+    ],
+)  # fmt: skip
+def test_names_of_old_hold(name: str) -> None:
+    module, _, member = name.partition(".")
+    assert callable(getattr(import_module(f"hf_sparse_attn.{module}"), member)) or member == "MODEL"
