@@ -250,6 +250,7 @@ def test_bench_refuses_an_output_that_is_a_file_before_it_measures(tmp_path, cap
     assert "file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_compares_and_draws(tmp_path, capsys):
     assert main(["demo", "--length", "1024", "--output", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -86,6 +86,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_is_pure_and_holds_every_file(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
@@ -100,6 +101,7 @@ def test_the_wheel_is_pure_and_holds_every_file(wheel: Path) -> None:
     assert not any(name.split("/")[0] in LINKED for name in inside)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
@@ -113,6 +115,7 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
     assert str(tmp_path) in out and "True True" in out
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_recipes_that_users_run(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
@@ -151,6 +154,7 @@ def test_import_is_light() -> None:
     assert said_alone(f"{code} print([m for m in {heavy!r} if m in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_optional_packages(tmp_path: Path) -> None:
     """Without Triton, diffusers and the rest installed a tiny model runs, and what is missing is named."""
     absent = ("triton", "diffusers", "matplotlib", "peft", "accelerate", "scipy", "datasets")

@@ -127,6 +127,7 @@ def test_gradient_checkpointing_in_compiled_blocks(kind: str) -> None:
         assert (found[1][name] - grad).abs().max() <= 2e-4 * grad.abs().max() + 1e-9, name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_removed_patches_are_gone_from_the_graph() -> None:
     model, given = build("wan")
