@@ -53,6 +53,7 @@ print("done")
 HEAVY = "('transformers', 'diffusers', 'peft', 'matplotlib')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "between", "after"])
 def test_names_exist_whenever_transformers_is_imported(order):
     ours = f"import hf_sparse_attn; {INSTALL}"

@@ -141,6 +141,7 @@ def test_removed_patches_are_gone_from_the_graph() -> None:
         torch.testing.assert_close(run(**given)[0], dense, **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_backend_set_after_the_patch_is_noticed_in_the_graph(caplog: pytest.LogCaptureFixture) -> None:
     model, given = build("wan")
@@ -154,6 +155,7 @@ def test_a_backend_set_after_the_patch_is_noticed_in_the_graph(caplog: pytest.Lo
     assert "attention backend changed after the patch" in caplog.text
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_patched_models_in_graphs_do_not_mix() -> None:
     models = [tiny_wan.transformer(seed=i) for i in range(2)]

@@ -334,6 +334,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeypatch:
     assert not any("companion" in name for name in weights[0])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     code = f"import runpy, torch; torch.set_num_threads(1); found = runpy.run_path({__file__!r}); "
     done = run_code(code + f"found['program'](found['Path']({str(tmp_path / 'two')!r}))", processes=2)
