@@ -10,7 +10,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from hf_sparse_attn.hosts import NATIVE_PREFIX
 
@@ -144,9 +143,7 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    session, module_now = Session(method, Policy(), "auto", False), ref(module)
-    session.in_training = lambda: (now := module_now()) is not None and now.training
-    return LayerState(record, session, layers, default_dense(module))
+    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
 
 
 class _Watch(MetaPathFinder):

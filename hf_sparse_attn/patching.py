@@ -32,8 +32,6 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         self._removed = False
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
-        watched = [ref(module) for module in self.modules]
-        session.in_training = lambda: any(m.training for one in watched if (m := one()) is not None)
 
     def __reduce__(self) -> Any:
         raise TypeError("a patched model must not be pickled: unpatch() it first, or save its state_dict()")

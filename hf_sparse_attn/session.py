@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -56,30 +55,11 @@ class Session(Uncopied):
         # Fields of LayerInputs that the hooks fill in.
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
-        self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
-        self.pauses = self._steady = 0
+        self.pauses = 0
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
-
-    def steady(self, *inputs: Tensor) -> bool:
-        """Whether a call must decide as the same call did before and will again: in training, for recomputation.
-
-        What earlier calls taught is then left aside; prediction by the table is not.
-        """
-        if self._steady > 0 or self.in_training():
-            return True
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-    @contextmanager
-    def steadily(self, training: bool) -> Iterator[None]:
-        """Within it, with `training`, calls are steady whatever the state of torch."""
-        self._steady += training
-        try:
-            yield
-        finally:
-            self._steady -= training
 
     def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
         """Whether a call is dense by what was decided, which is then counted.
@@ -180,7 +160,7 @@ class Session(Uncopied):
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
     ) -> Done | None:
         """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
-        case = Case(self, record, q, k, v, ctx, known)
+        case = Case(self, record, q, ctx, known)
         if self.stays_dense(record, case.before()):
             return None
         densities: list[float | Tensor] = []
@@ -205,7 +185,7 @@ class Session(Uncopied):
         for reason in done.reasons if isinstance(done, PartlyDense) else ():
             self._check_strict(record, reason)
             record.count(record.partly_dense, reason)
-        gain = case.done()
+        gain = case.gain()
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.

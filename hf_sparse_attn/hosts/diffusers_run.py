@@ -227,7 +227,7 @@ class CompiledLayer:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int], options: list[float],
-        reason: str, training: bool, again: bool,
+        reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         attention, layer, scale = self.attention, self.layer, options[0]
@@ -245,5 +245,4 @@ class CompiledLayer:
         hidden = extra.get("hidden")
         inputs = None if hidden is None else LayerInputs(hidden)
         asked = Asked(q, k, v, extra.get("mask"), scale, (), dense, inputs)
-        with attention.session.steadily(training):
-            return attention.run(layer, call, asked).transpose(1, 2)
+        return attention.run(layer, call, asked).transpose(1, 2)

@@ -62,7 +62,7 @@ class CompiledLayer(Uncopied):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int],
-        options: list[float], reason: str, training: bool, again: bool,
+        options: list[float], reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         module = self.module()
@@ -82,8 +82,7 @@ class CompiledLayer(Uncopied):
         if "sinks" in extra:
             kwargs["s_aux"] = extra["sinks"]
         mask = None if lengths[3] else _mask_of(q, k, extra, lengths, state.dense)
-        with state.session.steadily(training):
-            done = attend_sparse(state, module, q, k, v, mask, kwargs)
+        done = attend_sparse(state, module, q, k, v, mask, kwargs)
         if done is None:
             with _parameters(module, {n: extra[f"parameter {n}"] for n in self.parameters}):
                 done = run_dense(state.dense, module, q, k, v, mask, kwargs)
