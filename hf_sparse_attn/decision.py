@@ -49,7 +49,7 @@ SPARSE = Decision()
 
 def as_before(session: Session) -> Decision:
     """Whether the model runs as without a patch, to the bit: in a pause, not counted, or by method "dense"."""
-    if session.pauses:
+    if session.paused:
         return Decision("paused", counted=False)
     return Decision("method dense") if session.method.name == "dense" else SPARSE
 

@@ -9,8 +9,10 @@ from weakref import ref
 
 from torch import nn
 
+from hf_sparse_attn.at_work import AtWork
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.overlay import Overlay
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
 
@@ -30,6 +32,7 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         self._model = ref(model)
         self._undo = ExitStack()
         self._removed = False
+        self.at_work = AtWork()
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
 
@@ -52,8 +55,7 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets an instance attribute; `remove()` restores the value or the absence it had."""
-        self.on_remove(restoring(owner, name))
-        owner.__dict__[name] = value
+        self.on_remove(Overlay(owner, name, value).lift)
 
     def report(self) -> Report:
         """What every patched layer did so far."""
@@ -82,19 +84,21 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
     def paused(self) -> Iterator[None]:
         """Within it the model runs its own dense attention, to the bit, as if it had no patch; nothing is counted.
 
-        What is run within it with gradient checkpointing must have its backward within it, too.
+        Calls of other threads and tasks are not paused. What is run within it with gradient checkpointing must have
+        its backward within it, too.
         """
-        self.session.pauses += 1
-        try:
+        with self.session.pause():
             yield
-        finally:
-            self.session.pauses -= 1
 
     def remove(self) -> None:
-        """Puts back everything that was replaced. A second call does nothing."""
+        """Puts back everything that was replaced. A second call does nothing.
+
+        Forwards that are at work then, in whatever thread, end as they began, and the last of them puts back; those
+        that begin after run as without the patch.
+        """
         if not self._removed:
-            self._removed = True
-            self._undo.close()
+            self._removed = self.session.ended = True
+            self.at_work.close(self._undo.close)
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -134,4 +138,6 @@ def active_patch(module: object) -> Patch | None:
     """The patch on a module, or None."""
     found = getattr(module, "__dict__", {}).get(PATCH_ATTRIBUTE)
     # A deep copy of a patched module carries the attribute over, but is not what the patch changed.
-    return found if isinstance(found, Patch) and any(own is module for own in found.modules) else None
+    if not isinstance(found, Patch) or found.session.ended:
+        return None
+    return found if any(own is module for own in found.modules) else None

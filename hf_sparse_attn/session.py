@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -37,6 +40,20 @@ SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
+# The sessions that are paused in this thread or task.
+_PAUSED: ContextVar[frozenset[int]] = ContextVar("hf_sparse_attn_paused", default=frozenset())
+
+
+class _Pauses:
+    depth = 0
+
+
+class _Thread(threading.local):
+    # An object of its own, for what graphs read of the local storage itself is not kept apart.
+    def __init__(self) -> None:
+        self.pauses = _Pauses()
+
+
 class Uncopied:
     """Base of what a deep copy of a patched model shares with it: a copy goes on with the same state and counts."""
 
@@ -56,10 +73,32 @@ class Session(Uncopied):
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
         self.watcher: Watcher | None = None
-        self.pauses = 0
+        # Whether the patch was removed; forwards that began before go on with it.
+        self.ended = False
+        self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
+
+    @property
+    def paused(self) -> bool:
+        """Whether calls of this thread or task run as without the patch."""
+        # A graph knows no context variables; one that is traced now outlives a patch that was removed.
+        if torch.compiler.is_compiling():
+            return self._here.pauses.depth > 0 or self.ended
+        return self.number in _PAUSED.get()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it, `paused` holds in this thread or task, and in no other."""
+        here, before = self._here.pauses, _PAUSED.get()
+        here.depth += 1
+        _PAUSED.set(before | {self.number})
+        try:
+            yield
+        finally:
+            here.depth -= 1
+            _PAUSED.set(before)
 
     def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
         """Whether a call is dense by what was decided, which is then counted.

@@ -151,7 +151,7 @@ MUTANTS = [
         "True else Loss(OWN_TIME",
         COST,
     ),
-    Mutant("pauses, not heeded", DECISION, "    if session.pauses:", "    if False:", DECIDED),
+    Mutant("pauses, not heeded", DECISION, "    if session.paused:", "    if False:", DECIDED),
     Mutant("pauses, counted", DECISION, 'Decision("paused", counted=False)', 'Decision("paused")', DECIDED),
     Mutant(
         "shapes, without policy and method",

@@ -75,7 +75,7 @@ class CompiledLayer(Uncopied):
             # Only where the patch is strict: this raises.
             state.session.give_up(state.record, reason)
         if state.hints is not None:
-            state = replace(state, hints=replace(state.hints, grid=tuple(lengths[4:]) or None))
+            state = replace(state, hints=replace(state.hints, last=tuple(lengths[4:]) or None, fixed=True))
         kwargs: dict[str, Any] = {"scaling": options[0], "dropout": 0.0, "is_causal": bool(lengths[2])}
         if options[1]:
             kwargs["softcap"] = options[1]

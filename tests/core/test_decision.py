@@ -103,9 +103,8 @@ def test_the_methods_own_word_goes_before_the_policy() -> None:
 def test_a_pause_is_not_counted_and_the_method_dense_is() -> None:
     session, dense = session_of(), session_of(method=hsa.get_method("dense")())
     for one in (session, dense):
-        one.pauses += 1
-        assert one.as_before(one.record("layer", 0))
-        one.pauses -= 1
+        with one.pause():
+            assert one.as_before(one.record("layer", 0))
     assert not session.as_before(session.records["layer"]) and dense.as_before(dense.records["layer"])
     assert not session.records["layer"].dense_reasons and dense.records["layer"].dense_reasons == {"method dense": 1}
 
@@ -326,9 +325,11 @@ def reading() -> Session:
 
 
 def paused() -> Session:
-    session = session_of()
-    session.pauses += 1
-    return session
+    return Paused(hsa.get_method("block_topk")(), policy.Policy(), "auto", strict=False)
+
+
+class Paused(Session):
+    paused = True
 
 
 @dataclass(frozen=True, kw_only=True)
