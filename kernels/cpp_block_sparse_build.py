@@ -13,6 +13,7 @@ import tempfile
 import time
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -26,6 +27,7 @@ _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-strict-aliasing", "-w")
 # A compiler that takes longer is taken for stuck.
 _SECONDS = 300
+_BUILDING = Lock()
 
 
 class CannotBuild(RuntimeError):
@@ -49,7 +51,9 @@ def library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
     Raises:
         CannotBuild: no compiler, or it failed; asked again it is not tried again.
     """
-    found = _library(dtype, backward)
+    # Threads that come together wait for one of them.
+    with _BUILDING:
+        found = _library(dtype, backward)
     if isinstance(found, str):
         raise CannotBuild(found)
     return found
