@@ -93,6 +93,12 @@ def runs_here(modules: Iterable[nn.Module | None]) -> bool:
     return any(_calls_of(sys._getframe(), modules))
 
 
+def runs_anywhere(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether one of some modules is being called in any thread, noted or not."""
+    modules = list(modules)
+    return any(any(_calls_of(frame, modules)) for frame in sys._current_frames().values())
+
+
 def _calls_of(frame: FrameType | None, modules: Iterable[nn.Module | None]) -> Iterable[bool]:
     """True for each call of one of some modules on a stack."""
     wanted = {id(module) for module in modules if module is not None}

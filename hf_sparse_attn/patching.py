@@ -53,9 +53,12 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         """Registers what puts something back; called in reverse order."""
         self._undo.callback(call, *args)
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; `remove()` restores the value or the absence it had."""
-        self.on_remove(Overlay(owner, name, value).lift)
+    def set_attribute(self, owner: Any, name: str, value: Any, yields: bool = False) -> None:
+        """Sets an instance attribute; `remove()` restores the value or the absence it had.
+
+        With `yields`, another value that is set meanwhile is left as it is.
+        """
+        self.on_remove(Overlay(owner, name, value, yields).lift)
 
     def report(self) -> Report:
         """What every patched layer did so far."""
