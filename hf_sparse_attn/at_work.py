@@ -44,20 +44,20 @@ class AtWork:
         self._last: Callable[[], object] | None = None
         self.closed = False
 
-    def begin(self, forward: Forward) -> None:
-        """Notes a forward, which after `close` is asleep and keeps nothing waiting.
+    def begin(self, forward: Forward) -> bool:
+        """Notes a forward, one that is asleep keeps nothing waiting; False after `close`, when none begins any more.
 
         What an interrupt left behind of the same module in this thread is forgotten.
         """
         module = forward.module()
         with self._lock:
-            forward.asleep = forward.asleep or self.closed
-            if forward.asleep:
-                return
+            if self.closed or forward.asleep:
+                return not self.closed
             own = [f for f in self._forwards if f.thread == forward.thread and f.module() is module]
             if own and len(own) >= len(list(_calls_of(sys._getframe(), [module]))):
                 self._forwards = [f for f in self._forwards if f not in own]
             self._forwards.append(forward)
+            return True
 
     def __contains__(self, forward: Forward) -> bool:
         return forward in self._forwards

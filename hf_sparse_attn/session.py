@@ -73,8 +73,8 @@ class Session(Uncopied):
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
         self.watcher: Watcher | None = None
-        # Whether the patch was removed; forwards that began before go on with it.
-        self.ended = False
+        # Whether the patch is all on, and whether it was removed: a forward is under it that begins in between.
+        self.begun = self.ended = False
         self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)

@@ -133,12 +133,11 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def _learner(session: Session) -> Callable[..., Any]:
     """A pre-hook that adds what the tokens are to a forward's arguments, which reach every text attention."""
-    from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
     def learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         # Reading ids would break the graph. In a pause what the cache holds must be known all the same.
-        if torch.compiler.is_compiling() or (session.ended and sleeps(session)):
+        if torch.compiler.is_compiling() or session.ended:
             return None
         return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
 
@@ -260,7 +259,8 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
-        if edges is None:
+        # Of a patch before, whose forward is still at work, there may be others.
+        if edges is None or SEGMENTS in given:
             return None
         if edges not in cuts:
             cuts[edges] = Cut.at(edges)

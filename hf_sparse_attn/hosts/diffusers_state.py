@@ -181,8 +181,7 @@ class Forwards(Uncopied):
             _enter(transformer, self._running(transformer))
             return
         forward = Forward(ref(transformer))
-        self.patch.at_work.begin(forward)
-        if forward.asleep:
+        if not (self.session.begun and self.patch.at_work.begin(forward)):
             return
         try:
             number, call = self.begin(own, time, self.family.tokens(transformer, inputs))
