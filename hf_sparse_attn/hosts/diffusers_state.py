@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
+from hf_sparse_attn.hosts.diffusers_clock import Clock
 from hf_sparse_attn.hosts.diffusers_model import (
     NUMBER,
     Call,
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
 _TICKETS = itertools.count()
 _MOST_TICKETS = 256
+# Names under which transformers take the time.
+TIMES = ("timestep", "timesteps", "t")
 # What no call of attention has.
 _NO_SIZES = -1, -1
 
@@ -156,7 +158,7 @@ class Forwards(Uncopied):
     def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
         inputs = self.by_name(transformer, args, kwargs)
-        time = inputs.get("timestep")
+        time = next((inputs[name] for name in TIMES if inputs.get(name) is not None), None)
         if torch.compiler.is_compiling():
             given, tokens = [time] if isinstance(time, Tensor) else [], self.family.tokens(transformer, inputs)
             traced = self.thread.traced
@@ -173,16 +175,14 @@ class Forwards(Uncopied):
 
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
-        step = self.clock.step(time)
-        generation = self.clock.generation
-        num_steps = generation.announced[1] or run_length(pipeline_of(self.patch))
-        step = step if num_steps is None else min(step, num_steps - 1)
+        moment = self.clock.moment(time, pipeline_of(self.patch))
         for attention in self.attentions[transformer]:
             reason = self.why_lost(attention)
             if reason is not None:
                 self._warn(f"{reason}: set the backend first, then call patch()")
                 self.session.give_up(self.layers[attention].record, reason)
-        call = Call(tokens, step, num_steps, generation.branch, WeakTensorKeyDictionary())
+        branch = self.clock.generation.branch
+        call = Call(tokens, moment.step, moment.num_steps, branch, WeakTensorKeyDictionary())
         number = next(_TICKETS)
         self.tickets[number] = call
         # A backward asks for the forwards of the steps whose gradients it adds up, and not for older ones.
