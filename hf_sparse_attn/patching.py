@@ -62,7 +62,16 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
-        return Report(session.method.name, session.method.params(), self.family, layers)
+        return Report(session.method.name, session.method.params(), self.family, layers, self.notes)
+
+    def note(self, text: str) -> None:
+        """Tells something of this patch once: a warning in the log, and a line under the table of `report()`."""
+        self.session.notes.add(text)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was told of this patch so far."""
+        return tuple(self.session.notes)
 
     def measure(self, calls: int = 1) -> None:
         """Has the next sparse calls of each layer measured: the model's own dense attention is run beside them.

@@ -20,6 +20,7 @@ from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
+from hf_sparse_attn.notes import Notes
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import Done, LayerRecord
@@ -60,6 +61,8 @@ class Session(Uncopied):
         self.watcher: Watcher | None = None
         self.pauses = self._steady = 0
         self.records: dict[str, LayerRecord] = {}
+        # What is told besides figures: settings without effect, steps that are guessed.
+        self.notes = Notes()
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
