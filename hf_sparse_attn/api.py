@@ -46,7 +46,7 @@ def patch(
         strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
             running dense and reporting why.
         dense_layers: number of first layers kept dense, or the layers themselves.
-        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares.
+        dense_steps: share of the model evaluations of a denoising run kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from hf_sparse_attn.hosts.diffusers_loop import Place, by_scheduler, running
 
 NO_SCHEDULE = (
-    "dense_steps: number of steps unknown (patch the pipeline, call the transformer in a loop over the timesteps of its "
-    "scheduler, or inside cache_context(name, step_index=..., num_inference_steps=...))"
+    "number of steps unknown (patch the pipeline, call the transformer in a loop over the timesteps of "
+    "its scheduler, or inside cache_context(name, step_index=..., num_inference_steps=...))"
+)
+
+GUESSED = (
+    "steps are a guess, counted by changes of the time that the transformer is given: neither a denoising loop over a "
+    "scheduler's timesteps nor cache_context(name, step_index=..., num_inference_steps=...) tells of them"
 )
 
 

@@ -29,6 +29,8 @@ _SCHEDULERS = {"diffusers.schedulers.scheduling_utils": "SchedulerMixin"}
 _OWNERS = ("self", "components")
 # Names of variables that may hold a schedule: a loop over the samples of a batch is none over steps.
 _SCHEDULE = re.compile("step|sigma|time")
+# Functions that hand out the variables of their caller.
+_SNAPSHOTS = {"locals", "vars", "dir", "eval", "exec"}
 # What stands between the head of a loop and its first statement: how the next item gets its names.
 _UNPACKING = {"UNPACK_SEQUENCE", "CACHE", "EXTENDED_ARG", "SWAP", "NOP"}
 
@@ -70,7 +72,8 @@ def running() -> Found:
     while frame is not None:
         loops = [loop for loop in _loops(frame.f_code) if loop.begin <= frame.f_lasti < loop.end]
         own = any(name in frame.f_code.co_varnames for name in _OWNERS)
-        if loops or own:
+        # To look at the variables writes them to that copy, which is a user's own business.
+        if (loops or own) and (_is_library(frame) or not _may_hold(frame.f_code)):
             with _variables(frame) as variables:
                 owner = next(
                     (variables[n] for n in ("self", "components") if isinstance(variables.get(n), pipelines)), None
@@ -116,8 +119,17 @@ def _variables(frame: FrameType) -> Iterator[Mapping[str, Any]]:
         yield found
     finally:
         # Before Python 3.13 a function keeps the copy that was made of its variables until it ends.
-        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and not _may_hold(frame.f_code):
             found.clear()
+
+
+@lru_cache(maxsize=1024)
+def _may_hold(code: CodeType) -> bool:
+    """Whether a function may itself hold the one copy of its variables that Python before 3.13 makes."""
+    if _SNAPSHOTS.isdisjoint(code.co_names):
+        return False
+    # An attribute of that name is something else.
+    return any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in dis.get_instructions(code))
 
 
 @lru_cache(maxsize=1024)

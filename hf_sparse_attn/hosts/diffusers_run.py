@@ -43,8 +43,8 @@ class Attention:
         self.family = forwards.family
         self.dispatch = dispatch
         self.backend = backend
-        policy = self.session.policy
-        self.needs_schedule = policy.dense_steps is not None and policy.dense_steps not in (0, (0, 0))
+        # Shares of a run mean nothing where nobody knows how long it is.
+        self.needs_schedule = self.session.policy.by_steps or self.session.method.by_steps
 
     def attend(
         self,

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_clock import Clock
+from hf_sparse_attn.hosts.diffusers_clock import GUESSED, Clock
 from hf_sparse_attn.hosts.diffusers_model import (
     NUMBER,
     Call,
@@ -176,6 +176,8 @@ class Forwards(Uncopied):
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
         moment = self.clock.moment(time, pipeline_of(self.patch))
+        if moment.guessed and (self.session.policy.by_steps or self.session.method.by_steps):
+            self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
             reason = self.why_lost(attention)
             if reason is not None:
