@@ -12,9 +12,8 @@ import dis
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -62,6 +61,18 @@ class _Loop(NamedTuple):
     names: tuple[str, ...]
 
 
+class _Code(NamedTuple):
+    """A function: its code, its loops, and whether it may hold the one copy of its variables itself."""
+
+    code: CodeType
+    loops: tuple[_Loop, ...]
+    snapshot: bool
+
+
+_READ: dict[int, _Code] = {}
+_KEPT = 4096
+
+
 def running() -> Found:
     """The denoising loop, and the innermost pipeline, that the calling thread is in."""
     pipeline = None
@@ -70,7 +81,7 @@ def running() -> Found:
         return Found()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        loops = [loop for loop in _loops(frame.f_code) if loop.begin <= frame.f_lasti < loop.end]
+        loops = [loop for loop in _read(frame.f_code).loops if loop.begin <= frame.f_lasti < loop.end]
         own = any(name in frame.f_code.co_varnames for name in _OWNERS)
         # To look at the variables writes them to that copy, which is a user's own business.
         if (loops or own) and (_is_library(frame) or not _may_hold(frame.f_code)):
@@ -123,20 +134,26 @@ def _variables(frame: FrameType) -> Iterator[Mapping[str, Any]]:
             found.clear()
 
 
-@lru_cache(maxsize=1024)
 def _may_hold(code: CodeType) -> bool:
     """Whether a function may itself hold the one copy of its variables that Python before 3.13 makes."""
-    if _SNAPSHOTS.isdisjoint(code.co_names):
-        return False
-    # An attribute of that name is something else.
-    return any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in dis.get_instructions(code))
+    return _read(code).snapshot
 
 
-@lru_cache(maxsize=1024)
-def _loops(code: CodeType) -> tuple[_Loop, ...]:
+def _read(code: CodeType) -> _Code:
+    """What is to know of a function, read once; by identity, for to hash its code is to go through all of it."""
+    known = _READ.get(id(code))
+    if known is None or known.code is not code:
+        if len(_READ) >= _KEPT:
+            _READ.clear()
+        steps = list(dis.get_instructions(code))
+        # An attribute of that name is something else.
+        snapshot = any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in steps)
+        known = _READ[id(code)] = _Code(code, tuple(_loops(steps)), snapshot)
+    return known
+
+
+def _loops(steps: Sequence[dis.Instruction]) -> Iterator[_Loop]:
     """The `for` loops of a function, outer ones first."""
-    found = []
-    steps = list(dis.get_instructions(code))
     for number, step in enumerate(steps):
         if step.opname != "FOR_ITER":
             continue
@@ -147,8 +164,7 @@ def _loops(code: CodeType) -> tuple[_Loop, ...]:
                 names += given[:1] if "LOAD" in after.opname else given
             if not after.opname.startswith("STORE_") and after.opname not in _UNPACKING:
                 break
-        found.append(_Loop(step.offset, step.argval, tuple(names)))
-    return tuple(found)
+        yield _Loop(step.offset, step.argval, tuple(names))
 
 
 def _place(

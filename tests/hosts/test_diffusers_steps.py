@@ -405,7 +405,7 @@ def test_loops_of_a_function() -> None:
             for d in items:
                 yield d + 1
 
-    loops = diffusers_loop._loops(act.__code__)
+    loops = diffusers_loop._read(act.__code__).loops
     assert [loop.names for loop in loops] == [("a", "b", "c"), ("d",)]
     assert loops[0].begin < loops[1].begin < loops[1].end <= loops[0].end
 
