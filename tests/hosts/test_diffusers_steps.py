@@ -99,7 +99,7 @@ def test_time_that_rises() -> None:
     ],
 )
 def test_evaluations_of_a_solver(scheduler: str, given: int, ran: int) -> None:
-    """Wan tells cache_context of the steps that it was asked for, which are not those that it runs."""
+    """Heun's method has two evaluations for each step but the last."""
     pipe = tiny_wan.pipeline()
     more = {} if "Heun" in scheduler else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     pipe.scheduler = getattr(diffusers, scheduler)(**more)
@@ -296,8 +296,8 @@ def test_other_loops_are_none_over_steps() -> None:
     pipe.scheduler.set_timesteps(9)
 
     def act() -> None:
-        levels = torch.tensor([900.0, 500.0, 100.0])
-        for _, level in enumerate(levels):
+        timesteps = torch.tensor([900.0, 500.0, 100.0])
+        for _, level in enumerate(timesteps):
             wan_call(model, level)
 
     pipe.transformer = model
