@@ -65,8 +65,8 @@ _GENERATIONS: ContextVar[WeakKeyDictionary[Clock, Generation] | None] = ContextV
 
 
 class Clock:
-    """Step of a call, by the first of these that tells it: `cache_context`, the denoising loop that runs, its scheduler
-    (diffusers_loop.py), and at last the values of time.
+    """Step of a call, by the first of these that tells it: `cache_context`, the denoising loop that runs, its
+    scheduler (diffusers_loop.py), and at last the values of time.
 
     The transformers of a pipeline (two experts) share one clock, from which each thread that runs them reads its own
     time.
