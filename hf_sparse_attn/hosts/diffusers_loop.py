@@ -238,7 +238,7 @@ def _index(item: Any, schedule: Any, number: int | None) -> int | None:
         if not isinstance(item, Tensor) or item.shape != schedule.shape[1:]:
             return None
         if _memory(item) is not None and _memory(item) == _memory(schedule) and item.dtype == schedule.dtype:
-            behind = item.storage_offset() - schedule.storage_offset()
+            behind = int(item.storage_offset()) - int(schedule.storage_offset())
             place, rest = divmod(behind, schedule.stride(0) or 1)
             return place if rest == 0 and 0 <= place < len(schedule) else None
         return number if _equals(item, schedule, number) else None
