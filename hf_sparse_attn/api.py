@@ -15,7 +15,7 @@ from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
-from hf_sparse_attn.patching import Patch, active_patch
+from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.presets import find_preset
@@ -99,11 +99,15 @@ def patch(
 def unpatch(model: Any) -> None:
     """Removes the patch of a model or pipeline; it is then as it was, bit for bit.
 
+    A deep copy of a patched model is as if it had been unpatched already: nothing is left to do.
+
     Raises:
         ValueError: the model is not patched.
     """
-    patches = {id(p): p for module in find_family(model)[2] if (p := active_patch(module)) is not None}
-    if not patches:
+    modules = find_family(model)[2]
+    patches = {id(p): p for module in modules if (p := active_patch(module)) is not None}
+    copied = forget_copies(modules)
+    if not patches and not copied:
         raise ValueError(f"`model` must be patched, got a {type(model).__name__} without a patch")
     for found in patches.values():
         found.remove()

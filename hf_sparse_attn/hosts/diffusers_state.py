@@ -28,7 +28,6 @@ from hf_sparse_attn.hosts.diffusers_model import (
     rotary_table,
 )
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.session import Uncopied
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class _Thread(threading.local):
         self.traced = Traced()
 
 
-class Forwards(Uncopied):
+class Forwards:
     """The forwards of the transformers of one patch, and the hooks that note them; these know of a copy by its module.
 
     Args:

@@ -21,7 +21,7 @@ from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
 from hf_sparse_attn.patching import changed
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
-from hf_sparse_attn.session import Session, Uncopied
+from hf_sparse_attn.session import Session
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -39,7 +39,7 @@ Output = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class LayerState(Uncopied):
+class LayerState:
     """What an attention module needs to run sparse.
 
     Args:
