@@ -114,7 +114,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def _answers(self, module: nn.Module, changes: _Changes) -> dict[str, Any]:
         """What stands in a module so that copies of it are made here."""
-        return dict(zip(_ANSWERED, (partial(f, module, changes) for f in (self._deep_copy, self._shallow_copy)), strict=True))
+        return dict(
+            zip(_ANSWERED, (partial(f, module, changes) for f in (self._deep_copy, self._shallow_copy)), strict=True)
+        )
 
     def _shallow_copy(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
         """What a shallow copy is made of; it shares the patch, and is unpatched with the module."""
@@ -173,7 +175,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
     def paused(self) -> Iterator[None]:
         """Within it the model runs its own dense attention, to the bit, as if it had no patch; nothing is counted.
 
-        What is run within it with gradient checkpointing must have its backward within it, too.
+        Gradient checkpointing runs layers again in backward: what was run within it that way must have its backward
+        within it, and what was not, outside of it. Else backward raises.
         """
         self.session.pauses += 1
         try:

@@ -59,6 +59,8 @@ class Session(Uncopied):
         self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
         self.pauses = self._steady = 0
+        # Whether attention ever ran that backward runs again; see recomputation.
+        self.checkpointed = False
         self.records: dict[str, LayerRecord] = {}
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
 from hf_sparse_attn.hosts.vision_segments import Cut, Segments
@@ -246,7 +247,7 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_install import is_switched
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or session.pauses or not is_switched(module.config):
+        if torch.compiler.is_compiling() or in_program() or session.pauses or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
