@@ -60,6 +60,8 @@ class Session(Uncopied):
         self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
         self.pauses = self._steady = 0
+        # Whether attention ever ran that backward runs again; see recomputation.
+        self.checkpointed = False
         self.records: dict[str, LayerRecord] = {}
         # What is told besides figures: settings without effect, steps that are guessed.
         self.notes = Notes()
