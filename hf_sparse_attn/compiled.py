@@ -38,8 +38,8 @@ def refuse_program() -> None:
 def refuse_method() -> None:
     """Raises where a method is asked for its pattern while its call is exported."""
     raise RuntimeError(
-        "`method` must be a ready BlockPattern in an exported program, for a method looks at values when it runs: make "
-        "it before, by `pattern = method.pattern(q, k, ctx)`"
+        "`method` must be a ready BlockPattern in an exported program, for a method looks at values when it runs: "
+        "make it before, by `pattern = method.pattern(q, k, ctx)`"
     )
 
 

@@ -114,9 +114,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def _answers(self, module: nn.Module, changes: _Changes) -> dict[str, Any]:
         """What stands in a module so that copies of it are made here."""
-        return dict(
-            zip(_ANSWERED, (partial(f, module, changes) for f in (self._deep_copy, self._shallow_copy)), strict=True)
-        )
+        answers = partial(self._deep_copy, module, changes), partial(self._shallow_copy, module, changes)
+        return dict(zip(_ANSWERED, answers, strict=True))
 
     def _shallow_copy(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
         """What a shallow copy is made of; it shares the patch, and is unpatched with the module."""

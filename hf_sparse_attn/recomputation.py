@@ -40,7 +40,7 @@ def note(session: Session) -> None:
 
 
 def is_of_before(session: Session) -> bool:
-    """Whether backward runs attention again whose forward ran before the patch, as far as can be told: none has since."""
+    """Whether backward runs attention again of a forward before the patch: none since is known."""
     return not session.checkpointed and _in_backward()
 
 
@@ -85,7 +85,7 @@ def _check(patch: Patch, paused: bool) -> Any:
     def check(_: Any) -> None:
         if patch.removed:
             raise RuntimeError(
-                "gradient checkpointing runs layers again in backward, but the patch under which they ran was removed: "
+                "gradient checkpointing runs layers again in backward, but the patch of their forward was removed: "
                 "call backward() before remove() or the end of `with hsa.patch(...)`"
             )
         if paused != (patch.session.pauses > 0):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing across the ends of a patch and of its pauses: the gradients are right, or backward says why."""
+"""Gradient checkpointing across the ends of a patch and of its pauses: gradients are right, or backward says why."""
 
 from __future__ import annotations
 
