@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from threading import Lock
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +14,9 @@ from hf_sparse_attn import recomputation
 from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.session import Session
+
+# Two threads that patch one model at a time: the second is told so.
+_INSTALLING = Lock()
 
 
 class Family(Protocol):
@@ -83,11 +87,12 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
         ValueError: the model is patched already, or has no self-attention layers.
     """
     name, family, modules = found
-    for module in modules:
-        already = active_patch(module)
-        if already is not None:
-            raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
-    patch = Patch(name, session, modules, model)
+    with _INSTALLING:
+        for module in modules:
+            already = active_patch(module)
+            if already is not None:
+                raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
+        patch = Patch(name, session, modules, model)
     try:
         family.install(patch)
         recomputation.watch(patch)

@@ -21,6 +21,9 @@ Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 # Patterns of static methods.
 _STATIC: RecentValues[BlockPattern | Decline] = RecentValues(64)
 
+# Tokens of a block of which methods look at the mean, about.
+_POOLED = 64
+
 NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
@@ -182,6 +185,14 @@ class Method:
         """
         density = getattr(self, "density", None)
         return float(density) if isinstance(density, (int, float)) else 0.0
+
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Logits that a method which is not `static` computes for each head before its pattern is known.
+
+        By it the policy leaves calls dense in which finding a pattern takes longer than the pattern can save. The
+        default is that of methods which look at means of blocks alone.
+        """
+        return ctx.layout.q_len * ctx.layout.kv_len / _POOLED**2
 
     def cache_key(self, ctx: Context) -> tuple[Any, ...]:
         """What a static pattern depends on besides the parameters."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 from hf_sparse_attn.hosts import NATIVE_PREFIX
 
@@ -66,7 +67,7 @@ def report(model: nn.Module) -> Report:
     """
     from hf_sparse_attn.report import Report
 
-    states = [s for s in (_states().get(m) for m in model.modules()) if s is not None]
+    states = [s for s in (_STATES.get(m) for m in model.modules()) if s is not None]
     if not states:
         raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
     method = states[0].session.method
@@ -82,27 +83,23 @@ def _register_all() -> None:
         register(name)
 
 
-_STATES: Any = None
-
-
-def _states() -> Any:
-    """The state of every attention module that ran natively, or None for those that are no text attention."""
-    global _STATES
-    if _STATES is None:
-        from weakref import WeakKeyDictionary
-
-        _STATES = WeakKeyDictionary()
-    return _STATES
+# The state of every attention module that ran natively, or None for those that are no text attention.
+_STATES: WeakKeyDictionary[nn.Module, LayerState | None] = WeakKeyDictionary()
+_MAKING = RLock()
 
 
 def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
     """Finds the state of a module under the method `name`, made at its first forward."""
 
     def find(module: nn.Module) -> LayerState | None:
-        states = _states()
+        states = _STATES
         state: LayerState | None = states.get(module)
-        if module not in states or (state is not None and state.session.method.name != name):
-            states[module] = state = _make_state(name, module, state)
+        if module in states and (state is None or state.session.method.name == name):
+            return state
+        with _MAKING:
+            state = states.get(module)
+            if module not in states or (state is not None and state.session.method.name != name):
+                states[module] = state = _make_state(name, module, state)
         return state
 
     return find
@@ -139,15 +136,13 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         index = before.record.index
     else:
         # Encoders do not number their layers: by the order in which they run first.
-        index = sum(s is not None and m.config is config for m, s in _states().items())
+        index = sum(s is not None and m.config is config for m, s in _STATES.items())
     layers = getattr(config, "num_hidden_layers", index + 1)
     if not text and "causal" in method.needs and index == 0:
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    session, module_now = Session(method, Policy(), "auto", False), ref(module)
-    session.in_training = lambda: (now := module_now()) is not None and now.training
-    return LayerState(record, session, layers, default_dense(module))
+    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
 
 
 class _Watch(MetaPathFinder):

@@ -14,8 +14,10 @@ from weakref import ref
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_sparse_attn.at_work import AtWork
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.overlay import ABSENT, Overlay, value_before
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
 
@@ -27,7 +29,6 @@ PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
 _ANSWERED = "__deepcopy__", "__reduce_ex__"
 # What stands there in a deep copy.
 _COPY = "deep copy of a patched module, dense"
-_ABSENT = object()
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -52,10 +53,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._removed = self._copied = False
         self._changes: dict[int, _Changes] = {}
         self._on_copy: list[Callable[[dict[int, Any]], object]] = []
+        self.at_work = AtWork()
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
-        watched = [ref(module) for module in self.modules]
-        session.in_training = lambda: any(m.training for one in watched if (m := one()) is not None)
 
     @property
     def model(self) -> Any:
@@ -80,11 +80,14 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         """Registers what mends a deep copy of a patched module; given the memo of the copy."""
         self._on_copy.append(call)
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; `remove()` restores the value or the absence it had, a deep copy has it, too."""
+    def set_attribute(self, owner: Any, name: str, value: Any, yields: bool = False) -> None:
+        """Sets an instance attribute; `remove()` restores the value or the absence it had, a deep copy has it, too.
+
+        With `yields`, another value that is set meanwhile is left as it is.
+        """
         if isinstance(owner, nn.Module):
-            self._changed(owner).attributes.setdefault(name, owner.__dict__.get(name, _ABSENT))
-        self._set(owner, name, value)
+            self._changed(owner).attributes.setdefault(name, value_before(owner, name))
+        self._set(owner, name, value, yields)
 
     def hook(self, module: nn.Module, kind: str, call: Callable[..., object], **options: bool) -> RemovableHandle:
         """Registers a hook that `remove()` takes off, and that a deep copy does not have.
@@ -100,9 +103,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self.on_remove(handle.remove)
         return handle
 
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        self.on_remove(restoring(owner, name))
-        owner.__dict__[name] = value
+    def _set(self, owner: Any, name: str, value: Any, yields: bool = False) -> None:
+        self.on_remove(Overlay(owner, name, value, yields).lift)
 
     def _changed(self, module: nn.Module) -> _Changes:
         """What this patch changed of a module; from the first change on copies of it are made without."""
@@ -183,20 +185,21 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
     def paused(self) -> Iterator[None]:
         """Within it the model runs its own dense attention, to the bit, as if it had no patch; nothing is counted.
 
-        Gradient checkpointing runs layers again in backward: what was run within it that way must have its backward
-        within it, and what was not, outside of it. Else backward raises.
+        Calls of other threads and tasks are not paused. What is run within it with gradient checkpointing must have
+        its backward within it, too.
         """
-        self.session.pauses += 1
-        try:
+        with self.session.pause():
             yield
-        finally:
-            self.session.pauses -= 1
 
     def remove(self) -> None:
-        """Puts back everything that was replaced. A second call does nothing."""
+        """Puts back everything that was replaced. A second call does nothing.
+
+        Forwards that are at work then, in whatever thread, end as they began, and the last of them puts back; those
+        that begin after run as without the patch.
+        """
         if not self._removed:
-            self._removed = True
-            self._undo.close()
+            self._removed = self.session.ended = True
+            self.at_work.close(self._undo.close)
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -208,10 +211,10 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
 def restoring(owner: Any, name: str) -> Callable[[], None]:
     """What gives an instance attribute the value back, or the absence, that it has now."""
-    before = owner.__dict__.get(name, _ABSENT)
+    before = owner.__dict__.get(name, ABSENT)
 
     def restore() -> None:
-        if before is _ABSENT:
+        if before is ABSENT:
             owner.__dict__.pop(name, None)
         else:
             owner.__dict__[name] = before
@@ -233,7 +236,7 @@ class _Changes:
             before[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in self.hooks)
         if PATCH_ATTRIBUTE in self.attributes:
             before[PATCH_ATTRIBUTE] = _COPY
-        return {name: value for name, value in before.items() if value is not _ABSENT and name not in _ANSWERED}
+        return {name: value for name, value in before.items() if value is not ABSENT and name not in _ANSWERED}
 
 
 @dataclass

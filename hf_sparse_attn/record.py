@@ -43,12 +43,12 @@ class LayerRecord:
     gain_sum: float = 0.0
     # Calls that are dense by prediction: number and sums of what was predicted, by kind and origin of the table.
     losses: dict[tuple[str, str], tuple[int, Prediction]] = field(default_factory=dict)
-    # What was decided for all calls of a shape, and for how many more; see decision.by_shape.
-    by_shape: dict[Any, tuple[Decision, float]] = field(default_factory=dict)
+    # What was decided for all calls of a shape; see decision.by_shape.
+    by_shape: dict[Any, Decision] = field(default_factory=dict)
     # Sparse calls that are still to be measured, and what was measured: seconds sparse and dense.
     to_measure: int = 0
     measured: list[tuple[float, float]] = field(default_factory=list)
-    # Of a run that is timed: it is sparse whatever is predicted, and teaches nothing.
+    # Of a run that is timed: it is sparse whatever is predicted.
     on_trial: bool = False
     # A layer whose pattern is the model's own, so that it has nothing to leave out; listed last in reports.
     exact: bool = False

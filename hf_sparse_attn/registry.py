@@ -6,6 +6,7 @@ import importlib
 import logging
 import pkgutil
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import entry_points
@@ -44,7 +45,9 @@ class Registry(Generic[T]):
         self._check = check
         self._group = entry_point_group
         self._entries: dict[str, T] = {}
-        self._discovered = False
+        # Reentrant: a file may ask the registry while it is being imported, and gets what is there by then.
+        self._lock = threading.RLock()
+        self._begun = self._discovered = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds an entry under `name`.
@@ -102,11 +105,19 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def discover(self) -> None:
-        """Imports the folder's files and the entry points; once."""
+        """Imports the folder's files and the entry points; once, and whoever comes meanwhile waits."""
         if self._discovered:
             return
-        # Set first: a file may ask the registry while it is being imported.
-        self._discovered = True
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            try:
+                self._import_all()
+            finally:
+                self._discovered = True
+
+    def _import_all(self) -> None:
         folder = importlib.import_module(self.package)
         for file in pkgutil.iter_modules(folder.__path__):
             try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -39,6 +41,20 @@ SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
+# The sessions that are paused in this thread or task.
+_PAUSED: ContextVar[frozenset[int]] = ContextVar("hf_sparse_attn_paused", default=frozenset())
+
+
+class _Pauses:
+    depth = 0
+
+
+class _Thread(threading.local):
+    # An object of its own, for what graphs read of the local storage itself is not kept apart.
+    def __init__(self) -> None:
+        self.pauses = _Pauses()
+
+
 class Uncopied:
     """Base of what a deep copy of a patched model shares with it: a copy goes on with the same state and counts."""
 
@@ -57,34 +73,37 @@ class Session(Uncopied):
         # Fields of LayerInputs that the hooks fill in.
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
-        self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
-        self.pauses = self._steady = 0
         # Whether attention ever ran that backward runs again; see recomputation.
         self.checkpointed = False
+        # Whether the patch was removed; forwards that began before go on with it.
+        self.ended = False
+        self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
         # What is told besides figures: settings without effect, steps that are guessed.
         self.notes = Notes()
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
-    def steady(self, *inputs: Tensor) -> bool:
-        """Whether a call must decide as the same call did before and will again: in training, for recomputation.
-
-        What earlier calls taught is then left aside; prediction by the table is not.
-        """
-        if self._steady > 0 or self.in_training():
-            return True
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    @property
+    def paused(self) -> bool:
+        """Whether calls of this thread or task run as without the patch."""
+        # A graph knows no context variables; one that is traced now outlives a patch that was removed.
+        if torch.compiler.is_compiling():
+            return self._here.pauses.depth > 0 or self.ended
+        return self.number in _PAUSED.get()
 
     @contextmanager
-    def steadily(self, training: bool) -> Iterator[None]:
-        """Within it, with `training`, calls are steady whatever the state of torch."""
-        self._steady += training
+    def pause(self) -> Iterator[None]:
+        """Within it, `paused` holds in this thread or task, and in no other."""
+        here, before = self._here.pauses, _PAUSED.get()
+        here.depth += 1
+        _PAUSED.set(before | {self.number})
         try:
             yield
         finally:
-            self._steady -= training
+            here.depth -= 1
+            _PAUSED.set(before)
 
     def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
         """Whether a call is dense by what was decided, which is then counted.
@@ -185,7 +204,7 @@ class Session(Uncopied):
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
     ) -> Done | None:
         """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
-        case = Case(self, record, q, k, v, ctx, known)
+        case = Case(self, record, q, ctx, known)
         if self.stays_dense(record, case.before()):
             return None
         densities: list[float | Tensor] = []
@@ -210,7 +229,7 @@ class Session(Uncopied):
         for reason in done.reasons if isinstance(done, PartlyDense) else ():
             self._check_strict(record, reason)
             record.count(record.partly_dense, reason)
-        gain = case.done()
+        gain = case.gain()
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ _MAX_GRAPHS = 256
 # Logits held at a time while the log-sum-exp is computed beside FlexAttention.
 _LOGITS_AT_A_TIME = 1 << 24
 
+_LOCK = Lock()
 # FlexAttention's block tables are dense over blocks and slow to build: kept as long as their pattern lives.
 _MASKS: WeakKeyDictionary[BlockPattern, BlockMask] = WeakKeyDictionary()
 
@@ -158,7 +160,8 @@ def _run(
     else:
         # The CPU path refuses tensors that require a gradient even where none is recorded.
         q, k, v = q.detach(), k.detach(), v.detach()
-    with config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=4 * _MAX_GRAPHS):
+    # The settings of the compiler are those of all threads.
+    with _LOCK, config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=4 * _MAX_GRAPHS):
         found = _compiled()(q, k, v, mask, scale, options, with_lse)
     return (found[0], found[1].lse) if with_lse else (found, None)
 

@@ -177,7 +177,7 @@ def _no_square_mask() -> type[Any]:
             image_rotary_emb: Any = None,
         ) -> Any:
             given = hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            if self._attention_backend is self.member and self.session.pauses:
+            if self._attention_backend is self.member and self.session.paused:
                 return self.original(attn, *given)
             if self._attention_backend is self.member:
                 return super().__call__(attn, *given)

@@ -78,7 +78,8 @@ class QwenVL:
         if patch.method.name == "dense":
             return
         for prefix, model in zip(prefixes, models, strict=True):
-            patch.hook(model, "register_forward_pre_hook", _learn, with_kwargs=True)
+            learn = _learner(patch.session)
+            patch.hook(model, "register_forward_pre_hook", learn, with_kwargs=True)
             patch.hook(model, "register_forward_hook", _keep, with_kwargs=True)
             patch.hook(model.visual, "register_forward_pre_hook", _without_tokens, with_kwargs=True)
             patch.hook(model.visual, "register_forward_hook", _keep_grid, with_kwargs=True)
@@ -130,14 +131,18 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
 
 
-def _learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Before a forward: adds what the tokens are to its arguments, from where they reach every text attention."""
+def _learner(session: Session) -> Callable[..., Any]:
+    """A pre-hook that adds what the tokens are to a forward's arguments, which reach every text attention."""
+    from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    # Reading ids would break the graph.
-    if torch.compiler.is_compiling():
-        return None
-    return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
+    def learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        # Reading ids would break the graph. In a pause what the cache holds must be known all the same.
+        if torch.compiler.is_compiling() or (session.ended and sleeps(session)):
+            return None
+        return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
+
+    return learn
 
 
 def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -220,6 +225,7 @@ def _new_tokens(config: Any, given: dict[str, Any]) -> Tokens:
 
 def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
     """Lets every attention of a tower run its segments together, where transformers runs them one by one."""
+    from hf_sparse_attn.hosts.transformers_forward import bind
     from hf_sparse_attn.hosts.transformers_hook import is_segment_attention
     from hf_sparse_attn.hosts.transformers_install import dense_name, switch
 
@@ -231,6 +237,7 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
         # Flash attention takes all segments in one call anyhow; eager is for those who want the weights.
         log.info("vision tower left as it is: its attention is %s, not sdpa", " and ".join(sorted(names)) or "unknown")
         return
+    bind(patch, [visual])
     for index, (name, module) in enumerate(found):
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
@@ -243,11 +250,12 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
 
 def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
     """A pre-hook for an attention of the tower: transformers cuts nothing, the hook is told where to."""
+    from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
-    from hf_sparse_attn.hosts.transformers_install import is_switched
+    from hf_sparse_attn.hosts.transformers_switch import is_switched
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or in_program() or session.pauses or not is_switched(module.config):
+        if torch.compiler.is_compiling() or in_program() or sleeps(session) or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")

@@ -139,8 +139,6 @@ MUTANTS = [
     ),
     Mutant("time of 0 seconds", CHOICE, "if not time_limit > 0:", "if not time_limit >= 0:", BUDGET),
     Mutant("no plans in a layer", CHOICE, "np.integer)) or most < 1:", "np.integer)) or most < 0:", BUDGET),
-    Mutant("losses, one more", JUDGE, "if self.losses >= LOSSES:", "if self.losses > LOSSES:", COST),
-    Mutant("losses, never", JUDGE, "            return PAUSED\n", "            pass\n", COST),
     Mutant(
         "pays, without a margin",
         JUDGE,
@@ -148,23 +146,15 @@ MUTANTS = [
         "self.sparse < 9 * self.dense\n",
         COST,
     ),
-    Mutant("own time, not counted", JUDGE, "if not with_own.pays:", "if False:", COST),
-    Mutant("pauses, not heeded", DECISION, "    if session.pauses:", "    if False:", DECIDED),
+    Mutant(
+        "own time, not counted",
+        JUDGE,
+        "found.pays else Loss(OWN_TIME",
+        "True else Loss(OWN_TIME",
+        COST,
+    ),
+    Mutant("pauses, not heeded", DECISION, "    if session.paused:", "    if False:", DECIDED),
     Mutant("pauses, counted", DECISION, 'Decision("paused", counted=False)', 'Decision("paused")', DECIDED),
-    Mutant(
-        "shapes, pauses of steady calls",
-        DECISION,
-        "if left == math.inf or (left and not steady)",
-        "if left == math.inf or left",
-        DECIDED,
-    ),
-    Mutant(
-        "shapes, pauses that do not end",
-        DECISION,
-        "known[shape] = decision, left - 1",
-        "known[shape] = decision, left",
-        DECIDED,
-    ),
     Mutant(
         "shapes, without policy and method",
         DECISION,
@@ -172,10 +162,6 @@ MUTANTS = [
         "decision = SPARSE",
         DECIDED,
     ),
-    Mutant(
-        "shapes, steady calls learn", DECISION, "and not steady:\n        left", "and True:\n        left", DECIDED
-    ),
-    Mutant("shapes, one pause fewer", DECISION, "if left >= 0 else SPARSE", "if left > 0 else SPARSE", DECIDED),
     Mutant(
         "the word of a method",
         DECISION,
@@ -191,8 +177,6 @@ MUTANTS = [
         DECIDED,
     ),
     Mutant("trials that are judged", DECISION, '"auto" and not record.on_trial', '"auto"', DECIDED),
-    Mutant("trials that teach", DECISION, "self.learns = not record.on_trial and", "self.learns =", DECIDED),
-    Mutant("steady calls that teach", DECISION, "and not session.steady(q, k, v)", "and True", DECIDED),
     Mutant("not worth it, not asked before", DECISION, "if self.auto and not self.known:", "if False:", DECIDED),
     Mutant("not worth it, run all the same", DECISION, "if self.auto and not prediction.pays", "if False", DECIDED),
     Mutant(

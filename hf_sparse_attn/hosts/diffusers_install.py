@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.at_work import runs_anywhere
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_model import (
     DISPATCH_TABLES,
@@ -24,10 +25,32 @@ from hf_sparse_attn.hosts.diffusers_model import (
 )
 from hf_sparse_attn.hosts.diffusers_run import Attention, CompiledLayer, CompiledModel
 from hf_sparse_attn.hosts.diffusers_state import Forwards
-from hf_sparse_attn.hosts.sdpa_hook import is_scoped, scoped_class
+from hf_sparse_attn.hosts.sdpa_hook import is_scoped, scoped_class, unscope
+from hf_sparse_attn.overlay import own_value
 from hf_sparse_attn.patching import Patch
 
 _NUMBERS = itertools.count()
+
+
+class _Gone(NamedTuple):
+    """A backend whose patch is off, and which a call on its way to the dispatcher may still have read."""
+
+    backend: Any
+    transformers: list[ref[nn.Module]]
+
+
+_GONE: list[_Gone] = []
+# A server may never be idle: more of them than calls can be on their way are not kept.
+_MOST_GONE = 64
+
+
+def _forget_gone(tables: Any) -> None:
+    """Takes the backends of patches that are off out of the tables, but for those whose transformers run now."""
+    for gone in list(_GONE):
+        if len(_GONE) > _MOST_GONE or not runs_anywhere(one() for one in gone.transformers):
+            for name in DISPATCH_TABLES:
+                getattr(tables, name).pop(gone.backend, None)
+            _GONE[:] = [other for other in _GONE if other is not gone]
 
 
 def install(patch: Patch, family: type[DiffusersFamily]) -> None:
@@ -49,10 +72,12 @@ class _Installation:
         self.forwards = Forwards(patch, family, self.why_lost)
         self.compiled: list[CompiledModel | CompiledLayer] = []
         self.scoped: dict[type[Any], type[Any]] = {}
+        self.tickets: list[Tensor] = []
 
     def install(self) -> None:
         """See the function of that name."""
         dispatch, tables, backend_type = dispatcher()
+        _forget_gone(tables)
         forwards = self.forwards
         for number, transformer in enumerate(self.patch.modules):
             self._collect(transformer, self._name(transformer, number))
@@ -81,13 +106,14 @@ class _Installation:
         num_layers = max((place.index for place in places), default=0) + 1
         self.forwards.attentions[transformer] = [place.attention for place in places]
         for place in places:
-            processor, full_name = place.attention.processor, f"{name}.{place.path}"
+            # Below what a patch has laid over them that was removed, while a forward of it is still at work.
+            processor, full_name = own_value(place.attention, "processor"), f"{name}.{place.path}"
             if place.way == "dispatcher" and not hasattr(processor, "_attention_backend"):
                 raise ValueError(
                     f"`model` must reach attention through the dispatcher of diffusers, got a "
                     f"{type(processor).__name__} without `_attention_backend` at {full_name}"
                 )
-            before = getattr(processor, "_attention_backend", None)
+            before = own_value(processor, "_attention_backend")
             record = self.patch.session.record(full_name, place.index)
             self.forwards.layers[place.attention] = Layer(record, place.index, num_layers, before, place.way)
 
@@ -110,17 +136,32 @@ class _Installation:
         self.patch.on_remove(self._unregister, tables)
 
     def _unregister(self, tables: Any) -> None:
-        for name in DISPATCH_TABLES:
-            getattr(tables, name).pop(self.backend, None)
+        dispatch, family, before = self.attention.dispatch, self.family, self.attention.backend
+
+        def late(**given: Any) -> Tensor:
+            mask, plan = given.pop("attn_mask", None), given.pop("_parallel_config", None)
+            mask = family.dense_mask(mask, given["key"].shape[1])
+            return dispatch(**given, attn_mask=mask, parallel_config=plan, backend=before)
+
+        getattr(tables, DISPATCH_TABLES[0])[self.backend] = late
+        _GONE.append(_Gone(self.backend, [ref(transformer) for transformer in self.forwards.attentions]))
+        _forget_gone(tables)
 
     def _install_model(self, transformer: nn.Module) -> None:
         forwards, model = self.forwards, CompiledModel(self.forwards, transformer)
-        self.patch.set_attribute(transformer, NUMBER, opaque.enrol(model))
+        self._enrol(transformer, model)
         self.compiled.append(model)
         told = forwards.clock.context_of(transformer)
         if told is not None:
             self.patch.set_attribute(transformer, "cache_context", told)
         self._hook(transformer, forwards.enter_forward, forwards.leave_forward)
+
+    def _enrol(self, module: nn.Module, one: CompiledModel | CompiledLayer) -> None:
+        ticket = opaque.enrol(one)
+        self.forwards.originals[id(ticket)] = module
+        # Kept with the original: the id of a tensor that is gone may be another's.
+        self.tickets.append(ticket)
+        self.patch.set_attribute(module, NUMBER, ticket)
 
     def _install_blocks(self, transformer: nn.Module) -> None:
         forwards = self.forwards
@@ -133,7 +174,7 @@ class _Installation:
 
     def _install_layer(self, attention: nn.Module) -> None:
         layer = CompiledLayer(self.attention, self.forwards.layers[attention])
-        self.patch.set_attribute(attention, NUMBER, opaque.enrol(layer))
+        self._enrol(attention, layer)
         self.patch.set_attribute(attention, NAME, layer.layer.record.name)
         self.compiled.append(layer)
         self._take_over(attention, layer.layer)
@@ -146,27 +187,22 @@ class _Installation:
 
     def _take_over(self, attention: Any, layer: Layer) -> None:
         """Leads the attention of a module here."""
-        processor = attention.processor
+        processor = own_value(attention, "processor")
         if layer.way == "function":
             kind = type(processor)
             # Layers may share one processor.
-            if not is_scoped(processor):
-                scoped = self.scoped.setdefault(kind, scoped_class(kind, self.attention.answer_for))
-                processor.__class__ = scoped
-                self.patch.on_remove(setattr, processor, "__class__", kind)
+            if kind not in self.scoped.values():
+                if kind not in self.scoped:
+                    self.scoped[kind] = scoped_class(kind, self.attention.answer_for)
+                processor.__class__ = self.scoped[kind]
+                self.patch.on_remove(unscope, processor, self.scoped[kind])
             return
         stand_in = self.family.stand_in(processor, self.backend, self.patch.session)
         if stand_in is None:
             self.patch.set_attribute(processor, "_attention_backend", self.backend)
             return
-        attention.processor = stand_in
-
-        def restore() -> None:
-            # A processor that was set since is not ours to take away.
-            if attention.processor is stand_in:
-                attention.processor = processor
-
-        self.patch.on_remove(restore)
+        # A processor that is set later is not ours to take away.
+        self.patch.set_attribute(attention, "processor", stand_in, yields=True)
 
     def why_lost(self, attention: Any) -> str | None:
         """How what `_take_over` did was changed since, or None."""

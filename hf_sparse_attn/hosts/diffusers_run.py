@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.record import LayerRecord
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+# All that are alive, by the number of their forwards.
+ATTENTIONS: WeakValueDictionary[int, Attention] = WeakValueDictionary()
 
 
 class Attention:
@@ -45,6 +49,7 @@ class Attention:
         self.family = forwards.family
         self.dispatch = dispatch
         self.backend = backend
+        ATTENTIONS[forwards.number] = self
         # Shares of a run mean nothing where nobody knows how long it is.
         self.needs_schedule = self.session.policy.by_steps or self.session.method.by_steps
 
@@ -61,6 +66,11 @@ class Attention:
         _parallel_config: Any = None,
     ) -> Tensor:
         """What the dispatcher calls instead of a backend; the names of the arguments say which it passes."""
+        other = self._in_place_of_this()
+        if other is not None:
+            return other.attend(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config
+            )
         has = {
             "dropout": dropout_p != 0.0,
             "causal order": is_causal,
@@ -97,6 +107,16 @@ class Attention:
         extra = {"ticket": self.forwards.thread.traced.ticket, "mask": attn_mask, "hidden": hidden}
         factor, learns = query.shape[3] ** -0.5 if scale is None else scale, int(torch.is_grad_enabled())
         return opaque.attend(getattr(attention, NUMBER), q, k, v, extra, [learns], [factor])
+
+    def _in_place_of_this(self) -> Attention | None:
+        """That of another patch of this layer, under which the forward began that runs now; it was removed since."""
+        running = None if torch.compiler.is_compiling() else innermost()
+        if running is None or running.layer is None or running.owner == self.forwards.number:
+            return None
+        other = ATTENTIONS.get(running.owner)
+        if other is None or not other.session.ended:
+            return None
+        return other if any(id(module) == running.module for module in self.forwards.layers) else None
 
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""
@@ -241,7 +261,7 @@ class CompiledLayer:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int], options: list[float],
-        reason: str, training: bool, again: bool,
+        reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         attention, layer, scale = self.attention, self.layer, options[0]
@@ -259,5 +279,4 @@ class CompiledLayer:
         hidden = extra.get("hidden")
         inputs = None if hidden is None else LayerInputs(hidden)
         asked = Asked(q, k, v, extra.get("mask"), scale, (), dense, inputs)
-        with attention.session.steadily(training):
-            return attention.run(layer, call, asked).transpose(1, 2)
+        return attention.run(layer, call, asked).transpose(1, 2)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.at_work import Forward, runs_here
 from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.decision import as_before
@@ -57,6 +59,7 @@ class Running:
         inputs: what the attention was given, where the method reads it.
         text: how many keys are the text alone; see DiffusersFamily.text_keys.
         outer: what it runs inside of, of any patch.
+        forward: of a transformer, what keeps the patch from being taken off.
     """
 
     owner: int
@@ -68,6 +71,7 @@ class Running:
     text: int = 0
     outer: Running | None = None
     sizes: tuple[int, int] | None = None
+    forward: Forward | None = None
 
     def takes(self, queries: int, keys: int) -> bool:
         """Whether a call of attention is the layer's own: its first one, and others of those sizes.
@@ -90,19 +94,24 @@ def innermost() -> Running | None:
     return _RUNNING.get()
 
 
-def _around(module: nn.Module) -> Running | None:
-    """What a module runs inside of; where it does not run, what runs."""
-    top = at = innermost()
-    while at is not None:
-        if at.module == id(module):
-            return at.outer
+def _around(owner: int, module: nn.Module) -> Running | None:
+    """What a module runs inside of; where it does not run for that owner, what runs."""
+    top = innermost()
+    own = _noted(owner, module)
+    return top if own is None else own.outer
+
+
+def _noted(owner: int, module: nn.Module) -> Running | None:
+    """What an owner has noted of a module at work."""
+    at = innermost()
+    while at is not None and (at.owner, at.module) != (owner, id(module)):
         at = at.outer
-    return top
+    return at
 
 
 def _enter(module: nn.Module, running: Running) -> None:
     # Around it, not in what runs: the same module was left behind where it seems to run inside of itself.
-    running.outer = _around(module)
+    running.outer = _around(running.owner, module)
     _RUNNING.set(running)
 
 
@@ -140,12 +149,15 @@ class Forwards:
         self.family = family
         self.why_lost = why_lost
         self.layers: dict[nn.Module, Layer] = {}
+        # Transformers and attentions by the id of their ticket, which a replica shares and a deep copy does not.
+        self.originals: dict[int, nn.Module] = {}
         self.attentions: dict[nn.Module, list[nn.Module]] = {}
         # Arguments of the forwards; looked up before, because dynamo cannot follow how.
         self.names: dict[type[nn.Module], list[str]] = {}
         self.clock = Clock()
         self.thread = _Thread()
         self.tickets: OrderedDict[int, Call] = OrderedDict()
+        self.last_ticket = -1
         # Backward may recompute a layer in a thread of its own, long after its forward or after another one: its
         # rotary tensor, which checkpointing hands over unchanged and every forward makes anew, says which it was.
         self.calls = WeakTensorKeyDictionary()
@@ -169,13 +181,26 @@ class Forwards:
             traced.ticket = opaque.begin(getattr(transformer, NUMBER), given, tokens.sizes())
             traced.began = True
             return
-        if transformer not in self.attentions:
+        own = self.original(transformer)
+        if own not in self.attentions:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
             _enter(transformer, self._running(transformer))
             return
-        number, call = self.begin(transformer, time, self.family.tokens(transformer, inputs))
+        forward = Forward(ref(transformer))
+        self.patch.at_work.begin(forward)
+        if forward.asleep:
+            return
+        try:
+            number, call = self.begin(own, time, self.family.tokens(transformer, inputs))
+        except BaseException:
+            self.patch.at_work.end(forward)
+            raise
         ticket = self.thread.traced.ticket = opaque.ticket(number)
-        _enter(transformer, self._running(transformer, call, ticket=ticket))
+        _enter(transformer, self._running(transformer, call, ticket=ticket, forward=forward))
+
+    def original(self, module: Any) -> Any:
+        """The module itself, or what it is a replica of (nn.DataParallel runs each batch in new ones)."""
+        return self.originals.get(id(module.__dict__.get(NUMBER)), module)
 
     def check_program(self) -> None:
         """Refuses to become part of a program, unless the model runs as it did before."""
@@ -196,6 +221,7 @@ class Forwards:
         call = Call(tokens, moment.step, moment.num_steps, branch, WeakTensorKeyDictionary())
         number = next(_TICKETS)
         self.tickets[number] = call
+        self.last_ticket = number
         # A backward asks for the forwards of the steps whose gradients it adds up, and not for older ones.
         while len(self.tickets) > _MOST_TICKETS:
             self.tickets.popitem(last=False)
@@ -206,7 +232,10 @@ class Forwards:
         self.thread.traced.began = False
         if torch.compiler.is_compiling():
             return
-        _RUNNING.set(_around(transformer))
+        own = _noted(self.number, transformer)
+        _RUNNING.set(_around(self.number, transformer))
+        if own is not None and own.forward is not None:
+            self.patch.at_work.end(own.forward)
         outer = self._innermost(layers=False)
         if outer is not None and outer.ticket is not None:
             self.thread.traced.ticket = outer.ticket
@@ -226,7 +255,7 @@ class Forwards:
     def leave_block(self, block: nn.Module, *_: object) -> None:
         """Ends what `enter_block` began."""
         if not torch.compiler.is_compiling():
-            _RUNNING.set(_around(block))
+            _RUNNING.set(_around(self.number, block))
 
     def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
@@ -237,13 +266,15 @@ class Forwards:
             traced = self.thread.traced
             traced.attention, traced.layer = attention, Running(self.number, 0, inputs=inputs, text=text)
             return
-        layer, call, rotary = self.layers.get(attention), self.call, rotary_table(args, kwargs)
+        layer, call, rotary = self.layers.get(self.original(attention)), self.call, rotary_table(args, kwargs)
         if layer is None:
             return
         if rotary is not None and call is None:
             call = self.calls.get(rotary)
         elif rotary is not None:
             self.calls[rotary] = call
+        if call is None and self.is_of_no_forward():
+            return
         _enter(attention, self._running(attention, call, layer=layer, inputs=inputs, text=text))
 
     def leave_layer(self, attention: nn.Module, *_: object) -> None:
@@ -251,7 +282,14 @@ class Forwards:
         if torch.compiler.is_compiling():
             self.thread.traced.attention = self.thread.traced.layer = None
         else:
-            _RUNNING.set(_around(attention))
+            _RUNNING.set(_around(self.number, attention))
+
+    def is_of_no_forward(self) -> bool:
+        """Whether what runs in this thread, in no forward that is known, runs as without the patch.
+
+        It does where the patch was removed, and in a forward that began before the patch.
+        """
+        return self.session.ended or runs_here(self.attentions)
 
     @property
     def layer(self) -> Running | None:
@@ -263,11 +301,13 @@ class Forwards:
 
     def called(self, attention: nn.Module) -> Running | None:
         """An attention whose processor runs, which no graph does; None where it is not ours, as in a deep copy."""
-        layer, running = self.layers.get(attention), self._innermost()
+        layer, running = self.layers.get(self.original(attention)), self._innermost()
         if layer is None:
             return None
         if running is not None and running.module == id(attention):
             return running
+        if self.call is None and self.is_of_no_forward():
+            return None
         # The hooks before it were part of a graph.
         traced = self.thread.traced
         text = traced.layer.text if traced.layer is not None and traced.attention is attention else 0
@@ -284,7 +324,7 @@ class Forwards:
     def find(self, ticket: Tensor) -> Call | None:
         """The forward of a ticket; where its thread never ran one, as those of autograd, the last one of all."""
         number = int(ticket)
-        return self.tickets.get(max(self.tickets, default=-1) if number < 0 else number)
+        return self.tickets.get(self.last_ticket if number < 0 else number)
 
     def _innermost(self, layers: bool = True) -> Running | None:
         """The innermost module at work that is of this patch, and no layer where these are not asked for."""

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 # One call of scaled_dot_product_attention: the function that does it, its arguments as given.
 Answer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _SCOPED = "_hf_sparse_attn_scoped"
+_DONE = "_hf_sparse_attn_done"
 
 
 class _Intercept(TorchFunctionMode):
@@ -57,6 +58,15 @@ def scoped_class(kind: type[Any], answer_for: Callable[[Any], Answer | None]) ->
     body: dict[str, Any] = {"__call__": torch.compiler.disable(call), "__module__": kind.__module__, _SCOPED: True}
     body["__reduce_ex__"] = reduce
     return type(kind.__name__, (kind,), body)
+
+
+def unscope(processor: Any, scoped: type[Any]) -> None:
+    """Gives an object that has a class made by `scoped_class` its own again, below others whose turn has not come."""
+    setattr(scoped, _DONE, True)
+    kind = type(processor)
+    while kind.__dict__.get(_DONE, False):
+        kind = kind.__bases__[0]
+    processor.__class__ = kind
 
 
 def is_scoped(processor: object) -> bool:

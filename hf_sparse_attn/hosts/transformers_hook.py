@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.decision import as_before
+from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
-from hf_sparse_attn.patching import changed
+from hf_sparse_attn.hosts.transformers_switch import hold
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
 from hf_sparse_attn.session import Session
@@ -29,11 +30,10 @@ from hf_sparse_attn.session import Session
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import Hints, Source
+    from hf_sparse_attn.hosts.transformers_forward import Bound
     from hf_sparse_attn.hosts.transformers_inputs import LayerWatch
     from hf_sparse_attn.hosts.vision_layout import Tokens
 
-# Attribute of a patched attention module that holds its LayerState; plain, so that it is not in the state dict.
-STATE_ATTRIBUTE = "_hsa_layer"
 # Keyword arguments that a family's hooks add to a call: what the tokens are (vision_layout.Tokens), and which runs of
 # them see only themselves (vision_segments.Segments).
 TOKENS, SEGMENTS = "hsa_tokens", "hsa_segments"
@@ -54,6 +54,7 @@ class LayerState:
         hints: what is known of the tokens of a bidirectional layer, or None where they are text.
         source: tells whether a call's keys are of another sequence; None where they never are.
         watch: keeps what else the method reads of the layer; None where it reads nothing.
+        bound: the layers of the patch; None where there is none, as for native names.
     """
 
     record: LayerRecord
@@ -64,6 +65,7 @@ class LayerState:
     hints: Hints | None = None
     source: Source | None = None
     watch: LayerWatch | None = None
+    bound: Bound | None = None
 
 
 Find = Callable[[nn.Module], "LayerState | None"]
@@ -130,13 +132,20 @@ def run_dense(
     """What the implementation `name` returns for the call, to the bit."""
     if isinstance(mask, MaskSpec):
         mask = mask.dense(name, q.device)
-    # The flash functions choose their kernel by what the config names.
-    named = changed([module.config], "_attn_implementation_internal", name) if "flash" in name else _AS_IT_IS
-    with named:
-        return dense_function(name, module)(module, q, k, v, mask, **kwargs)
+    own = _named(module, name) if "flash" in name else module
+    return dense_function(name, module)(own, q, k, v, mask, **kwargs)
 
 
-_AS_IT_IS = nullcontext()
+def _named(module: Any, name: str) -> Any:
+    """The module with a config that names an implementation, by which the flash functions choose their kernel.
+
+    A replica, for other threads read the config of the module.
+    """
+    config = copy.copy(module.config)
+    config.__dict__["_attn_implementation_internal"] = name
+    replica = module.__new__(type(module))
+    replica.__dict__ = {**module.__dict__, "config": config}
+    return replica
 
 
 def attend_sparse(
@@ -178,7 +187,7 @@ def attend(
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
-    state = find(module)
+    state = _state_here(find(module), module, attention_mask)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None
@@ -202,12 +211,52 @@ def attend(
     return run_dense(dense, module, query, key, value, attention_mask, kwargs)
 
 
-def describe_mask(original: str | None, **wanted: Any) -> MaskSpec:
+def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
+    """The state by which a call runs, or None where it runs as without a patch: that of its forward when it began.
+
+    Args:
+        now: the state of the module.
+        module, mask: of the call. Where backward runs a layer again, its mask tells the forward.
+    """
+    if torch.compiler.is_compiling() or (now is not None and now.bound is None):
+        return now
+    forward = forward_of(module)
+    if forward is None and isinstance(mask, MaskSpec):
+        forward = mask.forward
+        if forward is not None and forward.bound.state_of(module) is None:
+            forward = None
+    if forward is not None:
+        if isinstance(mask, MaskSpec) and _may_run_again(module):
+            hold(mask, mask.wanted.get("config"))
+        return None if forward.asleep else forward.bound.state_of(module)
+    return None if now is None or now.bound is None or began_before(now.bound) else now
+
+
+def _may_run_again(module: nn.Module) -> bool:
+    """Whether a call may be one that checkpointing runs again for a backward, maybe after its forward has ended."""
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    # Reentrant checkpointing.
+    return module.training
+
+
+def describe_mask(original: str | None, **wanted: Any) -> Any:
     """What transformers calls to make a mask; see `register`."""
     ready = wanted.get("attention_mask")
     # generate() makes the masks of a static cache ahead and passes them through here again.
+    if isinstance(ready, MaskSpec):
+        return ready
     # The eager form of a mask is one that every implementation takes.
-    return ready if isinstance(ready, MaskSpec) else MaskSpec(original or "eager", wanted)
+    mask = MaskSpec(original or "eager", wanted)
+    if original is None or torch.compiler.is_compiling():
+        return mask
+    config = wanted.get("config")
+    mask.forward = forward_with(config)
+    if mask.forward is None:
+        known = hold(mask, config)
+    else:
+        known = not mask.forward.asleep
+    return mask if known else mask.dense(original, mask.device)
 
 
 def register(name: str, original: str | None, find: Find) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from hf_sparse_attn.at_work import Forward
 from hf_sparse_attn.span import Span
 
 
@@ -204,6 +205,8 @@ class MaskSpec:
         self.original = original
         self.device = torch.device(wanted.get("device", "cpu"))
         self.shape = (wanted["batch_size"], 1, wanted["q_length"], wanted["kv_length"])
+        # The forward that it was made in, where that is known: by it a layer that runs again finds its state.
+        self.forward: Forward | None = None
         self._dense: dict[tuple[str, torch.device], Any] = {}
 
     def contiguous(self) -> MaskSpec:
@@ -226,6 +229,13 @@ class MaskSpec:
 
     def __invert__(self) -> Any:
         return ~self._tensor()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Where it is handed to a function of torch nevertheless, that gets the tensor."""
+        ready = [x._tensor() if isinstance(x, MaskSpec) else x for x in args]
+        named = {name: x._tensor() if isinstance(x, MaskSpec) else x for name, x in (kwargs or {}).items()}
+        return func(*ready, **named)
 
     @property
     def dtype(self) -> Any:

@@ -54,7 +54,9 @@ class LayerCall:
     @cached_property
     def known(self) -> Decision:
         """What is known of all calls of this shape."""
-        return by_shape(self.session, self.state.record, self.q, self.k, self.v, lambda: self.by_shape)
+        hints = None if self.state.hints is None else self.state.hints.grid
+        tokens = self.causal, hints
+        return by_shape(self.session, self.state.record, self.q, self.k.shape[2], lambda: self.by_shape, tokens)
 
     @property
     def causal(self) -> bool:

@@ -119,6 +119,14 @@ class ProfiledMethod(Method):
         least = {i: self.profile.methods[i].least_density(ctx) if i else 1.0 for i in set(row)}
         return sum(least[i] for i in row) / len(row)
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Mean over the heads; see Method.choosing_pairs."""
+        if self.why_not(ctx) is not None:
+            return 0.0
+        row = self._row(ctx)
+        own = {i: 0.0 if (m := self.profile.methods[i]).static else m.choosing_pairs(ctx) for i in set(row)}
+        return sum(own[i] for i in row) / len(row)
+
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """One pattern for all heads; layers whose methods are all static keep theirs by layout."""
         return self.pattern(q, k, ctx)

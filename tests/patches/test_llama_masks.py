@@ -12,7 +12,8 @@ from transformers import masking_utils as mu
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE, attend_sparse
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE
+from hf_sparse_attn.hosts.transformers_hook import attend_sparse
 from hf_sparse_attn.hosts.transformers_mask import packed_spans
 from hf_sparse_attn.hosts.transformers_rules import with_cu_seq_lens
 from hf_sparse_attn.method import Decline

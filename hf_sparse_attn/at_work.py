@@ -1,0 +1,108 @@
+"""Forwards that began under a patch and have not ended: what they run on is not taken away from under them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+from weakref import ref
+
+from torch import nn
+
+_CALL = nn.Module._call_impl.__code__  # type: ignore[attr-defined]  # torch gives it no type
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of a patched module.
+
+    Args:
+        module: what runs, weakly.
+        bound: what its layers belong to.
+        asleep: whether they run as without a patch.
+        thread: where it runs.
+        values: what belongs to this forward alone, by whoever keeps it.
+    """
+
+    module: ref[nn.Module]
+    bound: Any = None
+    asleep: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+    values: dict[Any, Any] = field(default_factory=dict)
+
+
+class AtWork:
+    """The forwards of one patch in all threads, and what is to be done when there are none any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._forwards: list[Forward] = []
+        self._last: Callable[[], object] | None = None
+        self.closed = False
+
+    def begin(self, forward: Forward) -> None:
+        """Notes a forward, which after `close` is asleep and keeps nothing waiting.
+
+        What an interrupt left behind of the same module in this thread is forgotten.
+        """
+        module = forward.module()
+        with self._lock:
+            forward.asleep = forward.asleep or self.closed
+            if forward.asleep:
+                return
+            own = [f for f in self._forwards if f.thread == forward.thread and f.module() is module]
+            if own and len(own) >= len(list(_calls_of(sys._getframe(), [module]))):
+                self._forwards = [f for f in self._forwards if f not in own]
+            self._forwards.append(forward)
+
+    def __contains__(self, forward: Forward) -> bool:
+        return forward in self._forwards
+
+    def end(self, forward: Forward) -> None:
+        """Forgets a forward."""
+        with self._lock:
+            if forward in self._forwards:
+                self._forwards.remove(forward)
+            last = self._take_last()
+        if last is not None:
+            last()
+
+    def close(self, last: Callable[[], object]) -> None:
+        """Has `last` called once no forward is at work that began before, which may be now."""
+        with self._lock:
+            self.closed, self._last = True, last
+            # After an interrupt torch calls no hook.
+            frames = sys._current_frames()
+            self._forwards = [f for f in self._forwards if any(_calls_of(frames.get(f.thread), [f.module()]))]
+            now = self._take_last()
+        if now is not None:
+            now()
+
+    def _take_last(self) -> Callable[[], object] | None:
+        if self._forwards:
+            return None
+        last, self._last = self._last, None
+        return last
+
+
+def runs_here(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether one of some modules is being called in this thread, noted or not."""
+    return any(_calls_of(sys._getframe(), modules))
+
+
+def runs_anywhere(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether one of some modules is being called in any thread, noted or not."""
+    modules = list(modules)
+    return any(any(_calls_of(frame, modules)) for frame in sys._current_frames().values())
+
+
+def _calls_of(frame: FrameType | None, modules: Iterable[nn.Module | None]) -> Iterable[bool]:
+    """True for each call of one of some modules on a stack."""
+    wanted = {id(module) for module in modules if module is not None}
+    while frame is not None:
+        if frame.f_code is _CALL and id(frame.f_locals.get("self")) in wanted:
+            yield True
+        frame = frame.f_back
