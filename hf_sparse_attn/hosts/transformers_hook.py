@@ -187,7 +187,11 @@ def attend(
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
-    state = _state_here(find(module), module, attention_mask)
+    now = find(module)
+    if now is not None and not torch.compiler.is_compiling():
+        # In a pause, too: what runs again in backward must meet the same.
+        recomputation.note(now.session)
+    state = _state_here(now, module, attention_mask)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None
@@ -200,7 +204,6 @@ def attend(
     elif recomputation.is_of_before(state.session):
         dense = state.dense
     else:
-        recomputation.note(state.session)
         done = attend_sparse(state, module, query, key, value, attention_mask, kwargs, tokens)
         if done is not None:
             return done
@@ -226,18 +229,8 @@ def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerSt
         if forward is not None and forward.bound.state_of(module) is None:
             forward = None
     if forward is not None:
-        if isinstance(mask, MaskSpec) and _may_run_again(module):
-            hold(mask, mask.wanted.get("config"))
         return None if forward.asleep else forward.bound.state_of(module)
     return None if now is None or now.bound is None or began_before(now.bound) else now
-
-
-def _may_run_again(module: nn.Module) -> bool:
-    """Whether a call may be one that checkpointing runs again for a backward, maybe after its forward has ended."""
-    if torch.is_grad_enabled():
-        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    # Reentrant checkpointing.
-    return module.training
 
 
 def describe_mask(original: str | None, **wanted: Any) -> Any:
