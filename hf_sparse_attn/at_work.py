@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
@@ -62,12 +63,17 @@ class AtWork:
         return forward in self._forwards
 
     def end(self, forward: Forward) -> None:
-        """Forgets a forward."""
+        """Forgets a forward; for the hook that runs after its module, the last of the patch's own there."""
         with self._lock:
             if forward in self._forwards:
                 self._forwards.remove(forward)
             last = self._take_last()
-        if last is not None:
+        if last is None:
+            return
+        if sys._getframe(2).f_code is _CALL:
+            # After an exception torch goes through the hooks that stand in the module now: none may be taken off yet.
+            threading.Thread(target=_after, args=(forward, last)).start()
+        else:
             last()
 
     def close(self, last: Callable[[], object]) -> None:
@@ -86,6 +92,13 @@ class AtWork:
             return None
         last, self._last = self._last, None
         return last
+
+
+def _after(forward: Forward, last: Callable[[], object]) -> None:
+    """Calls `last` once the module of a forward is no longer being called in its thread."""
+    while any(_calls_of(sys._current_frames().get(forward.thread), [forward.module()])):
+        time.sleep(1e-3)
+    last()
 
 
 def runs_here(modules: Iterable[nn.Module | None]) -> bool:

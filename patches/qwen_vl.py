@@ -74,15 +74,16 @@ class QwenVL:
 
         models: list[Any] = [m for m in patch.modules if has_class(m, _MODELS)]
         prefixes = [f"{number}." if len(models) > 1 else "" for number in range(len(models))]
-        install_text(patch, [(prefix, m.language_model) for prefix, m in zip(prefixes, models, strict=True)])
-        if patch.method.name == "dense":
-            return
-        for prefix, model in zip(prefixes, models, strict=True):
+        exact = patch.method.name == "dense"
+        # Before install_text, for the hook that ends a forward must be the last.
+        for model in [] if exact else models:
             learn = _learner(patch.session)
             patch.hook(model, "register_forward_pre_hook", learn, with_kwargs=True)
             patch.hook(model, "register_forward_hook", _keep, with_kwargs=True)
             patch.hook(model.visual, "register_forward_pre_hook", _without_tokens, with_kwargs=True)
             patch.hook(model.visual, "register_forward_hook", _keep_grid, with_kwargs=True)
+        install_text(patch, [(prefix, m.language_model) for prefix, m in zip(prefixes, models, strict=True)])
+        for prefix, model in [] if exact else zip(prefixes, models, strict=True):
             _install_vision(patch, model.visual, f"{prefix}visual.")
 
     @staticmethod
