@@ -11,6 +11,7 @@ from weakref import ref
 import pytest
 import torch
 
+from hf_sparse_attn.hosts.transformers_forward import forwards_here
 from tests.support.served import DENSE, MODELS, InTheMiddle, Served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
