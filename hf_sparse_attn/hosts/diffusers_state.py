@@ -151,7 +151,11 @@ class Forwards(Uncopied):
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by name."""
-        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+        names = self.names.get(type(module))
+        if names is None:
+            # A module that was sharded since has a class of its own, made from the one it had.
+            names = next(self.names[kind] for kind in type(module).__mro__ if kind in self.names)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
+from hf_sparse_attn.hosts.sdpa_hook import is_context_parallel, watched_by
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, whole
 from hf_sparse_attn.span import Span
 
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 # The masks that a graph can hand over, by whether the layer is causal.
 MASK_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
+
+
+# Names of implementations that transformers defines itself.
+_BY_TRANSFORMERS = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d)")
 
 
 @dataclass(eq=False)
@@ -170,12 +177,26 @@ def _given(argument: str) -> Callable[[LayerCall], bool]:
 
 
 def _share_of_a_rank(call: LayerCall) -> bool:
-    if call.mask is None and call.kwargs.get("is_causal") is True and getattr(call.module, "is_causal", False):
-        raise ValueError(
-            "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
-            "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
-        )
-    return False
+    got = "None with is_causal=True, as accelerate's context parallelism sends it"
+    if is_context_parallel():
+        got = "a call under torch's context parallelism"
+    elif call.mask is not None or call.kwargs.get("is_causal") is not True or not getattr(call.module, "is_causal", 0):
+        return False
+    raise ValueError(
+        f"`attention_mask` must describe the whole sequence, got {got}: a layer then sees one rank's share of the "
+        "tokens. Use data parallelism or unpatch()"
+    )
+
+
+def _not_ours(call: LayerCall) -> str | None:
+    """What has taken the layer's own attention over or must see it, in words, or None."""
+    name = call.state.dense
+    now = ALL_ATTENTION_FUNCTIONS.get(name)
+    # functools.wraps copies the name of a module, not its globals.
+    home = str(getattr(now, "__globals__", {}).get("__name__"))
+    if now is not None and _BY_TRANSFORMERS.fullmatch(name) and home.partition(".")[0] != "transformers":
+        return f"attention implementation {name!r} was replaced by {getattr(now, '__qualname__', type(now).__name__)}"
+    return watched_by()
 
 
 def _misfit(call: LayerCall) -> bool:
@@ -200,6 +221,7 @@ def _unknown_tokens(call: LayerCall) -> bool:
 RULES = (
     Rule("patch", lambda c: as_before(c.session).reason is not None, lambda c: as_before(c.session), noted=False),
     Rule("context parallelism", _share_of_a_rank, "", traced=False),
+    Rule("not ours", lambda c: _not_ours(c) is not None, lambda c: _not_ours(c) or ""),
     Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
          lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),
     Rule("shape", lambda c: c.known.reason is not None, lambda c: c.known, traced=False),
