@@ -166,8 +166,8 @@ class DiffusersFamily(ABC):
         return ()
 
     @staticmethod
-    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
-        """Valid keys of each row, bool [batch, tokens], or None where the mask says more than that."""
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
+        """Valid keys of each row, bool [batch, tokens], or why the mask says more than that."""
         return key_padding(mask, batch, tokens)
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -192,8 +192,7 @@ class Attention:
         found: Trim | Decline | None = call.trims.get(asked.mask)
         if found is None:
             valid = self.family.valid(asked.mask, asked.q.shape[0], layout.kv_len)
-            found = Decline("the call has a mask that differs from query to query") if valid is None else None
-            found = found or trim(cast(Tensor, valid), layout)
+            found = valid if isinstance(valid, Decline) else trim(valid, layout)
             call.trims[asked.mask] = found
         return found
 

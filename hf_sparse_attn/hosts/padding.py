@@ -15,34 +15,70 @@ from hf_sparse_attn.span import Span
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # An additive mask of this or less leaves a key no weight: its exponential is 0 in every floating-point type.
 _HIDDEN = -9000.0
+# Added to every key alike, what is not below this changes nothing but the last digits.
+_NOTHING = -1e5
+# Pairs of query and key that are looked at together.
+_PIECE = 1 << 24
 
 
-def key_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
-    """Valid keys of each row, bool [batch, tokens], of a mask that is the same for all heads and queries, else None.
+def key_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
+    """Valid keys of each row, bool [batch, tokens], of a mask that says no more than which tokens are padding.
 
-    A mask of queries x keys is looked through, without another of its size, for it may say no more than that.
+    Padding is what no query sees; all other queries must see the same keys, whatever the padding itself sees. Only
+    differences within a query's own keys count: what is added to all of them alike changes nothing. A mask of queries
+    x keys is looked through in pieces, for it may be larger than all else.
 
     Args:
-        mask: as scaled_dot_product_attention takes it, bool (True is valid) or additive.
+        mask: as scaled_dot_product_attention takes it, bool (True is valid) or additive; also whole numbers 0 and 1,
+            which is how tokenizers write a bool mask.
         batch, tokens: sizes of the call.
     """
-    if mask.ndim == 2 and mask.shape[0] == 1:
-        mask = mask[None, None]
-    if mask.ndim != 4 or mask.shape[2:] not in ((1, tokens), (tokens, tokens)) or mask.shape[0] not in (1, batch):
-        return None
+    if mask.shape == (batch, tokens) and batch != tokens:
+        mask = mask[:, None, None]
+    while mask.ndim < 4:
+        mask = mask[None]
+    if mask.shape[2:] not in ((1, tokens), (tokens, tokens)) or mask.shape[0] not in (1, batch):
+        return Decline(f"the call has a mask {list(mask.shape)}, which is none of {batch} rows of {tokens} tokens")
+    if not mask.is_floating_point():
+        if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+            return Decline(f"the call has a mask of {mask.dtype} that is none of zeros and ones")
+        mask = mask.bool()
+    # Expanded heads and queries hold the same as the first.
+    mask = mask[:, :1] if mask.stride(1) == 0 else mask
+    mask = mask[:, :, :1] if mask.stride(2) == 0 else mask
+    seen, counts, constant = torch.zeros_like(mask[:, 0, 0], dtype=torch.bool), [], None
+    if mask.is_floating_point():
+        least, most = mask.amin((1, 2, 3)), mask.amax((1, 2, 3))
+        constant = (least == most) & (least > _NOTHING)
+    for piece in mask.split(max(_PIECE // tokens, 1), 2):
+        visible = piece if constant is None else _visible(piece, constant)
+        if visible is None:
+            return Decline("the call has a mask with a bias on its logits")
+        seen |= visible.any(2).any(1)
+        counts.append(visible.sum(3, dtype=torch.int32))
+    found = torch.cat(counts, 2)
+    # What a query sees has been counted among all that is seen: as many are the same ones.
+    alike = found == seen.sum(1)[:, None, None]
     if mask.shape[2] > 1:
-        # An expanded one is the same for all queries as it stands.
-        least, most = (mask.all(2), mask.any(2)) if mask.dtype == torch.bool else (mask.amin(2), mask.amax(2))
-        if mask.stride(2) != 0 and not torch.equal(least, most):
-            return None
-        mask = mask[:, :, :1]
-    if mask.shape[1] > 1 and not bool((mask == mask[:, :1]).all()):
+        alike |= ~seen[:, None]
+    if not bool(alike.all()):
+        return Decline("the call has a mask that differs from query to query")
+    return seen.expand(batch, tokens)
+
+
+def _visible(mask: Tensor, constant: Tensor) -> Tensor | None:
+    """Which keys an additive mask lets each query see; None where it gives some of them more weight than others.
+
+    Args:
+        mask: [batch, heads, queries, keys].
+        constant: bool [batch], rows of one value that hides nothing.
+    """
+    most = mask.amax(-1, keepdim=True)
+    visible = mask == most
+    below = mask - most
+    if mask.requires_grad or not bool((visible | (below <= _HIDDEN)).all()) or bool((most == torch.inf).any()):
         return None
-    mask = mask[:, 0, 0].expand(batch, tokens)
-    if mask.dtype == torch.bool:
-        return mask
-    plain = (mask == 0) | (mask <= _HIDDEN)
-    return mask == 0 if mask.is_floating_point() and bool(plain.all()) else None
+    return visible & ((most > _HIDDEN) | constant[:, None, None, None])
 
 
 @dataclass(frozen=True)
