@@ -13,6 +13,9 @@ from hf_sparse_attn.hosts.diffusers_model import (
     DiffusersFamily,
     Place,
     Tokens,
+    names_of,
+    networks,
+    outermost_models,
     self_attentions,
     transformers_of_diffusers,
 )
@@ -64,6 +67,9 @@ def _video_then_text(config: Any, inputs: Inputs) -> Tokens:
 
 def _image_then_text(config: Any, inputs: Inputs) -> Tokens:
     """SD3: the image in patches, then text; blocks with a second attention run it on the image alone."""
+    if inputs["hidden_states"].ndim != 4:
+        # A ControlNet may be given what the transformer has embedded.
+        return _UNKNOWN
     height, width = inputs["hidden_states"].shape[2:]
     return Tokens((1, height // config.patch_size, width // config.patch_size), after=None)
 
@@ -107,13 +113,16 @@ TOKENS: dict[str, Callable[[Any, Inputs], Tokens]] = {
     "ChronoEditTransformer3DModel": _video,
     "CogVideoXTransformer3DModel": _cogvideox,
     "CosmosTransformer3DModel": _video,
+    "FluxControlNetModel": _flux,
     "FluxTransformer2DModel": _flux,
     "HunyuanImageTransformer2DModel": _hunyuan_image,
     "Kandinsky5Transformer3DModel": _kandinsky5,
     "LTXVideoTransformer3DModel": _ltx,
     "LTX2VideoTransformer3DModel": _ltx,
     "MochiTransformer3DModel": _video_then_text,
+    "QwenImageControlNetModel": _qwen_image,
     "QwenImageTransformer2DModel": _qwen_image,
+    "SD3ControlNetModel": _image_then_text,
     "SD3Transformer2DModel": _image_then_text,
     "SkyReelsV2Transformer3DModel": _video,
     "WanAnimateTransformer3DModel": _video,
@@ -165,7 +174,9 @@ class Diffusers(DiffusersFamily):
             reason = why_not(transformer)
             if reason is not None:
                 return Decline(reason)
-        return found
+        # What takes part besides is patched where it can be; what cannot is told by diffusers_pipeline.watch.
+        others = [] if isinstance(model, nn.Module) else outermost_models(networks(model).values())
+        return list(dict.fromkeys([*found, *(other for other in others if why_not(other) is None)]))
 
     @staticmethod
     def install(patch: Patch) -> None:
@@ -174,12 +185,12 @@ class Diffusers(DiffusersFamily):
         Raises:
             MethodDoesNotApply: the method needs a grid and the order of the model's tokens is not known.
         """
-        for transformer in patch.modules:
-            kind = type(transformer).__name__
-            if "video grid" in patch.method.needs and kind not in TOKENS:
+        main = transformers_of_diffusers(patch.model)
+        for transformer in [] if isinstance(main, Decline) else main:
+            if "video grid" in patch.method.needs and _tokens_of(transformer) is None:
                 raise MethodDoesNotApply(
                     f"`method` {patch.method.name!r} needs {NEEDS['video grid']}; "
-                    f"the order of tokens in {kind} is not known"
+                    f"the order of tokens in {type(transformer).__name__} is not known"
                 )
         diffusers_install.install(patch, Diffusers)
 
@@ -193,7 +204,7 @@ class Diffusers(DiffusersFamily):
     @staticmethod
     def tokens(transformer: Any, inputs: Inputs) -> Tokens:
         """See DiffusersFamily."""
-        known = TOKENS.get(type(transformer).__name__)
+        known = _tokens_of(transformer)
         return _UNKNOWN if known is None else known(transformer.config, inputs)
 
     @staticmethod
@@ -230,11 +241,16 @@ class Diffusers(DiffusersFamily):
         return model.eval(), inputs
 
 
+def _tokens_of(transformer: object) -> Callable[[Any, Inputs], Tokens] | None:
+    return next((TOKENS[name] for name in names_of(transformer) if name in TOKENS), None)
+
+
 def why_not(transformer: nn.Module) -> str | None:
     """Why a transformer cannot be patched, or None."""
     kind = type(transformer).__name__
-    if kind in _REFUSED:
-        return f"{kind}: {_REFUSED[kind]}"
+    refused = next((name for name in names_of(transformer) if name in _REFUSED), None)
+    if refused is not None:
+        return f"{kind}: {_REFUSED[refused]}"
     found = self_attentions(transformer)
     if not found:
         return f"{kind} has no self-attention with a processor"

@@ -131,7 +131,7 @@ class Forwards(Uncopied):
         why_lost: how an attention was changed since it was taken over, or None.
     """
 
-    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any], str | None]) -> None:
+    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]) -> None:
         self.patch = patch
         self.session = patch.session
         self.family = family
@@ -182,7 +182,7 @@ class Forwards(Uncopied):
         num_steps = generation.announced[1] or run_length(pipeline_of(self.patch))
         step = step if num_steps is None else min(step, num_steps - 1)
         for attention in self.attentions[transformer]:
-            reason = self.why_lost(attention)
+            reason = self.why_lost(transformer, attention)
             if reason is not None:
                 self._warn(f"{reason}: set the backend first, then call patch()")
                 self.session.give_up(self.layers[attention].record, reason)

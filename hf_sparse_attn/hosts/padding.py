@@ -53,7 +53,7 @@ def key_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
     for piece in mask.split(max(_PIECE // tokens, 1), 2):
         visible = piece if constant is None else _visible(piece, constant)
         if visible is None:
-            return Decline("the call has a mask with a bias on its logits")
+            return Decline("the call has a float mask that is a bias on its logits")
         seen |= visible.any(2).any(1)
         counts.append(visible.sum(3, dtype=torch.int32))
     found = torch.cat(counts, 2)

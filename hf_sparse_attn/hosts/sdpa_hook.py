@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,16 @@ def is_context_parallel() -> bool:
     return str(own).startswith(_RING)
 
 
+class _Alike(ABCMeta):
+    """A class that is found where its base is looked up, as the hooks of diffusers look up processors."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 def scoped_class(kind: type[Any], answer_for: Callable[[Any], Answer | None]) -> type[Any]:
     """A subclass of a processor's class whose calls of scaled_dot_product_attention are answered.
 
@@ -77,7 +88,7 @@ def scoped_class(kind: type[Any], answer_for: Callable[[Any], Answer | None]) ->
 
     # Graphs of torch.compile end here: a mode that is entered inside of one would not be seen.
     body: dict[str, Any] = {"__call__": torch.compiler.disable(call), "__module__": kind.__module__, _SCOPED: True}
-    return type(kind.__name__, (kind,), body)
+    return _Alike(kind.__name__, (kind,), body)
 
 
 def is_scoped(processor: object) -> bool:
