@@ -184,7 +184,7 @@ class Forwards(Uncopied):
         for attention in self.attentions[transformer]:
             reason = self.why_lost(transformer, attention)
             if reason is not None:
-                self._warn(f"{reason}: set the backend first, then call patch()")
+                self._warn(f"{reason}: call patch() after such changes")
                 self.session.give_up(self.layers[attention].record, reason)
         call = Call(tokens, step, num_steps, generation.branch, WeakTensorKeyDictionary())
         number = next(_TICKETS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -205,6 +206,12 @@ class MaskSpec:
         self.device = torch.device(wanted.get("device", "cpu"))
         self.shape = (wanted["batch_size"], 1, wanted["q_length"], wanted["kv_length"])
         self._dense: dict[tuple[str, torch.device], Any] = {}
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gives a function of torch the tensor: a layer that was put in since the patch comes to no hook."""
+        args, kwargs = tree_map_only(cls, cls._tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def contiguous(self) -> MaskSpec:
         """Itself; generate() asks for it."""
