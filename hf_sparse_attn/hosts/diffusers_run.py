@@ -192,7 +192,7 @@ class Attention:
         found: Trim | Decline | None = call.trims.get(asked.mask)
         if found is None:
             valid = self.family.valid(asked.mask, asked.q.shape[0], layout.kv_len)
-            found = valid if isinstance(valid, Decline) else trim(valid, layout)
+            found = Decline(f"the call has a {valid.reason}") if isinstance(valid, Decline) else trim(valid, layout)
             call.trims[asked.mask] = found
         return found
 

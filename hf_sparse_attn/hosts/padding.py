@@ -21,48 +21,59 @@ _NOTHING = -1e5
 _PIECE = 1 << 24
 
 
-def key_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
+def key_padding(mask: Tensor, batch: int, tokens: int, queries: int | None = None) -> Tensor | Decline:
     """Valid keys of each row, bool [batch, tokens], of a mask that says no more than which tokens are padding.
 
-    Padding is what no query sees; all other queries must see the same keys, whatever the padding itself sees. Only
-    differences within a query's own keys count: what is added to all of them alike changes nothing. A mask of queries
-    x keys is looked through in pieces, for it may be larger than all else.
+    Padding is what no query sees; all other queries must see the same keys, or all up to themselves in causal order,
+    whatever the padding itself sees. Only differences within a query's own keys count: what is added to all of them
+    alike changes nothing. A mask of queries x keys is looked through in pieces, for it may be larger than all else.
 
     Args:
         mask: as scaled_dot_product_attention takes it, bool (True is valid) or additive; also whole numbers 0 and 1,
             which is how tokenizers write a bool mask.
         batch, tokens: sizes of the call.
+        queries: the last so many tokens are queries, in causal order; None means that all are, and see both ways.
+
+    Returns:
+        the valid keys, or what the mask is besides.
     """
-    if mask.shape == (batch, tokens) and batch != tokens:
+    if queries is None and mask.shape == (batch, tokens) and batch != tokens:
         mask = mask[:, None, None]
     while mask.ndim < 4:
         mask = mask[None]
-    if mask.shape[2:] not in ((1, tokens), (tokens, tokens)) or mask.shape[0] not in (1, batch):
-        return Decline(f"the call has a mask {list(mask.shape)}, which is none of {batch} rows of {tokens} tokens")
+    sizes = ((1, tokens), (tokens, tokens)) if queries is None else ((queries, tokens),)
+    if mask.shape[2:] not in sizes or mask.shape[0] not in (1, batch):
+        return Decline(f"mask {list(mask.shape)}, which is none of {batch} rows of {tokens} tokens")
     if not mask.is_floating_point():
         if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-            return Decline(f"the call has a mask of {mask.dtype} that is none of zeros and ones")
+            return Decline(f"mask of {mask.dtype} that is none of zeros and ones")
         mask = mask.bool()
     # Expanded heads and queries hold the same as the first.
     mask = mask[:, :1] if mask.stride(1) == 0 else mask
-    mask = mask[:, :, :1] if mask.stride(2) == 0 else mask
+    mask = mask[:, :, :1] if mask.stride(2) == 0 and queries is None else mask
     seen, counts, constant = torch.zeros_like(mask[:, 0, 0], dtype=torch.bool), [], None
     if mask.is_floating_point():
         least, most = mask.amin((1, 2, 3)), mask.amax((1, 2, 3))
         constant = (least == most) & (least > _NOTHING)
-    for piece in mask.split(max(_PIECE // tokens, 1), 2):
+    pieces = mask.split(max(_PIECE // tokens, 1), 2)
+    for number, piece in enumerate(pieces):
         visible = piece if constant is None else _visible(piece, constant)
         if visible is None:
-            return Decline("the call has a float mask that is a bias on its logits")
+            return Decline("float mask that is a bias on its logits")
+        if queries is not None:
+            first = tokens - queries + number * pieces[0].shape[2]
+            if bool(visible.triu(first + 1).any()):
+                return Decline("mask that is not causal")
         seen |= visible.any(2).any(1)
         counts.append(visible.sum(3, dtype=torch.int32))
     found = torch.cat(counts, 2)
     # What a query sees has been counted among all that is seen: as many are the same ones.
-    alike = found == seen.sum(1)[:, None, None]
+    wanted = seen.sum(1, keepdim=True) if queries is None else seen.cumsum(1)[:, tokens - queries :]
+    alike = found == wanted[:, None]
     if mask.shape[2] > 1:
-        alike |= ~seen[:, None]
+        alike |= ~seen[:, None, tokens - mask.shape[2] :]
     if not bool(alike.all()):
-        return Decline("the call has a mask that differs from query to query")
+        return Decline("mask that differs from query to query")
     return seen.expand(batch, tokens)
 
 

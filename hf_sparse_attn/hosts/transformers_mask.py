@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from hf_sparse_attn.hosts.padding import key_padding
+from hf_sparse_attn.method import Decline
 from hf_sparse_attn.span import Span
 
 
@@ -285,6 +288,39 @@ class MaskSpec:
         if rule.chunk is not None and end > rule.chunk:
             return replace(plan, reason=f"layer's own chunks of {rule.chunk}", own=True)
         return plan
+
+
+@dataclass(frozen=True)
+class ReadyMask:
+    """What a mask says that the model was given as a tensor: order and padding, and no more."""
+
+    shape: tuple[int, int, int, int]
+    plan: Plan
+
+
+# What was read of masks that are tensors, and of which version: all layers of a forward are given the same one.
+_READ = WeakTensorKeyDictionary()
+
+
+def read_ready(mask: Tensor, shape: tuple[int, int, int, int], causal: bool) -> ReadyMask | str:
+    """What a mask given as a tensor says, or what it is that no layer here can follow.
+
+    Args:
+        mask: [batch or 1, heads or 1, queries, keys].
+        shape: (batch, 1, queries, keys) of the call.
+        causal: whether the layer is.
+    """
+    key = 0 if mask.is_inference() else mask._version, shape, causal
+    known, found = _READ.get(mask, (None, ""))
+    if known != key:
+        batch, _, queries, keys = shape
+        valid = key_padding(mask, batch, keys, queries if causal else None)
+        if isinstance(valid, Decline):
+            found = valid.reason
+        else:
+            found = ReadyMask(shape, replace(_padded_plan(valid, queries, keys), causal=causal))
+        _READ[mask] = key, found
+    return found
 
 
 def whole(batch: int, q_len: int, kv_end: int) -> tuple[Span, ...]:

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
 from hf_sparse_attn.hosts.sdpa_hook import is_context_parallel, watched_by
-from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, whole
+from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, ReadyMask, read_ready, whole
 from hf_sparse_attn.span import Span
 
 if TYPE_CHECKING:
@@ -101,6 +101,19 @@ class LayerCall:
         """What else the method reads, or why it cannot be handed over; None where it reads nothing."""
         watch = self.state.watch
         return None if watch is None or self.kept is None else watch.inputs(self.kept, self.q, self.k)
+
+    @cached_property
+    def unread(self) -> str | None:
+        """Why a mask that was given ready made cannot be followed, or None; one that can is read then."""
+        if isinstance(self.mask, Tensor) and self.state.dense in ("eager", "sdpa"):
+            # Eager attention adds what it is given, also True and 1.
+            added = self.mask.to(self.q.dtype) if self.state.dense == "eager" else self.mask
+            found = read_ready(added, (self.q.shape[0], 1, self.q.shape[2], self.k.shape[2]), self.causal)
+            if isinstance(found, str):
+                return f"mask given as a Tensor: {found}"
+            self.mask = found
+        known = self.mask is None or isinstance(self.mask, (MaskSpec, ReadyMask))
+        return None if known else f"mask given as a {type(self.mask).__name__}"
 
     @cached_property
     def plan(self) -> Plan:
@@ -231,8 +244,9 @@ RULES = (
          lambda c: f"method {c.session.method.name} reads more of a layer than a graph hands over", eager=False),
     # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
     Rule("no mask", lambda c: c.mask is None and c.causal, "no mask was described to the layer"),
+    Rule("ready mask", lambda c: c.unread is not None, lambda c: c.unread or "", traced=False),
     Rule("ready mask", lambda c: c.mask is not None and not isinstance(c.mask, MaskSpec),
-         lambda c: f"mask given as a {type(c.mask).__name__}"),
+         lambda c: f"mask given as a {type(c.mask).__name__}", eager=False),
     Rule("mask of other sizes", _misfit, lambda c: f"mask for {list(c.mask.shape)} where the layer has "
          f"{[c.q.shape[0], 1, c.q.shape[2], c.k.shape[2]]}", traced=False),
     Rule("other tokens", lambda c: c.mask is None and (c.k.shape[0] != c.q.shape[0] or c.k.shape[2] != c.q.shape[2]),
