@@ -170,7 +170,7 @@ class DiffusersFamily(ABC):
 
     @staticmethod
     def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
-        """Valid keys of each row, bool [batch, tokens], or why the mask says more than that."""
+        """Which tokens see one another, as padding.key_padding has it, or what the mask says besides."""
         return key_padding(mask, batch, tokens)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,16 +17,19 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _HIDDEN = -9000.0
 # Added to every key alike, what is not below this changes nothing but the last digits.
 _NOTHING = -1e5
+# Sequences apart from one another in one call that are worth a run each.
+_MOST_GROUPS = 8
 # Pairs of query and key that are looked at together.
 _PIECE = 1 << 24
 
 
 def key_padding(mask: Tensor, batch: int, tokens: int, queries: int | None = None) -> Tensor | Decline:
-    """Valid keys of each row, bool [batch, tokens], of a mask that says no more than which tokens are padding.
+    """Which tokens see one another, for a mask that says no more than which are padding, or of separate sequences.
 
-    Padding is what no query sees; all other queries must see the same keys, or all up to themselves in causal order,
-    whatever the padding itself sees. Only differences within a query's own keys count: what is added to all of them
-    alike changes nothing. A mask of queries x keys is looked through in pieces, for it may be larger than all else.
+    Padding is what no query sees; all other queries must see the same keys (in causal order, all up to themselves),
+    whatever the padding itself sees, or fall into groups that see all of themselves and nothing else. Only differences
+    within a query's own keys count: what is added to all of them alike changes nothing. A mask of queries x keys is
+    looked through in pieces, for it may be larger than all else.
 
     Args:
         mask: as scaled_dot_product_attention takes it, bool (True is valid) or additive; also whole numbers 0 and 1,
@@ -35,7 +38,8 @@ def key_padding(mask: Tensor, batch: int, tokens: int, queries: int | None = Non
         queries: the last so many tokens are queries, in causal order; None means that all are, and see both ways.
 
     Returns:
-        the valid keys, or what the mask is besides.
+        bool [batch, tokens], the valid tokens; or, where they are of several groups, int64 [batch, tokens], the same
+        number for those of a group and -1 for padding; or what the mask is besides.
     """
     if queries is None and mask.shape == (batch, tokens) and batch != tokens:
         mask = mask[:, None, None]
@@ -51,11 +55,12 @@ def key_padding(mask: Tensor, batch: int, tokens: int, queries: int | None = Non
     # Expanded heads and queries hold the same as the first.
     mask = mask[:, :1] if mask.stride(1) == 0 else mask
     mask = mask[:, :, :1] if mask.stride(2) == 0 and queries is None else mask
-    seen, counts, constant = torch.zeros_like(mask[:, 0, 0], dtype=torch.bool), [], None
+    constant = None
     if mask.is_floating_point():
         least, most = mask.amin((1, 2, 3)), mask.amax((1, 2, 3))
         constant = (least == most) & (least > _NOTHING)
     pieces = mask.split(max(_PIECE // tokens, 1), 2)
+    seen, counts = torch.zeros_like(mask[:, 0, 0], dtype=torch.bool), []
     for number, piece in enumerate(pieces):
         visible = piece if constant is None else _visible(piece, constant)
         if visible is None:
@@ -72,9 +77,37 @@ def key_padding(mask: Tensor, batch: int, tokens: int, queries: int | None = Non
     alike = found == wanted[:, None]
     if mask.shape[2] > 1:
         alike |= ~seen[:, None, tokens - mask.shape[2] :]
-    if not bool(alike.all()):
-        return Decline("mask that differs from query to query")
-    return seen.expand(batch, tokens)
+    if bool(alike.all()):
+        return seen.expand(batch, tokens)
+    groups = _groups(pieces, constant, seen) if queries is None and mask.shape[2] > 1 else None
+    return Decline("mask that differs from query to query") if groups is None else groups.expand(batch, tokens)
+
+
+def _groups(pieces: Sequence[Tensor], constant: Tensor | None, seen: Tensor) -> Tensor | None:
+    """Numbers of the groups of tokens that see all of themselves and nothing else, -1 for what nobody sees; or None.
+
+    Args:
+        pieces: the mask, cut along its queries.
+        constant: see _visible; None where the mask is bool.
+        seen: bool [batch, tokens], what any query sees.
+    """
+
+    def rows() -> Iterator[Tensor]:
+        for piece in pieces:
+            visible = piece if constant is None else _visible(piece, constant)
+            assert visible is not None
+            yield visible
+
+    # The first token that each sees is the first of its group.
+    first = torch.cat([visible.to(torch.uint8).argmax(3) for visible in rows()], 2)
+    number, start = first[:, 0].where(seen, -1), 0
+    for visible in rows():
+        own = slice(start, start + visible.shape[2])
+        start = own.stop
+        same = number[:, None, own, None] == number[:, None, None]
+        if bool(((visible != same) & seen[:, None, own, None]).any()):
+            return None
+    return number
 
 
 def _visible(mask: Tensor, constant: Tensor) -> Tensor | None:
@@ -139,31 +172,44 @@ class Trim:
         return out
 
 
-def trim(valid: Tensor, layout: TokenLayout) -> Trim | Decline:
-    """How rows of tokens are cut to their valid ones; looks at the values once.
+def trim(groups: Tensor, layout: TokenLayout) -> Trim | Decline:
+    """How rows of tokens are cut to those that see one another; looks at the values once.
 
     Args:
-        valid: bool [batch, tokens].
-        layout: all tokens of a row; its text may be padded, its video not.
+        groups: bool [batch, tokens], the valid ones, or numbers of groups, -1 for what is not valid; see key_padding.
+        layout: all tokens of a row; its text may be padded or apart, its video not.
     """
-    lengths = [part.length for part in layout.parts]
-    number = torch.arange(valid.shape[1], device=valid.device)
-    first = torch.where(valid, number, valid.shape[1]).amin(1)
-    last = torch.where(valid, number, -1).amax(1)
-    counts = [part.sum(1) for part in valid.split(lengths, 1)]
-    rows = torch.stack([first, last + 1, *counts], 1).tolist()
-    holes = any(end - start != sum(own) for start, end, *own in rows if any(own))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, (start, _, *own) in enumerate(rows):
-        if any(n != p.length for n, p in zip(own, layout.parts, strict=True) if p.kind == "video"):
+    if groups.dtype == torch.bool:
+        groups = groups.long() - 1
+    names = [name for name in groups.unique().tolist() if name >= 0]
+    if len(names) > _MOST_GROUPS:
+        return Decline(f"the call has a mask of {len(names)} separate sequences")
+    lengths, tokens = [part.length for part in layout.parts], groups.shape[1]
+    number = torch.arange(tokens, device=groups.device)
+    found: list[tuple[int, list[int]]] = []
+    for name in names:
+        valid = groups == name
+        first = torch.where(valid, number, tokens).amin(1)
+        last = torch.where(valid, number, -1).amax(1)
+        counts = [part.sum(1) for part in valid.split(lengths, 1)]
+        found += enumerate(torch.stack([first, last + 1, *counts], 1).tolist())
+    # A row without any token has no output to compute.
+    found = [(row, places) for row, places in found if any(places[2:])]
+    for at, part in enumerate(layout.parts):
+        whole = [row for row, (_, _, *own) in found if own[at] == part.length]
+        if part.kind == "video" and sorted(whole) != list(range(len(groups))):
             return Decline("the call has a mask that hides a part of the video")
-        # A row without any token has no output to compute.
-        if any(own):
-            groups.setdefault((0 if holes else start, *own), []).append(row)
+    holes = any(end - start != sum(own) for _, (start, end, *own) in found)
+    # Where each row is filled up to, if its tokens are to follow one another.
+    filled = [0] * len(groups)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for row, (start, _, *own) in found:
+        members.setdefault((filled[row] if holes else start, *own), []).append(row)
+        filled[row] += sum(own)
     spans = []
-    for (start, *own), members in groups.items():
+    for (start, *own), rows in members.items():
         parts = zip(layout.parts, own, strict=True)
         cut = tuple(p if p.length == n else replace(p, length=n) for p, n in parts if n)
         place = start, start + sum(own)
-        spans.append(Span(tuple(members), place, place, TokenLayout(cut, layout.is_causal)))
-    return Trim(tuple(spans), torch.argsort(~valid, dim=1, stable=True) if holes else None)
+        spans.append(Span(tuple(rows), place, place, TokenLayout(cut, layout.is_causal)))
+    return Trim(tuple(spans), groups.where(groups >= 0, tokens).argsort(dim=1, stable=True) if holes else None)

@@ -317,6 +317,8 @@ def read_ready(mask: Tensor, shape: tuple[int, int, int, int], causal: bool) -> 
         valid = key_padding(mask, batch, keys, queries if causal else None)
         if isinstance(valid, Decline):
             found = valid.reason
+        elif valid.dtype != torch.bool:
+            found = "mask of separate sequences"
         else:
             found = ReadyMask(shape, replace(_padded_plan(valid, queries, keys), causal=causal))
         _READ[mask] = key, found

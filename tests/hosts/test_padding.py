@@ -78,6 +78,44 @@ def test_one_value_hides_nothing(sizes: tuple[int, ...], value: float, dtype: to
     assert isinstance(found, torch.Tensor) and found.shape == (2, N) and bool(found.all())
 
 
+GROUPS = {
+    "padding sees itself": torch.tensor([[0] * 9 + [9] * 4, [0] * 13]),
+    "two sequences": torch.tensor([[0] * 5 + [5] * 8]).expand(2, -1),
+    "turn by turn, and padding": torch.tensor([[0, 1, -1] * 4 + [0], [0, 1] * 6 + [-1]]),
+}
+
+
+@pytest.mark.parametrize("pieces", [1 << 24, 3 * N], ids=["in one", "in pieces"])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("case", GROUPS)
+def test_tokens_in_groups(case: str, heads: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group is a sequence by itself; what nobody sees may see anything of one group."""
+    monkeypatch.setattr(padding, "_PIECE", pieces)
+    groups = GROUPS[case]
+    mask = (groups[:, None, :, None] == groups[:, None, None]) & (groups >= 0)[:, None, None]
+    mask = mask.repeat(1, heads, 1, 1)
+    for given in (mask, additive(mask)):
+        found = key_padding(given, 2, N)
+        assert isinstance(found, torch.Tensor) and torch.equal(found, groups)
+    for layout in (TokenLayout.bidirectional(N), TokenLayout.video(1, 2, 2, text_after=9)):
+        cut = trim(groups, layout)
+        if layout.video_part is not None and case == "turn by turn, and padding":
+            assert isinstance(cut, Decline) and "hides a part of the video" in cut.reason
+            continue
+        assert isinstance(cut, Trim)
+        q, k, v = torch.randn(3, 2, 3, N, 8, dtype=torch.float64)
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        want = want.masked_fill((groups < 0)[:, None, :, None], 0.0)
+        got = cut.back(cut.dense(*map(cut.front, (q, k, v)), F.scaled_dot_product_attention))
+        assert (got - want).abs().max() <= 8 * torch.finfo(torch.float64).eps * want.abs().max()
+        assert all(span.layout is not None and span.layout.kv_len == span.q[1] - span.q[0] for span in cut.spans)
+
+
+def test_many_groups_are_declined() -> None:
+    found = trim(torch.arange(N)[None], TokenLayout.bidirectional(N))
+    assert isinstance(found, Decline) and "13 separate sequences" in found.reason
+
+
 def test_one_row_for_the_batch() -> None:
     for mask, batch in ((VALID[:1, None, None], 3), (VALID[:1], 1), (VALID[:1], 3), (PAIRS[:1], 3), (PAIRS[0, 0], 3)):
         found = key_padding(mask, batch, N)
@@ -91,12 +129,12 @@ def test_a_row_of_the_batch_may_be_constant_or_hidden() -> None:
     assert torch.equal(found, torch.stack([VALID[0], torch.zeros_like(VALID[0]), torch.ones_like(VALID[0])]))
 
 
+TWO = (torch.arange(N) == 4) & (torch.arange(N) >= 4)[:, None]
 BY_QUERY, BIAS, OTHER = "differs from query to query", "a bias on its logits", "which is none of 2 rows of 13 tokens"
 NEITHER = {
     "causal": (torch.ones(1, 1, N, N, dtype=torch.bool).tril(), BY_QUERY),
     "causal, -inf": (torch.ones(1, 1, N, N).tril().log(), BY_QUERY),
-    "two sequences": (torch.block_diag(torch.ones(5, 5), torch.ones(8, 8)).bool()[None, None], BY_QUERY),
-    "padding sees itself": (PAIRS | ~VALID[:, None, :, None] & ~VALID[:, None, None], BY_QUERY),
+    "a token of two sequences": (torch.block_diag(torch.ones(5, 5), torch.ones(8, 8)).bool()[None, None] | TWO, BY_QUERY),
     "an image sees a text that does not see it": (VALID[:1, None, None] | ~VALID[:1, None, :, None], BY_QUERY),
     "by head": (torch.stack([VALID, ~VALID], 1)[:, :, None], BY_QUERY),
     "a query that others see sees nothing": (PAIRS.repeat(1, 2, 1, 1).index_fill(2, torch.tensor([3]), False), BY_QUERY),
