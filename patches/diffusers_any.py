@@ -113,21 +113,24 @@ TOKENS: dict[str, Callable[[Any, Inputs], Tokens]] = {
     "ChronoEditTransformer3DModel": _video,
     "CogVideoXTransformer3DModel": _cogvideox,
     "CosmosTransformer3DModel": _video,
-    "FluxControlNetModel": _flux,
     "FluxTransformer2DModel": _flux,
     "HunyuanImageTransformer2DModel": _hunyuan_image,
     "Kandinsky5Transformer3DModel": _kandinsky5,
     "LTXVideoTransformer3DModel": _ltx,
     "LTX2VideoTransformer3DModel": _ltx,
     "MochiTransformer3DModel": _video_then_text,
-    "QwenImageControlNetModel": _qwen_image,
     "QwenImageTransformer2DModel": _qwen_image,
-    "SD3ControlNetModel": _image_then_text,
     "SD3Transformer2DModel": _image_then_text,
     "SkyReelsV2Transformer3DModel": _video,
     "WanAnimateTransformer3DModel": _video,
 }
 
+# The same of what takes part besides.
+_OTHERS: dict[str, Callable[[Any, Inputs], Tokens]] = {
+    "FluxControlNetModel": _flux,
+    "QwenImageControlNetModel": _qwen_image,
+    "SD3ControlNetModel": _image_then_text,
+}
 
 # Attention that is none of one sequence among itself, though it is reached.
 _REFUSED = {
@@ -242,7 +245,12 @@ class Diffusers(DiffusersFamily):
 
 
 def _tokens_of(transformer: object) -> Callable[[Any, Inputs], Tokens] | None:
-    return next((TOKENS[name] for name in names_of(transformer) if name in TOKENS), None)
+    name = type(transformer).__name__
+    known = TOKENS.get(name) or _OTHERS.get(name)
+    # A graph cannot ask what a class is made from.
+    if known is None and not torch.compiler.is_compiling():
+        known = next((TOKENS[base] for base in names_of(transformer) if base in TOKENS), None)
+    return known
 
 
 def why_not(transformer: nn.Module) -> str | None:

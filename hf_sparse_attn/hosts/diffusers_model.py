@@ -214,7 +214,7 @@ def transformer_parts(model: object) -> list[nn.Module] | Decline:
 
 
 def networks(pipeline: object) -> dict[str, nn.Module]:
-    """The networks of a pipeline that could be patched, by name: what denoises, and what else (ControlNet) takes part."""
+    """The networks of a pipeline by name: what denoises, and what else (a ControlNet) takes part."""
     return {
         name: part
         for name, part in vars(pipeline).items()

@@ -68,7 +68,7 @@ def _holds(part: nn.Module, patched: WeakSet[nn.Module]) -> bool:
 
 
 def _watched_class(kind: Any, look: Callable[[Any], None]) -> Any:
-    """A subclass of a pipeline's class that looks at the pipeline before every call; taken off by setting the class."""
+    """A subclass of a pipeline's class that looks at the pipeline before every call."""
     original = kind.__call__
 
     @functools.wraps(original)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
-from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import NO_SCHEDULE
 from hf_sparse_attn.hosts.diffusers_model import NAME, NUMBER, Asked, Call, Layer, Tokens
@@ -100,9 +99,10 @@ class Attention:
         if running is None or running.layer is None:
             return None
         watched = watched_by()
-        if watched and as_before(self.session).reason is None:
+        if watched:
             # A function in the place of PyTorch's own may never come here.
-            self.session.give_up(running.layer.record, watched)
+            if not self.session.as_before(running.layer.record):
+                self.session.give_up(running.layer.record, watched)
             return None
 
         def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

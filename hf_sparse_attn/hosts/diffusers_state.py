@@ -131,7 +131,9 @@ class Forwards(Uncopied):
         why_lost: how an attention was changed since it was taken over, or None.
     """
 
-    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]) -> None:
+    def __init__(
+        self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]
+    ) -> None:
         self.patch = patch
         self.session = patch.session
         self.family = family

@@ -129,15 +129,22 @@ def test_a_row_of_the_batch_may_be_constant_or_hidden() -> None:
     assert torch.equal(found, torch.stack([VALID[0], torch.zeros_like(VALID[0]), torch.ones_like(VALID[0])]))
 
 
+APART = torch.block_diag(torch.ones(5, 5), torch.ones(8, 8)).bool()[None, None]
 TWO = (torch.arange(N) == 4) & (torch.arange(N) >= 4)[:, None]
 BY_QUERY, BIAS, OTHER = "differs from query to query", "a bias on its logits", "which is none of 2 rows of 13 tokens"
 NEITHER = {
     "causal": (torch.ones(1, 1, N, N, dtype=torch.bool).tril(), BY_QUERY),
     "causal, -inf": (torch.ones(1, 1, N, N).tril().log(), BY_QUERY),
-    "a token of two sequences": (torch.block_diag(torch.ones(5, 5), torch.ones(8, 8)).bool()[None, None] | TWO, BY_QUERY),
+    "a token of two sequences": (
+        torch.block_diag(torch.ones(5, 5), torch.ones(8, 8)).bool()[None, None] | TWO,
+        BY_QUERY,
+    ),
     "an image sees a text that does not see it": (VALID[:1, None, None] | ~VALID[:1, None, :, None], BY_QUERY),
     "by head": (torch.stack([VALID, ~VALID], 1)[:, :, None], BY_QUERY),
-    "a query that others see sees nothing": (PAIRS.repeat(1, 2, 1, 1).index_fill(2, torch.tensor([3]), False), BY_QUERY),
+    "a query that others see sees nothing": (
+        PAIRS.repeat(1, 2, 1, 1).index_fill(2, torch.tensor([3]), False),
+        BY_QUERY,
+    ),
     "other length": (torch.ones(1, 1, 1, N + 1, dtype=torch.bool), OTHER),
     "other batch": (torch.ones(3, 1, 1, N, dtype=torch.bool), OTHER),
     "rows of a cache": (torch.ones(2, 1, 5, N, dtype=torch.bool), OTHER),
