@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
@@ -204,11 +205,14 @@ def _share_of_a_rank(call: LayerCall) -> bool:
 def _not_ours(call: LayerCall) -> str | None:
     """What has taken the layer's own attention over or must see it, in words, or None."""
     name = call.state.dense
-    now = ALL_ATTENTION_FUNCTIONS.get(name)
-    # functools.wraps copies the name of a module, not its globals.
-    home = str(getattr(now, "__globals__", {}).get("__name__"))
-    if now is not None and _BY_TRANSFORMERS.fullmatch(name) and home.partition(".")[0] != "transformers":
-        return f"attention implementation {name!r} was replaced by {getattr(now, '__qualname__', type(now).__name__)}"
+    if _BY_TRANSFORMERS.fullmatch(name):
+        for what, known in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+            now = known.get(name)
+            # functools.wraps copies the name of a module, not its globals.
+            home = str(getattr(now, "__globals__", {}).get("__name__"))
+            if now is not None and home.partition(".")[0] != "transformers":
+                other = getattr(now, "__qualname__", type(now).__qualname__)
+                return f"{what} function of {name!r} was replaced by {other}"
     return watched_by()
 
 

@@ -193,10 +193,21 @@ def test_a_replaced_attention_implementation(before: bool, monkeypatch: pytest.M
     with hsa.patch(model, **NARROW) as patch:
         replace()
         assert torch.equal(run(model, given), want)
-    reason = "attention implementation 'sdpa' was replaced by sdpa_attention_forward"
+    reason = "attention function of 'sdpa' was replaced by sdpa_attention_forward"
     assert counts(patch) == [(0, {reason: 1})] * 2
     with hsa.patch(model, strict=True, **NARROW), pytest.raises(DenseFallback, match="was replaced by"):
         run(model, given)
+
+
+def test_a_replaced_mask_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as known
+
+    model, given = build("llama")
+    monkeypatch.setitem(known._local_mapping, "sdpa", lambda *args, **kwargs: torch.ones(2, 1, 111, 111).bool())
+    want = run(model, given)
+    with hsa.patch(model, **NARROW) as patch:
+        assert torch.equal(run(model, given), want)
+    assert all("mask function of 'sdpa' was replaced by" in next(iter(said)) for _, said in counts(patch))
 
 
 def test_context_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,23 @@ def test_what_a_mask_hides_has_no_part_in_a_sparse_call() -> None:
         assert torch.equal(run(model, given), before)
 
 
+def test_chroma_in_its_own_pipeline() -> None:
+    """Its mask is one constant where no text is padded; each of guidance's two calls has its own."""
+    model = tiny.build("ChromaTransformer2DModel")[0]
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), latent_channels=1, norm_num_groups=1, shift_factor=0.1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    none = {"text_encoder": None, "tokenizer": None}
+    pipe = diffusers.ChromaPipeline(scheduler=scheduler, vae=vae.eval(), transformer=model, **none)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+    for prefix, mask in (("", ALL), ("negative_", PADDED)):
+        call[f"{prefix}prompt_embeds"] = torch.randn(1, TEXT, 16)
+        call[f"{prefix}prompt_attention_mask"] = mask.float()
+    with hsa.patch(pipe, "sliding_window", **{**WHOLE, "window": 3}) as patch:
+        pipe(**call)
+    assert all((r.sparse_calls, r.reasons) == (2, {BIAS: 2}) for r in patch.report().layers)
+
+
 # ---------------------------------------------------------------------- transformers
 
 N = 111
