@@ -43,6 +43,10 @@ class Decision:
     fallback: bool = False
     counted: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reason, str) and not self.reason.strip():
+            raise ValueError(f"`reason` must say why the call is dense, got {self.reason!r}")
+
 
 SPARSE = Decision()
 

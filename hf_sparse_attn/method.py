@@ -40,9 +40,17 @@ READS = {
 
 @dataclass(frozen=True)
 class Decline:
-    """A method's answer where it does not apply: the call is dense, and the reason is counted."""
+    """A method's answer where it does not apply: the call is dense, and the reason is counted.
+
+    Raises:
+        ValueError: there is no reason.
+    """
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise ValueError(f"`reason` must say why, got {self.reason!r}")
 
 
 class PartlyDense(tuple[Tensor, Tensor]):

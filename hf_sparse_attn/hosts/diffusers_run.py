@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -19,7 +19,7 @@ from hf_sparse_attn.hosts.diffusers_clock import NO_SCHEDULE
 from hf_sparse_attn.hosts.diffusers_model import NAME, NUMBER, Asked, Call, Layer, Tokens
 from hf_sparse_attn.hosts.diffusers_state import Forwards, Running, innermost
 from hf_sparse_attn.hosts.padding import Trim, trim
-from hf_sparse_attn.hosts.sdpa_hook import Answer
+from hf_sparse_attn.hosts.sdpa_hook import Answer, watched_by
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.record import LayerRecord
 
@@ -98,10 +98,10 @@ class Attention:
 
             inputs = None if running is None else running.inputs
             return self.of(running, Asked(q, k, v, attn_mask, scale, odd, dense, inputs)).transpose(1, 2)
-        attention = self.forwards.thread.traced.attention
-        if running is None or odd:
+        attention, watched = self.forwards.thread.traced.attention, watched_by()
+        if running is None or odd or watched:
             if running is not None:
-                opaque.note(self.session.number, getattr(attention, NAME), _not_supported(odd))
+                opaque.note(self.session.number, getattr(attention, NAME), watched or _not_supported(odd))
             return own(query, key, value, attn_mask)
         hidden = None if running.inputs is None else running.inputs.hidden
         extra = {"ticket": self.forwards.thread.traced.ticket, "mask": attn_mask, "hidden": hidden}
@@ -124,7 +124,13 @@ class Attention:
             self.forwards.check_program()
             return None
         running, here = self.forwards.called(attention), innermost()
-        if running is None:
+        if running is None or running.layer is None:
+            return None
+        watched = watched_by()
+        if watched:
+            # A function in the place of PyTorch's own may never come here.
+            if not self.session.as_before(running.layer.record):
+                self.session.give_up(running.layer.record, watched)
             return None
 
         def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -203,8 +209,9 @@ class Attention:
     def _layout(self, call: Call | None, asked: Asked) -> TokenLayout | Decline:
         """The tokens of a call, or what about it sparse attention cannot honour."""
         queries, keys = asked.q.shape[2], asked.k.shape[2]
-        if asked.odd:
-            return Decline(_not_supported(asked.odd))
+        odd = watched_by() or (_not_supported(asked.odd) if asked.odd else None)
+        if odd is not None:
+            return Decline(odd)
         if call is None:
             return Decline("called outside of the transformer's forward: grid and step are unknown")
         layout = call.tokens.layout(queries) if queries == keys else None
@@ -219,8 +226,7 @@ class Attention:
         found: Trim | Decline | None = call.trims.get(asked.mask)
         if found is None:
             valid = self.family.valid(asked.mask, asked.q.shape[0], layout.kv_len)
-            found = Decline("the call has a mask that differs from query to query") if valid is None else None
-            found = found or trim(cast(Tensor, valid), layout)
+            found = Decline(f"the call has a {valid.reason}") if isinstance(valid, Decline) else trim(valid, layout)
             call.trims[asked.mask] = found
         return found
 

@@ -143,7 +143,9 @@ class Forwards:
         why_lost: how an attention was changed since it was taken over, or None.
     """
 
-    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any], str | None]) -> None:
+    def __init__(
+        self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]
+    ) -> None:
         self.patch = patch
         self.session = patch.session
         self.family = family
@@ -166,7 +168,11 @@ class Forwards:
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by name."""
-        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+        names = self.names.get(type(module))
+        if names is None:
+            # A module that was sharded since has a class of its own, made from the one it had.
+            names = next(self.names[kind] for kind in type(module).__mro__ if kind in self.names)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
@@ -213,9 +219,9 @@ class Forwards:
         if moment.guessed and (self.session.policy.by_steps or self.session.method.by_steps):
             self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
-            reason = self.why_lost(attention)
+            reason = self.why_lost(transformer, attention)
             if reason is not None:
-                self._warn(f"{reason}: set the backend first, then call patch()")
+                self._warn(f"{reason}: call patch() after such changes")
                 self.session.give_up(self.layers[attention].record, reason)
         branch = self.clock.generation.branch
         call = Call(tokens, moment.step, moment.num_steps, branch, WeakTensorKeyDictionary())

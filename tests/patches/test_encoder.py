@@ -335,7 +335,10 @@ HOLE = torch.ones(2, 111)
 HOLE[0, 5] = 0
 STRICT = {
     "hole": (dict(attention_mask=HOLE), "padding between valid tokens"),
-    "tensor": (dict(attention_mask=torch.ones(2, 1, 111, 111, dtype=torch.bool)), "mask given as a Tensor"),
+    "tensor": (
+        dict(attention_mask=torch.ones(2, 1, 111, 111, dtype=torch.bool).tril()),
+        "mask given as a Tensor: mask that differs from query to query",
+    ),
 }
 
 
