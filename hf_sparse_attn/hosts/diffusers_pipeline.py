@@ -48,7 +48,7 @@ def _look(patch: Patch, pipeline: Any) -> Callable[[Any], None]:
 
     def look(pipeline: Any) -> None:
         # A copy is another pipeline.
-        if own() is not pipeline or session.pauses or session.method.name == "dense":
+        if own() is not pipeline or session.paused or session.method.name == "dense":
             return
         for name, part in networks(pipeline).items():
             if _holds(part, patched) or any(active_patch(model) is not None for model in outermost_models([part])):

@@ -52,7 +52,8 @@ class Bound(Uncopied):
         forward = Forward(ref(module), self, asleep=self.session.paused)
         self.at_work.begin(forward)
         # Without those that an interrupt has left behind, of whatever patch: torch calls no hook then.
-        _HERE.forwards = [*(f for f in _HERE.forwards if runs_here([f.module()])), forward]
+        known = [f for f in _HERE.forwards if f.asleep or f in f.bound.at_work]
+        _HERE.forwards = [*(f for f in known if runs_here([f.module()])), forward]
 
     def after(self, module: nn.Module, *_: object) -> None:
         """Runs after an owner, also where it raised."""

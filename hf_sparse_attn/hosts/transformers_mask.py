@@ -240,13 +240,6 @@ class MaskSpec:
     def __invert__(self) -> Any:
         return ~self._tensor()
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Where it is handed to a function of torch nevertheless, that gets the tensor."""
-        ready = [x._tensor() if isinstance(x, MaskSpec) else x for x in args]
-        named = {name: x._tensor() if isinstance(x, MaskSpec) else x for name, x in (kwargs or {}).items()}
-        return func(*ready, **named)
-
     @property
     def dtype(self) -> Any:
         """That of the tensor it stands for, which a model may ask before it changes it."""
