@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.patching import changed, restoring
 from hf_sparse_attn.training.lora import file
+from hf_sparse_attn.training.lora.reach import FirstCall, check_called, keep_unfused
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
 
@@ -28,6 +29,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     At first the adapter adds exactly 0. Its weights are float32, also on a model of lower precision; modules that are
     trained in full are copied to float32, and what they return has the dtype it had before. All weights of the model
     itself are frozen. A language model's head that is tied to a trained embedding keeps the model's own weight.
+    Projections that have it cannot be fused meanwhile, for fused ones would leave it out. A module that the model does
+    not call in its first forward is told in the log.
 
     Args:
         model: of transformers or diffusers, patched or not.
@@ -39,8 +42,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
         the Adapter.
 
     Raises:
-        ValueError: a name that no module has, a module that cannot get an adapter or whose weights are offloaded, or a
-            model that has an adapter. The model is then as it was.
+        ValueError: a name that no module has, a module that cannot get an adapter or whose weights are offloaded,
+            projections that are fused, or a model that has an adapter. The model is then as it was.
         TypeError: `model` is no module, or `settings` no LoraSettings.
         MissingExtra: peft is not installed.
     """
@@ -58,6 +61,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     _check_apart(targets, trained)
     for argument, names in (("targets", targets), ("trained", trained)):
         _check_in_memory(model, argument, names)
+        check_called(model, argument, names)
     adapter = Adapter(model, settings)
     try:
         adapter._install(seed)
@@ -100,6 +104,7 @@ class Adapter(AbstractContextManager["Adapter"]):
         self._required = [(p, p.requires_grad) for p in model.parameters()]
         self._attributes = [restoring(model, name) for name in _HOST_ATTRIBUTES]
         self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
+        self._first_call = FirstCall()
         self._removed = False
 
     def _install(self, seed: int) -> None:
@@ -146,6 +151,9 @@ class Adapter(AbstractContextManager["Adapter"]):
             _initialise(name, layer, generator)
         for name, wrapper in self.wrappers():
             _raise_precision(name, wrapper)
+        parts = self.layers() + self.wrappers()
+        self._attributes += keep_unfused(parts, self.model)
+        self._first_call = FirstCall(self.model, parts)
 
     def layers(self) -> list[tuple[str, Any]]:
         """peft's layers with the added matrices, by the names of the modules in their place."""
@@ -196,12 +204,14 @@ class Adapter(AbstractContextManager["Adapter"]):
         """Takes the adapter off; the model is then as it was before. A second call does nothing.
 
         Raises:
-            ValueError: another adapter was put on the model since, or its modules were replaced.
+            ValueError: another adapter was put on the model since, its modules were replaced, or it was merged into
+                the model's weights.
         """
         if self._removed:
             return
         self.check_removable()
         self._removed = True
+        self._first_call.stop()
         for module, name, before, _ in self._replaced:
             module._modules[name] = before
         for parameter, required in self._required:
@@ -219,6 +229,12 @@ class Adapter(AbstractContextManager["Adapter"]):
         changed = [name for module, name, _, new in self._replaced if module._modules.get(name) is not new]
         if changed:
             raise ValueError(f"`model` must have the adapter's modules to remove it, {changed[0]} was replaced")
+        merged = [name for name, layer in self.layers() if layer.merged]
+        if merged:
+            raise ValueError(
+                f"`model` must have its own weights to remove the adapter, it is merged into {merged[0]}: unmerge it "
+                "first (unfuse_lora() of the model)"
+            )
 
     def _check_there(self) -> None:
         if self._removed:
