@@ -340,7 +340,8 @@ def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> N
     ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
     near = difflib.get_close_matches(given, ends, n=6, cutoff=0.5) or ends[:12]
     raise ValueError(
-        f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; got {shortened(given)}"
+        f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; "
+        f"got {shortened(given)}"
     )
 
 
