@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.profiling.head_maps import pooled_attention
+from hf_sparse_attn.profiling.head_maps import extent, pooled_attention
 from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
@@ -27,6 +27,8 @@ from hf_sparse_attn.tables import table
 
 # Sixteen needles and their questions leave room for code from here on.
 _SHORTEST = 576
+# Squares along each side of an attention map.
+_CELLS = 192
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,17 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
 
 def _draw_head(ax: Any, q: Tensor, k: Tensor, scale: float, pattern: BlockPattern) -> None:
     n = len(q)
-    weights = pooled_attention(q, k, scale, 192).clamp(min=1e-4).log10()
-    ax.imshow(weights, cmap="Greys", vmin=-3.5, vmax=0, extent=(0, n, n, 0), interpolation="nearest")
+    weights = pooled_attention(q, k, scale, _CELLS).clamp(min=1e-4).log10()
+    place = extent(n, _CELLS)
+    ax.imshow(weights, cmap="Greys", vmin=-3.5, vmax=0, extent=place, interpolation="nearest")
     kept = pattern.reblock(pattern.block_q, 16).block_map()[0, 0].float()
     over = torch.zeros(*kept.shape, 4)
     over[..., 0], over[..., 1], over[..., 3] = 1.0, 0.5, 0.38 * kept
-    ax.imshow(over, extent=(0, n, n, 0), interpolation="nearest")
+    rows, columns = len(kept) * pattern.block_q, kept.shape[1] * 16
+    ax.imshow(over, extent=(0, columns, rows, 0), interpolation="nearest")
+    # Whole cells and blocks reach beyond the last token.
+    ax.set_xlim(0, n)
+    ax.set_ylim(n, 0)
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     ax.tick_params(labelsize=8)
