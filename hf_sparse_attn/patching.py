@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
@@ -30,6 +32,7 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         self._model = ref(model)
         self._undo = ExitStack()
         self._removed = False
+        self._model_gain: float | None = None
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
         watched = [ref(module) for module in self.modules]
@@ -62,7 +65,7 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
-        return Report(session.method.name, session.method.params(), self.family, layers, self.notes)
+        return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
 
     def note(self, text: str) -> None:
         """Tells something of this patch once: a warning in the log, and a line under the table of `report()`."""
@@ -88,6 +91,33 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         check_int("calls", calls, 0)
         for record in self.session.records.values():
             record.to_measure = calls
+
+    def measure_model(self, run: Callable[[], object], rounds: int = 3) -> float:
+        """Wall-clock gain of the whole model: its seconds with its own dense attention over those with the patch.
+
+        Both are run in turns without gradients, `rounds` times after one of each that is not timed; the medians count.
+        `report()` shows the last gain. The runs with the patch are counted in the report like any others.
+
+        Args:
+            run: runs the model once, `lambda: model(**inputs)`, alike each time.
+            rounds: timed runs of each.
+
+        Raises:
+            ValueError, TypeError: `rounds` is not a number from 1 on, or the patch was removed.
+        """
+        check_int("rounds", rounds, 1)
+        if self._removed:
+            raise ValueError("`measure_model` must be called while the patch is on, got one that was removed")
+
+        def dense() -> None:
+            with self.paused():
+                run()
+
+        weight = next((p for module in self.modules for p in module.parameters()), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        sparse, own = compare(run, dense, device, rounds)
+        self._model_gain = own / sparse
+        return self._model_gain
 
     @contextmanager
     def paused(self) -> Iterator[None]:

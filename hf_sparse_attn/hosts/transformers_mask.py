@@ -206,6 +206,14 @@ class MaskSpec:
         self.shape = (wanted["batch_size"], 1, wanted["q_length"], wanted["kv_length"])
         self._dense: dict[tuple[str, torch.device], Any] = {}
 
+    @property
+    def kv_end(self) -> int:
+        """Keys up to the last query's; all places of a static cache whose counter would have to be waited for."""
+        offset = self.wanted["q_offset"]
+        if isinstance(offset, Tensor) and offset.device.type != "cpu":
+            return int(self.shape[3])
+        return min(self.shape[3], int(offset) + self.shape[2] - int(self.wanted.get("kv_offset", 0)))
+
     def contiguous(self) -> MaskSpec:
         """Itself; generate() asks for it."""
         return self
