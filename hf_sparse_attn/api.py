@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def patch(
         params = {**chosen.params, **params}
         dense_layers = chosen.dense_layers if dense_layers is None else dense_layers
         dense_steps = chosen.dense_steps if dense_steps is None else dense_steps
-    made = make_method(method, params)  # type: ignore[arg-type]  # paths are profiles
+    made = make_method(method, params, _KEYWORDS)  # type: ignore[arg-type]  # paths are profiles
     policy = Policy(
         dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
         dense_steps=dense_steps,
@@ -94,6 +95,10 @@ def patch(
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
     return install(model, found, Session(made, policy, backend, strict))
+
+
+# What patch() takes by keyword besides the parameters of a method.
+_KEYWORDS = tuple(name for name, p in signature(patch).parameters.items() if p.kind is Parameter.KEYWORD_ONLY)
 
 
 def unpatch(model: Any) -> None:

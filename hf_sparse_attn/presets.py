@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_sparse_attn.nearest import nearest
+
 if TYPE_CHECKING:
     from hf_sparse_attn.family import Family
 
@@ -48,7 +50,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
-            raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {self.quality!r}")
+            raise ValueError(_unknown(self.quality))
 
     def fits(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the patched modules are of its size."""
@@ -69,6 +71,10 @@ def _table() -> dict[str, list[Preset]]:
     return found
 
 
+def _unknown(quality: object) -> str:
+    return f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}{nearest(quality, QUALITIES)}"
+
+
 def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], method: str, quality: str) -> Preset:
     """The preset of a family for a method; the first that fits the modules.
 
@@ -76,7 +82,7 @@ def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], m
         ValueError: unknown quality, or the family has none for the method.
     """
     if quality not in QUALITIES:
-        raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}")
+        raise ValueError(_unknown(quality))
     known = presets_of(name, family)
     for preset in known:
         if (preset.method, preset.quality) == (method, quality) and preset.fits(modules):

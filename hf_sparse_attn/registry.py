@@ -6,14 +6,16 @@ import importlib
 import logging
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from hf_sparse_attn.extras import EXTRAS, install
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from hf_sparse_attn.backend import Backend
@@ -71,11 +73,16 @@ class Registry(Generic[T]):
         """The entry called `name`.
 
         Raises:
-            ValueError: unknown name; the message lists the known ones.
+            ValueError: unknown name; the message lists the known ones and names the nearest, or tells what its file
+                needs that is not installed.
         """
         self.discover()
         if name not in self._entries:
-            raise ValueError(f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}")
+            lacking = self._lacking().get(name)
+            if lacking is not None:
+                raise ValueError(f"`{self.kind}` {name!r} {lacking}")
+            said = f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}"
+            raise ValueError(said + nearest(name, self.known()))
         return self._entries[name]
 
     def names(self) -> list[str]:
@@ -85,13 +92,20 @@ class Registry(Generic[T]):
 
     def known(self) -> list[str]:
         """All names, those in files whose package is missing here included, read from their text."""
-        found = set(self.names())
-        for file in self.missing:
+        return sorted({*self.names(), *self._lacking()})
+
+    def _lacking(self) -> dict[str, str]:
+        """What the entries need that stand in files whose package is missing here."""
+        self.discover()
+        found = {}
+        for file, reason in self.missing.items():
             spec = find_spec(f"{self.package}.{file}")
             if spec is not None and spec.origin is not None:
+                package = reason.rpartition(" ")[2]
+                said = f"{reason} {install(package)}" if package in EXTRAS else reason
                 text = Path(spec.origin).read_text(encoding="utf-8")
-                found.update(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M))
-        return sorted(found)
+                found.update(dict.fromkeys(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M), said))
+        return found
 
     def items(self) -> Iterator[tuple[str, T]]:
         """(name, entry) pairs, sorted by name."""
@@ -153,8 +167,12 @@ FAMILIES: Registry[type[Family]] = Registry("family", "hf_sparse_attn.patches", 
 BACKENDS: Registry[type[Backend]] = Registry("backend", "hf_sparse_attn.kernels", _check_backend)
 
 
-def make_method(method: str | Method, params: dict[str, Any]) -> Method:
+def make_method(method: str | Method, params: dict[str, Any], besides: Sequence[str] = ()) -> Method:
     """A Method from its name and parameters, or the Method given.
+
+    Args:
+        method, params: the method.
+        besides: what the caller takes by keyword besides, which an unknown parameter may have been meant for.
 
     Raises:
         TypeError: `method` is neither, or parameters come with a ready Method, or an unknown parameter.
@@ -172,5 +190,6 @@ def make_method(method: str | Method, params: dict[str, Any]) -> Method:
     if unknown:
         raise TypeError(
             f"method {method!r} takes the parameters {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
+            + nearest(unknown, [*known, *besides])
         )
     return cls(**params)

@@ -10,6 +10,7 @@ import torch
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import check_block_size, check_share
@@ -144,4 +145,4 @@ def _check_suite(name: str) -> None:
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}{nearest(value, known)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_sparse_attn.bench.kernels import DENSE, NEW
 from hf_sparse_attn.bench.tables import NOTES, TITLES, tables
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.tables import markdown, table
 
 
@@ -70,7 +71,7 @@ def plot(result: dict[str, Any], path: Path) -> str:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no speedup.png: it needs matplotlib (pip install 'hf-sparse-attn[report]')"
+        return f"no speedup.png: it {need('matplotlib')}"
     measured = [r for r in result["kernels"] if "speedup" in r and not r["contestant"].startswith((DENSE, *NEW))]
     if not measured:
         return "no speedup.png: no sparse contestant ran"

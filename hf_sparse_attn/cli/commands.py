@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hf_sparse_attn import __version__
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.shipped import SHIPPED
 
 PROGRAM = "hf-sparse-attn"
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if "--debug" in argv or not isinstance(error, _user_errors()):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(_said(error).split()) or type(error).__name__
             print(f"{PROGRAM}: error: {message}", file=sys.stderr)
             return 2
 
@@ -58,6 +60,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
 
 
+def _said(error: Exception) -> str:
+    """What an error says; of an optional package that is missing, which extra brings it."""
+    from hf_sparse_attn.extras import MissingExtra, absent
+
+    package = None if isinstance(error, MissingExtra) else absent(error)
+    return str(error) if package is None else str(MissingExtra("the command", package))
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
@@ -66,7 +76,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.settings]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+        options = [text.partition("=")[0] for text in rest if text.startswith("-")]
+        said = nearest(options, known[args.command]._option_string_actions)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{said}")
     return args
 
 
@@ -74,7 +87,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors are raised: argparse itself would print the usage and leave the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        choice = re.search(r"invalid choice: (.+?) \(choose from (.*)\)", message)
+        known = [name.strip(" '") for name in choice[2].split(",")] if choice else []
+        raise ValueError(message + (nearest(choice[1].strip("'"), known) if choice else ""))
 
 
 def _parser() -> _Parser:

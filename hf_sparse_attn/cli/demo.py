@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.evaluation.fidelity import Reference
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import extent, pooled_attention
 from hf_sparse_attn.profiling.observe import Call, capture
@@ -149,7 +150,7 @@ def main(args: argparse.Namespace) -> str:
         "loss: nats per byte on the code. needles: keys asked for at the end whose four digits all come first.\n"
         f"time ratio: whole forward pass, median of {rounds}, dense = 1; {torch.get_num_threads()} threads."
     )
-    drawn = "\n".join(f"attention maps: {p}" for p in pictures) or "no picture: matplotlib is not installed"
+    drawn = "\n".join(f"attention maps: {p}" for p in pictures) or f"no picture: it {need('matplotlib')}"
     return f"{comparison_table(rows, document)}\n\n{note}\n{drawn}"
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hf_sparse_attn.api import default_device
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.extras import needing
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.profiling.run import profile
 from hf_sparse_attn.profiling.view.report import render, summary
 from hf_sparse_attn.shipped import SHIPPED
@@ -125,7 +127,7 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 def _dtype(name: str) -> Any:
     known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise ValueError(f"`dtype` must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(f"`dtype` must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     return known[name]
 
 
@@ -185,7 +187,8 @@ def _texts(tokenizer: Any, data: str | None, lengths: Sequence[int], batches: in
 
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any]]:
-    from diffusers import DiffusionPipeline
+    with needing("a pipeline"):
+        from diffusers import DiffusionPipeline
 
     dtype = _dtype(args.dtype)
     pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=None if dtype == "auto" else dtype)

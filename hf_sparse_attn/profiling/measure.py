@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.family import find_family, pretrained_models
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.profiling.candidates import default_candidates
@@ -263,7 +264,8 @@ def _check_metrics(metrics: Sequence[str]) -> frozenset[str]:
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(f"`metrics` must be among {', '.join(METRICS)}; got {', '.join(map(str, names)) or 'none'}")
+        said = f"`metrics` must be among {', '.join(METRICS)}; got {', '.join(map(str, names)) or 'none'}"
+        raise ValueError(said + nearest(unknown, METRICS))
     return frozenset({*names, *_ALWAYS})
 
 

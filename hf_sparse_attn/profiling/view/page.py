@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture
 from hf_sparse_attn.profiling.view.plots import Picture, figure_map, method_map, method_styles
@@ -102,10 +102,8 @@ def pictures(profile: HeadProfile) -> list[Picture]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
+    with needing("the page"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("the page", "matplotlib", "report") from error
 
     drawn = []
     for at, plan in enumerate(profile.plans[:_MOST_PLANS]):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.sharing.files import replace_file
@@ -314,8 +315,10 @@ def load_pipeline(model: str, dtype: Any = "auto", **parts: Any) -> Any:
 
     Raises:
         TypeError: a transformer alone that is not of Wan.
+        MissingExtra: diffusers is not installed.
     """
-    from diffusers import DiffusionPipeline
+    with needing("a pipeline"):
+        from diffusers import DiffusionPipeline
 
     other = torch.accelerator.is_available()
     if dtype == "auto":
