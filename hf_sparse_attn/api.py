@@ -194,6 +194,21 @@ def _by_method(
     return done
 
 
+def check_device(name: str | None) -> torch.device:
+    """The device called `name`; None means `default_device`.
+
+    Raises:
+        ValueError: torch does not know it, or cannot use it here.
+    """
+    try:
+        device = default_device() if name is None else torch.device(name)
+        torch.empty(0, device=device)
+    # Torch raises RuntimeError or AssertionError for a device that it does not know or was not built for.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` must be one that torch can use here, got {name!r}: {error}") from None
+    return device
+
+
 def default_device() -> torch.device:
     """The device programs of this package run on: CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

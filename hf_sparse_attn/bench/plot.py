@@ -10,6 +10,7 @@ from typing import Any
 from hf_sparse_attn.bench.kernels import DENSE, NEW
 from hf_sparse_attn.bench.tables import NOTES, TITLES, tables
 from hf_sparse_attn.extras import need
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import markdown, table
 
 
@@ -56,7 +57,7 @@ def write(result: dict[str, Any], directory: str | Path) -> list[str]:
         one line about each file, or why it is not there.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "bench.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
     (folder / "bench.md").write_text(as_markdown(result), encoding="utf-8")
     notes = [f"wrote {folder / name}" for name in ("bench.json", "bench.md")]

@@ -175,7 +175,10 @@ def _parser() -> _Parser:
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(
-        "--steps", metavar="X,X", help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6"
+        "--steps",
+        type=_list(float),
+        metavar="X,X",
+        help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6",
     )
     profiled.add_argument(
         "--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}'
@@ -271,8 +274,12 @@ def _coverage(args: argparse.Namespace) -> int:
     from hf_sparse_attn.coverage import page as coverage_page
     from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
     from hf_sparse_attn.coverage.run import coverage_of, versions
+    from hf_sparse_attn.sharing.files import make_folder
     from hf_sparse_attn.tables import table
 
+    if args.output is not None:
+        # A folder that cannot be made must not cost the list.
+        make_folder(args.output)
     found = coverage_of(args.library)
     used = versions(found)
     document = coverage_page.document(found, used)
@@ -299,6 +306,7 @@ def _bench(args: argparse.Namespace) -> int:
     from hf_sparse_attn.bench import harness as bench
     from hf_sparse_attn.bench import plot as bench_plot
     from hf_sparse_attn.bench.options import make_options
+    from hf_sparse_attn.sharing.files import make_folder
 
     if args.calibrate:
         return _calibrate(args)
@@ -307,7 +315,7 @@ def _bench(args: argparse.Namespace) -> int:
     options = make_options(**given)
     if args.output is not None:
         # A folder that cannot be made must not cost a result of many minutes.
-        Path(args.output).mkdir(parents=True, exist_ok=True)
+        make_folder(args.output)
     result = bench.run(options)
     # Files before tables, for a reader that has gone.
     notes = [] if args.output is None else bench_plot.write(result, args.output)
@@ -329,6 +337,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from hf_sparse_attn.bench.options import Options
     from hf_sparse_attn.cost import table as cost
     from hf_sparse_attn.cost.timing import threads
+    from hf_sparse_attn.sharing.files import make_folder
 
     own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
@@ -337,7 +346,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     device = Options(threads=args.threads, device=args.device).where
     # With --output for the package or another machine, else for this user.
     path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with threads(args.threads):
         found = calibrate.measure(device)
     calibrate.write(found, path)
@@ -352,7 +361,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _docs(args: argparse.Namespace) -> int:
     from hf_sparse_attn.documents import pages
+    from hf_sparse_attn.sharing.files import make_folder
 
+    if not args.check:
+        make_folder(args.output)
     wanted = pages.pages(Path(args.output), _parser())
     changed = [str(path) for path in (pages.stale if args.check else pages.write)(wanted)]
     key, did = ("stale", "not current:") if args.check else ("written", "wrote")

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.context import check_int
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.extras import need
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.profiling.head_maps import extent, pooled_attention
 from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.tables import table
@@ -132,7 +134,9 @@ def main(args: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(check_int("threads", args.threads, 1))
+    # A folder that cannot be made must not cost what comes before the pictures.
+    folder = make_folder(args.output)
     model = load_model()
     most = model.config.max_position_embeddings
     if not _SHORTEST <= args.length <= most:
@@ -141,7 +145,7 @@ def main(args: argparse.Namespace) -> str:
     chosen, rounds = settings(args.length), 3
     with tqdm(total=(rounds + 1) * (len(chosen) + 1), desc="forward passes", unit="pass", leave=False) as bar:
         rows = compare(model, document, chosen, rounds, bar.update)
-    pictures = draw(model, document, Path(args.output))
+    pictures = draw(model, document, folder)
     if args.json:
         return json.dumps({"document": document.module, "length": len(document), "rows": [asdict(r) for r in rows],
                            "pictures": [str(p) for p in pictures]}, indent=2)  # fmt: skip
@@ -180,8 +184,7 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
             density = pattern.density("causal")
             ax.set_title(f"layer {layer}, head {head}: {what}\n{method.name}, density {density:.2f}", fontsize=10)
     figure.suptitle("attention (dark: much) and what the method keeps (orange)", fontsize=12)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "attention_maps.png"
+    file = make_folder(folder) / "attention_maps.png"
     figure.savefig(file, dpi=110)
     return [file]
 

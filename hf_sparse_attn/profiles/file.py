@@ -20,7 +20,7 @@ from hf_sparse_attn.profiles.card import card
 from hf_sparse_attn.profiles.measurements import Measurements
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
 from hf_sparse_attn.registry import make_method
-from hf_sparse_attn.sharing.files import replace_file, write_text
+from hf_sparse_attn.sharing.files import make_folder, replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import local_folder, pushing, told
 from hf_sparse_attn.sharing.strict_json import (
@@ -91,7 +91,7 @@ def push(
 
 def write(profile: HeadProfile, folder: Path, repo_id: str | None = None) -> None:
     """Writes the files of a profile, the profile itself last; see `card` for `repo_id`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "directory")
     text, shown = to_json(profile), card(profile, repo_id)
     if profile.measurements is not None:
         replace_file(folder / MEASUREMENTS, profile.measurements.save)

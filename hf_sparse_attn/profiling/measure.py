@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_sparse_attn.context import check_int
+from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.family import find_family, pretrained_models
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.nearest import nearest
@@ -44,6 +44,7 @@ def measure(
     state: Path | str | None = None,
     method: Method | None = None,
     progress: bool = True,
+    foresee: Callable[[Sequence[Method], Context], object] | None = None,
 ) -> Measurements:
     """Measures candidates head by head on the calls that a dense model makes; the model is left as it was.
 
@@ -78,6 +79,7 @@ def measure(
         method: runs in place of dense attention after a layer was measured, so that later layers are measured on
             inputs with its errors; None means dense.
         progress: whether to show a bar on stderr.
+        foresee: is shown the candidates and the first call of every length, before it is measured; may raise.
 
     Raises:
         TypeError: a model of no known family, a batch of another type.
@@ -93,8 +95,10 @@ def measure(
     about = {"model": weights_hash(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
     about["steps"], about["in force"] = [list(r) for r in ranges], None if method is None else label_of(method)
     path = None if state is None else Path(state)
+    if path is not None and path.is_dir():
+        raise ValueError(f"`state` must be a file, got the folder {path}")
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
-    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches)
+    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, foresee)
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
     with bar, evaluating(find_family(model)[2]):
@@ -129,6 +133,7 @@ class _Watch:
     seed: int
     maps: MapMaker
     batches: object
+    foresee: Callable[[Sequence[Method], Context], object] | None = None
     # Of the batch that runs.
     number: int = 0
     needles: Sequence[Needle] = ()
@@ -141,9 +146,12 @@ class _Watch:
                 chosen = with_dense(default_candidates(ctx.layout, longest(self.batches)))
             self.tally = Tally(chosen, self.steps)
         tally = self.tally
+        cases = len(tally.cases)
         sums = tally.case_of(ctx)
         if sums is None:
             return
+        if self.foresee is not None and len(tally.cases) > cases:
+            self.foresee(tally.candidates, ctx)
         tally.layers[ctx.layer] = tally.layers[ctx.layer] or seen.layer
         units = sample_units(ctx.layout.q_len, self.query_blocks, self.seed + self.number)
         probe = Probe(seen, units, self.needles)
