@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse_attn.autocast import cast_inputs, no_autocast
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
+from hf_sparse_attn.effect import check_effect
 from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
@@ -58,8 +59,9 @@ def patch(
 
     Raises:
         TypeError: a model of no known family, or a parameter the method does not have.
-        ValueError: an unknown name, a value out of range, a method that does not apply to the family, a profile of
-            another model, or a model that is patched already. The model is then untouched.
+        ValueError: an unknown name, a value out of range, layers that the model does not have, a method that does not
+            apply to the family, a profile of another model, or a model that is patched already. The model is then
+            untouched.
         OSError: the Hub has no such profile, or cannot be reached.
     """
     if backend != "auto":
@@ -94,7 +96,15 @@ def patch(
         )
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
-    return install(model, found, Session(made, policy, backend, strict))
+    applied = install(model, found, Session(made, policy, backend, strict))
+    try:
+        check_effect(applied)
+        if profile is not None and not any(plan.choice.any() for plan in profile.plans):
+            applied.note("nothing can be sparse: every head of the profile is dense")
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
 
 
 # What patch() takes by keyword besides the parameters of a method.

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.cost.timing import compare
+from hf_sparse_attn.decision import FULL
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
@@ -33,6 +34,8 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         self._undo = ExitStack()
         self._removed = False
         self._model_gain: float | None = None
+        # Whether the model runs in denoising steps; families whose models never do say so.
+        self.has_steps = True
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
         watched = [ref(module) for module in self.modules]
@@ -65,6 +68,8 @@ class Patch(Uncopied, AbstractContextManager["Patch"]):
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
+        if any(layer.density is not None and layer.density >= FULL for layer in layers):
+            session.tell_full()
         return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
 
     def note(self, text: str) -> None:

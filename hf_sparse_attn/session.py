@@ -63,6 +63,7 @@ class Session(Uncopied):
         self.records: dict[str, LayerRecord] = {}
         # What is told besides figures: settings without effect, steps that are guessed.
         self.notes = Notes()
+        self._told_full = False
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
@@ -101,6 +102,15 @@ class Session(Uncopied):
         if found.counted:
             record.count_dense(found, work)
         return True
+
+    def tell_full(self, ctx: Context | None = None) -> None:
+        """Notes, once, that the method keeps all keys of a call, or of calls: being sparse saves nothing there."""
+        if self._told_full or self.method.name == "dense":
+            return
+        self._told_full = True
+        params = ", ".join(f"{name}={value}" for name, value in self.method.params().items())
+        where = "of some calls" if ctx is None else f"of a call of {ctx.layout.kv_len} tokens"
+        self.notes.add(f"{self.method.name}({params}) keeps all keys {where}: nothing is saved there")
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         if self.strict:
@@ -220,7 +230,11 @@ class Session(Uncopied):
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.
-        return Done(*done, sum(densities), gain, work)
+        density = sum(densities)
+        # A GPU is not waited for: there the report finds out.
+        if isinstance(density, float) and density >= decision.FULL:
+            self.tell_full(ctx)
+        return Done(*done, density, gain, work)
 
 
 def gathered(

@@ -115,3 +115,131 @@ def test_the_gain_of_the_whole_model_is_measured_where_asked(llama: Any) -> None
             patch.measure_model(run, rounds=0)
     with pytest.raises(ValueError, match="while the patch is on"):
         patch.measure_model(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        ({"dense_layers": 1}, ()),
+        ({"dense_layers": [1]}, ()),
+        ({"dense_layers": []}, ()),
+        ({"dense_layers": 2}, ("nothing can be sparse: dense_layers=2 keeps all 2 layers dense",)),
+        ({"dense_layers": 99}, ("nothing can be sparse: dense_layers=99 keeps all 2 layers dense",)),
+        ({"dense_layers": [1, 0]}, ("nothing can be sparse: dense_layers=[1, 0] keeps all 2 layers dense",)),
+        ({"min_tokens": 2048}, ()),
+        (
+            {"min_tokens": 2049},
+            ("nothing can be sparse: min_tokens=2049 is more than the 2048 tokens that the model takes",),
+        ),
+    ],
+    ids=str,
+)
+def test_settings_after_which_nothing_is_sparse_are_told(
+    llama: Any, options: dict[str, Any], notes: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with hsa.patch(llama, **{**WINDOW, **options}) as patch:
+        assert patch.notes == notes and tuple(r.getMessage() for r in caplog.records) == notes
+        assert all(f"note: {text}" in str(patch.report()) for text in notes)
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 7], (99,)], ids=str)
+def test_layers_that_the_model_has_not_are_refused(llama: Any, layers: Any) -> None:
+    with pytest.raises(ValueError, match=r"`dense_layers` must be layers from 0 to 1 of the model, got \["):
+        hsa.patch(llama, **WINDOW, dense_layers=layers)
+    # The model is as it was.
+    hsa.patch(llama, **WINDOW).remove()
+
+
+def test_layers_are_those_of_the_whole_model_also_where_some_have_no_attention() -> None:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes: dict[str, Any] = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    kinds = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, layer_types=kinds)).eval()
+    with hsa.patch(model, **WINDOW, dense_layers=[0, 1, 3]) as patch:
+        assert patch.notes == (
+            "dense_layers=[0, 1, 3] has no effect on [0, 3]: no sparse attention would run there",
+        )  # fmt: skip
+    with hsa.patch(model, **WINDOW, dense_layers=[1, 2]) as patch:
+        assert patch.notes == ("nothing can be sparse: dense_layers=[1, 2] keeps all 2 layers dense",)
+    with pytest.raises(ValueError, match="from 0 to 3 of the model"):
+        hsa.patch(model, **WINDOW, dense_layers=[4])
+
+
+def test_steps_of_a_model_without_steps_have_no_effect_which_is_told(llama: Any) -> None:
+    with hsa.patch(llama, **WINDOW, dense_steps=(0.2, 0.0)) as patch:
+        llama(tiny_lm.tokens(1, 60))
+        report = patch.report()
+    said = "`dense_steps` must be left out for a model without denoising steps, got (0.2, 0.0)"
+    assert report.notes == (f"{said}: it has no effect",)
+    assert report.layers[0].sparse_calls == 1 and not report.layers[0].reasons
+    with pytest.raises(ValueError, match="`dense_steps` must be left out"):
+        hsa.patch(llama, **WINDOW, dense_steps=0.2, strict=True)
+    with hsa.patch(llama, **WINDOW, dense_steps=0, strict=True) as patch:
+        assert not patch.notes
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.5, False), (1.0, True), ((0.6, 0.4), True), ((0.6, 0.3), False)])
+def test_steps_that_are_all_dense_are_told(share: Any, told: bool) -> None:
+    with hsa.patch(tiny_wan.transformer(), "sliding_window", dense_steps=share, window=24, min_tokens=0) as patch:
+        assert bool(patch.notes) == told
+    if told:
+        assert patch.notes == (f"nothing can be sparse: dense_steps={share} keeps every step dense",)
+
+
+def test_presets_of_every_family_are_told_nothing_of(llama: Any) -> None:
+    for model, method in ((llama, "vertical_slash"), (tiny_wan.transformer(num_layers=4), "radial")):
+        for quality in ("high", "balanced", "fast"):
+            with hsa.patch(model, method, quality=quality) as patch:
+                assert patch.notes == ()
+
+
+KEEPS = "keeps all keys of a call of 300 tokens: nothing is saved there"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sliding_window", {"min_tokens": 0}),
+        ("sliding_window", {"quality": "fast", "min_tokens": 0}),
+        ("vertical_slash", {"quality": "balanced", "min_tokens": 0}),
+        ("block_topk", {"quality": "fast", "min_tokens": 0}),
+        ("block_topk", {"block_size": 16, "topk": 99, "min_tokens": 0}),
+        ("sliding_window", {"backend": "cpp_block_sparse"}),
+    ],
+    ids=str,
+)
+def test_a_method_that_keeps_everything_is_told_once(
+    llama: Any, method: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    # Short calls are predicted too.
+    monkeypatch.setattr("hf_sparse_attn.policy.fewest_keys", lambda *_: 0)
+    with hsa.patch(llama, method, **options) as patch:
+        for length in (300, 300, 310):
+            llama(tiny_lm.tokens(1, length))
+        assert len(patch.notes) == 1 and patch.notes[0].startswith(f"{method}(") and patch.notes[0].endswith(KEEPS)
+        assert patch.report().notes == patch.notes and len(caplog.records) == 1
+
+
+def test_one_that_leaves_something_out_is_not(llama: Any) -> None:
+    with hsa.patch(llama, **WINDOW) as patch:
+        llama(tiny_lm.tokens(1, 300))
+        llama.generate(tiny_lm.tokens(1, 40), max_new_tokens=3)
+        assert patch.report().notes == ()
+    with hsa.patch(llama, "dense") as patch:
+        llama(tiny_lm.tokens(1, 300))
+        assert patch.report().notes == ()
+
+
+def test_the_report_finds_out_what_a_gpu_was_not_waited_for(llama: Any) -> None:
+    with hsa.patch(llama, **WINDOW) as patch:
+        llama(tiny_lm.tokens(1, 300))
+        for record in patch.session.records.values():
+            record.kept = [float(record.sparse[0]), 0.0]
+        (note,) = patch.report().notes
+        assert note.endswith("keeps all keys of some calls: nothing is saved there")
