@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs, no_autocast
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
 from hf_sparse_attn.family import check_reads, find_family, install, provided
@@ -135,20 +135,26 @@ def attention(
     return_lse: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    is_causal: bool | None = None,
+    grid: tuple[int, int, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sparse attention as a function.
+    """Sparse attention as a function; causal, unless `is_causal`, `grid` or `ctx` says otherwise.
 
     Args:
         q: [batch, heads, q_len, dim].
         k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads, keys are never repeated in memory.
         v: [batch, kv_heads, kv_len, value dim].
         method: a name, a Method, or a ready BlockPattern.
-        ctx: what the tokens are; None means causal text whose last query is at the last key (not used by a pattern).
+        ctx: what the tokens are; None means text whose last query is at the last key, causal unless `is_causal` is
+            False (not used by a pattern).
         scale: factor on the logits; None means that of `ctx`, else dim ** -0.5.
         backend: "auto", or a backend by name, which then never falls back.
         return_lse: also return the log-sum-exp of the logits, [batch, heads, q_len].
         softcap: the scaled logits x become softcap * tanh(x / softcap); None means that of `ctx`, else 0: no cap.
         sinks: one more logit per query head whose value is 0, [heads] (gpt-oss), or None.
+        is_causal: whether a query sees only the keys up to its own; short for a `ctx`. None means yes, for a video no.
+        grid: (frames, height, width) of a video in raster order that is all the tokens; short for a `ctx`. With text
+            beside the video give `Context(TokenLayout.video(..., text_before=, text_after=))`.
 
     Returns:
         output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for. Under autocast
@@ -164,6 +170,12 @@ def attention(
     check_tensors(q, k, v)
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
+    short = [name for name, value in (("is_causal", is_causal), ("grid", grid)) if value is not None]
+    if short and (ctx is not None or isinstance(method, BlockPattern)):
+        whole = "a pattern" if isinstance(method, BlockPattern) else "a `ctx`"
+        raise ValueError(f"`{'` and `'.join(short)}` must be left out beside {whole}, which says it")
+    if short:
+        ctx = _context(q, k, is_causal, grid)
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
@@ -176,6 +188,25 @@ def attention(
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _context(q: Tensor, k: Tensor, is_causal: bool | None, grid: tuple[int, int, int] | None) -> Context:
+    """The context that the short arguments of `attention` stand for."""
+    if is_causal is not None and not isinstance(is_causal, bool):
+        raise TypeError(f"`is_causal` must be a bool, got {is_causal!r} of type {type(is_causal).__name__}")
+    if grid is None:
+        return Context.for_tensors(q, k, is_causal)
+    if not isinstance(grid, Sequence) or len(grid) != 3:
+        raise ValueError(f"`grid` must be (frames, height, width), got {grid!r}")
+    frames, height, width = (check_int(f"grid[{i}]", size, 1) for i, size in enumerate(grid))
+    tokens = frames * height * width
+    if (q.shape[2], k.shape[2]) != (tokens, tokens):
+        raise ValueError(
+            f"`grid` must have as many tokens as `q` and `k`, got {grid} = {tokens} for {q.shape[2]} queries and "
+            f"{k.shape[2]} keys; with text beside the video give a `ctx`"
+        )
+    layout = TokenLayout.segments([Segment("video", tokens, (frames, height, width))], causal=bool(is_causal))
+    return Context(layout, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
 
 
 def _by_method(

@@ -1,4 +1,4 @@
-"""What settings do to a model: refused where it cannot have them, told where they do nothing or leave nothing sparse."""
+"""What settings do to a model: refused where it cannot have them, told where nothing comes of them."""
 
 from __future__ import annotations
 
