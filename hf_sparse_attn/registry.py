@@ -69,8 +69,12 @@ class Registry(Generic[T]):
 
         return add
 
-    def get(self, name: str) -> T:
+    def get(self, name: str, module: str | None = None) -> T:
         """The entry called `name`.
+
+        Args:
+            name: of the entry.
+            module: that registers it, where that is known; it is named if it was not imported.
 
         Raises:
             ValueError: unknown name; the message lists the known ones and names the nearest, or tells what its file
@@ -82,7 +86,10 @@ class Registry(Generic[T]):
             if lacking is not None:
                 raise ValueError(f"`{self.kind}` {name!r} {lacking}")
             said = f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}"
-            raise ValueError(said + nearest(name, self.known()))
+            near = nearest(name, self.known())
+            if self._group and (module or not near):
+                near = f" ({to_import(module)})"
+            raise ValueError(said + near)
         return self._entries[name]
 
     def names(self) -> list[str]:
@@ -134,6 +141,19 @@ class Registry(Generic[T]):
         for point in entry_points(group=self._group) if self._group else ():
             if point.name not in self._entries:
                 self.register(point.name)(point.load())
+
+
+def to_import(module: str | None = None) -> str:
+    """How a method of one's own becomes known.
+
+    Args:
+        module: that registers it, where that is known.
+    """
+    name = "the module that registers it" if module is None else module
+    return (
+        f"a method of your own: import {name} first, on the command line by --import {module or 'MODULE'}, or install "
+        "a package with an entry point for it"
+    )
 
 
 def _origin(entry: object) -> str:

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
         try:
             args = _parsed(argv)
-            status = int(args.run(args))
+            with _importing(args.imports or ()):
+                status = int(args.run(args))
             sys.stdout.flush()
             return status
         except BrokenPipeError:
@@ -68,6 +69,24 @@ def _said(error: Exception) -> str:
     return str(error) if package is None else str(MissingExtra("the command", package))
 
 
+@contextmanager
+def _importing(modules: Sequence[str]) -> Iterator[None]:
+    """Within it modules are there that were asked for, also such as lie in the folder where the command was given."""
+    before = list(sys.path)
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    try:
+        for name in modules:
+            try:
+                import_module(name)
+            # Whatever a file raises that is somebody's own.
+            except Exception as error:
+                raise ValueError(f"--import must name a module that can be imported, got {name!r}: {error}") from error
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
@@ -95,6 +114,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    common.add_argument(
+        "--import", action="append", dest="imports", default=None, metavar="MODULE",
+        help="a module that registers methods of your own, imported first; may be given more than once",
+    )  # fmt: skip
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -310,7 +333,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.calibrate:
         return _calibrate(args)
-    apart = ("run", "command", "json", "debug", "output", "calibrate")
+    apart = ("run", "command", "imports", "json", "debug", "output", "calibrate")
     given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
     options = make_options(**given)
     if args.output is not None:
@@ -339,7 +362,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from hf_sparse_attn.cost.timing import threads
     from hf_sparse_attn.sharing.files import make_folder
 
-    own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
+    own = ("suite", "imports", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
     if other:
         raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
