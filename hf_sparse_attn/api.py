@@ -20,7 +20,7 @@ from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.presets import find_preset
+from hf_sparse_attn.presets import default_params, find_preset
 from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.registry import BACKENDS, METHODS, make_method
 from hf_sparse_attn.selection import with_sinks
@@ -52,7 +52,8 @@ def patch(
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.
-        **params: the method's parameters.
+        **params: the method's parameters. Those that are not given are what the method's authors ran the family with,
+            where that differs from the method's defaults (`report()` shows what is in force).
 
     Returns:
         the Patch: `report()`, `remove()`, and a context manager that removes itself.
@@ -81,13 +82,17 @@ def patch(
         params = {**chosen.params, **params}
         dense_layers = chosen.dense_layers if dense_layers is None else dense_layers
         dense_steps = chosen.dense_steps if dense_steps is None else dense_steps
+    if isinstance(method, str):
+        METHODS.get(method)
+    found = find_family(model)
+    if isinstance(method, str):
+        params = {**default_params(found[0], found[2], method), **params}
     made = make_method(method, params, _KEYWORDS)  # type: ignore[arg-type]  # paths are profiles
     policy = Policy(
         dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
-    found = find_family(model)
     lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_sparse_attn.family import find_family, pretrained_models
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.presets import default_params
 from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.profiling.candidates import default_candidates
 from hf_sparse_attn.profiling.head_maps import MapMaker, keep
@@ -91,17 +93,19 @@ def measure(
     if query_blocks is not None:
         check_int("query_blocks", query_blocks, 1)
     check_int("maps", maps, 0)
-    made = None if candidates is None else with_dense(candidates)
+    family, _, modules = find_family(model)
+    own = partial(default_params, family, modules)
+    made = None if candidates is None else with_dense(candidates, own)
     about = {"model": weights_hash(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
     about["steps"], about["in force"] = [list(r) for r in ranges], None if method is None else label_of(method)
     path = None if state is None else Path(state)
     if path is not None and path.is_dir():
         raise ValueError(f"`state` must be a file, got the folder {path}")
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
-    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, foresee)
+    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, own, foresee)
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
-    with bar, evaluating(find_family(model)[2]):
+    with bar, evaluating(modules):
         for number, batch in enumerate(batches):
             if watch.tally is None or number >= watch.tally.batches:
                 watch.number = number
@@ -133,6 +137,8 @@ class _Watch:
     seed: int
     maps: MapMaker
     batches: object
+    # Parameters by which the family's default of a method differs from the method's.
+    own: Callable[[object], dict[str, Any]] = lambda _: {}
     foresee: Callable[[Sequence[Method], Context], object] | None = None
     # Of the batch that runs.
     number: int = 0
@@ -143,7 +149,7 @@ class _Watch:
         if self.tally is None:
             chosen = self.candidates
             if chosen is None:
-                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches)))
+                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches), self.own))
             self.tally = Tally(chosen, self.steps)
         tally = self.tally
         cases = len(tally.cases)
@@ -233,8 +239,14 @@ def _ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return moved
 
 
-def with_dense(candidates: Sequence[str | Method]) -> tuple[Method, ...]:
+def with_dense(
+    candidates: Sequence[str | Method], own: Callable[[object], dict[str, Any]] = lambda _: {}
+) -> tuple[Method, ...]:
     """Methods of names and methods, dense first, none twice.
+
+    Args:
+        candidates: methods, or names of methods with their defaults.
+        own: parameters by which the family's default of a method, given its name, differs from the method's.
 
     Raises:
         ValueError: no candidate but dense, or one twice.
@@ -242,7 +254,7 @@ def with_dense(candidates: Sequence[str | Method]) -> tuple[Method, ...]:
     if isinstance(candidates, (str, Method)) or not isinstance(candidates, Sequence):
         raise TypeError(f"`candidates` must be a list of methods or names, got {candidates!r}")
     dense = make_method("dense", {})
-    made = [dense] + [m for m in (make_method(c, {}) for c in candidates) if m.name != "dense"]
+    made = [dense] + [m for m in (make_method(c, own(c)) for c in candidates) if m.name != "dense"]
     labels = [label_of(m) for m in made]
     if len(made) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"`candidates` must be distinct and at least one beside dense, got {', '.join(labels)}")
