@@ -54,13 +54,16 @@ def _seen(tokens: int, window: int | None) -> int:
 
 
 class Done(NamedTuple):
-    """What one sequence gave: output, log-sum-exp, density and predicted gain; and what there was to compute."""
+    """What one sequence gave: output, log-sum-exp, density and predicted gain; and what there was to compute.
+
+    Sequences of which that is not told weigh alike.
+    """
 
     out: Tensor
     lse: Tensor
     density: float | Tensor
     gain: float
-    work: Work
+    work: Work = Work(1)
 
 
 @dataclass
