@@ -27,7 +27,7 @@ class Family(Protocol):
     with `generic = True` takes what no other family knows. One whose models differ in their layouts has
     `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
     over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
-    where the session's method reads them.
+    where the session's method reads them. One whose models run in no denoising steps has `has_steps = False`.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -93,6 +93,7 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
             if already is not None:
                 raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
         patch = Patch(name, session, modules, model)
+    patch.has_steps = getattr(family, "has_steps", True)
     try:
         family.install(patch)
         recomputation.watch(patch)

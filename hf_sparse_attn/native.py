@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from hf_sparse_attn.hosts import NATIVE_PREFIX
+from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +83,30 @@ def _register_all() -> None:
 
     for name in METHODS.names():
         register(name)
+    _tell_unknown_names()
+
+
+def _tell_unknown_names() -> None:
+    """Has transformers say of an unknown "hsa:<name>" which methods there are; all other names go as they did."""
+    file = sys.modules[_AWAITED]
+    owner: Any = file.PreTrainedModel
+    check = getattr(owner, "get_correct_attn_implementation", None)
+    if check is None or hasattr(check, "_hsa"):
+        return
+
+    @wraps(check)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        known = file.ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if str(requested_attention).startswith(NATIVE_PREFIX) and requested_attention not in known:
+            own = sorted(n for n in known if n.startswith(NATIVE_PREFIX) and not n.startswith(PATCHED_PREFIX))
+            raise ValueError(
+                f"`attn_implementation` must be one of {', '.join(own)}, or another one of transformers; "
+                f"got {requested_attention!r}{nearest(requested_attention, own)}"
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    checked._hsa = True  # type: ignore[attr-defined]
+    owner.get_correct_attn_implementation = checked
 
 
 # The state of every attention module that ran natively, or None for those that are no text attention.

@@ -11,11 +11,14 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse_attn.at_work import AtWork
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.cost.timing import compare
+from hf_sparse_attn.decision import FULL
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.overlay import ABSENT, Overlay, value_before
 from hf_sparse_attn.report import Report
@@ -54,6 +57,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._changes: dict[int, _Changes] = {}
         self._on_copy: list[Callable[[dict[int, Any]], object]] = []
         self.at_work = AtWork()
+        self._model_gain: float | None = None
+        # Whether the model runs in denoising steps; families whose models never do say so.
+        self.has_steps = True
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
 
@@ -154,7 +160,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
-        return Report(session.method.name, session.method.params(), self.family, layers, self.notes)
+        if any(layer.density is not None and layer.density >= FULL for layer in layers):
+            session.tell_full()
+        return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
 
     def note(self, text: str) -> None:
         """Tells something of this patch once: a warning in the log, and a line under the table of `report()`."""
@@ -180,6 +188,33 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         check_int("calls", calls, 0)
         for record in self.session.records.values():
             record.to_measure = calls
+
+    def measure_model(self, run: Callable[[], object], rounds: int = 3) -> float:
+        """Wall-clock gain of the whole model: its seconds with its own dense attention over those with the patch.
+
+        Both are run in turns without gradients, `rounds` times after one of each that is not timed; the medians count.
+        `report()` shows the last gain. The runs with the patch are counted in the report like any others.
+
+        Args:
+            run: runs the model once, `lambda: model(**inputs)`, alike each time.
+            rounds: timed runs of each.
+
+        Raises:
+            ValueError, TypeError: `rounds` is not a number from 1 on, or the patch was removed.
+        """
+        check_int("rounds", rounds, 1)
+        if self._removed:
+            raise ValueError("`measure_model` must be called while the patch is on, got one that was removed")
+
+        def dense() -> None:
+            with self.paused():
+                run()
+
+        weight = next((p for module in self.modules for p in module.parameters()), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        sparse, own = compare(run, dense, device, rounds)
+        self._model_gain = own / sparse
+        return self._model_gain
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -38,7 +38,7 @@ class Policy:
         numbers = layers if isinstance(layers, tuple) else (() if layers is None else (layers,))
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ValueError(f"`dense_layers` must be a number of layers or a list of layer indices, got {layers!r}")
-        for share in self._shares():
+        for share in self.shares:
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(f"`dense_steps` must be shares between 0 and 1, got {self.dense_steps!r}")
         if self.min_tokens != "auto" and (
@@ -46,7 +46,9 @@ class Policy:
         ):
             raise ValueError(f"`min_tokens` must be 'auto' or a number of tokens, got {self.min_tokens!r}")
 
-    def _shares(self) -> tuple[Any, Any]:
+    @property
+    def shares(self) -> tuple[Any, Any]:
+        """Shares of the schedule that are dense, at its start and its end."""
         if self.dense_steps is None:
             return 0.0, 0.0
         if isinstance(self.dense_steps, Sequence) and not isinstance(self.dense_steps, str):
@@ -65,7 +67,7 @@ class Policy:
         layers = self.dense_layers
         if layers is not None and (ctx.layer < layers if isinstance(layers, int) else ctx.layer in layers):
             return "dense_layers"
-        start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self._shares())
+        start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self.shares)
         if ctx.step < start or ctx.step >= ctx.num_steps - end:
             return "dense_steps"
         if ctx.layout.q_len < self.min_queries:

@@ -52,6 +52,7 @@ class QwenVL:
     the report counts these calls as exact. With method "dense" the tower is untouched.
     """
 
+    has_steps: ClassVar[bool] = False
     provides: ClassVar[frozenset[str]] = frozenset({"causal", "video grid"})
     models: ClassVar[str] = "transformers: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE; vision tower in fewer calls"
 

@@ -21,7 +21,7 @@ from hf_sparse_attn.hosts.diffusers_state import Forwards, Running, innermost
 from hf_sparse_attn.hosts.padding import Trim, trim
 from hf_sparse_attn.hosts.sdpa_hook import Answer, watched_by
 from hf_sparse_attn.method import Decline, Method
-from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.record import LayerRecord, Work
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -165,20 +165,21 @@ class Attention:
 
     def run(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor:
         """Attention of one layer, sparse or dense, [batch, heads, tokens, dim]; dense calls are counted."""
-        sparse = None if self.session.as_before(layer.record) else self._sparse(layer, call, asked)
+        work = Work.of(asked.q, asked.k.shape[2], False, self.session.policy.min_queries)
+        sparse = None if self.session.as_before(layer.record, work) else self._sparse(layer, call, asked, work)
         return self._dense(asked) if sparse is None else sparse
 
     def _dense(self, asked: Asked) -> Tensor:
         return asked.dense(asked.q, asked.k, asked.v, self.family.dense_mask(asked.mask, asked.k.shape[2]))
 
-    def _sparse(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor | None:
+    def _sparse(self, layer: Layer, call: Call | None, asked: Asked, work: Work) -> Tensor | None:
         """Attention of the valid tokens, or None where the model must run its own on all, with the reason counted."""
         q, k, v = cast_inputs(asked.q, asked.k, asked.v)
         layout = self._layout(call, asked)
         cut = None if call is None or isinstance(layout, Decline) else self._trim(call, asked, layout)
         for found in (layout, cut):
             if isinstance(found, Decline):
-                self.session.give_up(layer.record, found.reason)
+                self.session.give_up(layer.record, found.reason, work)
                 return None
         assert call is not None and isinstance(layout, TokenLayout) and not isinstance(cut, Decline)
         context = Context(

@@ -162,7 +162,7 @@ def attend_sparse(
     # Let go here whatever becomes of the call: a layer's activations must not wait for its next one.
     kept = None if state.watch is None else state.watch.release()
     call = LayerCall(state, module, q, k, v, mask, kwargs, tokens, kept)
-    if state.session.stays_dense(state.record, decide(call)):
+    if state.session.stays_dense(state.record, decide(call), call.work):
         return None
     end = call.plan.kv_end
     done = state.session.sparse(

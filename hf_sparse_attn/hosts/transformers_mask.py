@@ -219,6 +219,14 @@ class MaskSpec:
         args, kwargs = tree_map_only(cls, cls._tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    @property
+    def kv_end(self) -> int:
+        """Keys up to the last query's; all places of a static cache whose counter would have to be waited for."""
+        offset = self.wanted["q_offset"]
+        if isinstance(offset, Tensor) and offset.device.type != "cpu":
+            return int(self.shape[3])
+        return min(self.shape[3], int(offset) + self.shape[2] - int(self.wanted.get("kv_offset", 0)))
+
     def contiguous(self) -> MaskSpec:
         """Itself; generate() asks for it."""
         return self

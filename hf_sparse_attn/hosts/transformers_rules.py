@@ -18,6 +18,7 @@ from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
 from hf_sparse_attn.hosts.sdpa_hook import is_context_parallel, watched_by
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, ReadyMask, read_ready, whole
+from hf_sparse_attn.record import Work
 from hf_sparse_attn.span import Span
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ class LayerCall:
             scale=self.kwargs.get("scaling"),
             softcap=self.kwargs.get("softcap") or 0.0,
         )
+
+    @property
+    def work(self) -> Work:
+        """What there is to compute, as far as it is told without a look at the values of the mask."""
+        keys = self.mask.kv_end if isinstance(self.mask, MaskSpec) else self.k.shape[2]
+        window = self.kwargs.get("sliding_window")
+        return Work.of(self.q, keys, self.causal, self.session.policy.min_queries, window)
 
     @property
     def ctx(self) -> Context:

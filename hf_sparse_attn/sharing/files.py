@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -35,6 +36,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path} must have room on its disk, and a folder that can be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str], argument: str = "output") -> Path:
+    """Makes a folder, and what it is in, unless it is there.
+
+    Raises:
+        OSError: it cannot be made or written; names the argument, the folder and the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        why = "a file of that name is there" if folder.is_file() else error.strerror
+        raise type(error)(f"`{argument}` must be a folder that can be written, got {folder}: {why}") from error
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:

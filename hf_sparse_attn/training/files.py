@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.sharing.files import move, to_disk, write_text
+from hf_sparse_attn.sharing.files import make_folder, move, to_disk, write_text
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -47,7 +47,7 @@ class TrainingFiles:
         Raises:
             ValueError: it holds one and `resume` is not set, or the settings differ.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         file = self.folder / "settings.json"
         text = json.dumps(settings, indent=2)
         if file.is_file() and any(path.exists() for path in (self._log, self._checkpoints, self.result)):
@@ -189,7 +189,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / ".lock"
     file = _locked(path)
     try:

@@ -57,7 +57,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     if importlib.util.find_spec("peft") is None:
         from hf_sparse_attn.extras import MissingExtra
 
-        raise MissingExtra("a LoRA adapter", "peft", "train")
+        raise MissingExtra("a LoRA adapter", "peft")
     _check_free(model)
     targets, trained = find_targets(model, settings), find_trained(model, settings)
     _check_apart(targets, trained)

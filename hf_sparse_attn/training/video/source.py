@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import MissingExtra, needing
 from hf_sparse_attn.training.text.source import shown_files
 
 # Pillow reads moving pictures of these itself.
@@ -289,10 +289,8 @@ def _seconds(opened: Any, number: int) -> float:
 
 
 def _pillow() -> Any:
-    try:
+    with needing("reading frames"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingExtra("reading frames", "pillow", "diffusers") from error
     return Image
 
 
@@ -304,7 +302,7 @@ def _reader() -> Any:
         except ImportError:
             continue
         return read
-    raise MissingExtra("reading video files", "av", "video")
+    raise MissingExtra("reading video files", "av")
 
 
 def _by_av(path: Path) -> Decoded:
