@@ -60,7 +60,7 @@ class Policy:
     @property
     def by_steps(self) -> bool:
         """Whether some steps of a denoising run are kept dense."""
-        return any(share > 0 for share in self._shares())
+        return any(share > 0 for share in self.shares)
 
     def why_dense(self, ctx: Context, device: torch.device) -> str | None:
         """Why this call is dense before the method is asked, or None."""
