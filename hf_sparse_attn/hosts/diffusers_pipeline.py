@@ -82,5 +82,5 @@ def _watched_class(kind: Any, look: Callable[[Any], None]) -> Any:
         return made, tuple(kind if one is watched else one for one in given), *rest
 
     body = {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    watched = type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _WATCHED: kind})
+    watched: Any = type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _WATCHED: kind})
     return watched
