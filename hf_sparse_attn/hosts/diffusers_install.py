@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_model import (
     DISPATCH_TABLES,
@@ -144,8 +145,8 @@ class _Installation:
         self._hook(attention, self.forwards.enter_layer, self.forwards.leave_layer, always=False)
 
     def _hook(self, module: nn.Module, enter: Any, leave: Any, always: bool = True) -> None:
-        self.patch.on_remove(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        self.patch.on_remove(module.register_forward_hook(leave, always_call=always).remove)
+        self.patch.hook(module, "register_forward_pre_hook", enter, with_kwargs=True)
+        self.patch.hook(module, "register_forward_hook", leave, always_call=always)
 
     def _take_over(self, attention: Any, layer: Layer) -> None:
         """Leads the attention of a module here."""
@@ -174,6 +175,8 @@ class _Installation:
     def why_lost(self, transformer: nn.Module, attention: Any) -> str | None:
         """How what `_take_over` did was changed since, or None."""
         layer = self.forwards.layers[attention]
+        if as_before(self.patch.session).reason is not None:
+            return None
         if not _holds(transformer, layer.path, attention):
             return "attention module replaced after the patch"
         processor = attention.processor
