@@ -73,8 +73,8 @@ def _watched_class(kind: Any, look: Callable[[Any], None]) -> Any:
 
     def reduce(self: Any, protocol: Any) -> Any:
         # A copy, or what is loaded again, is of the class that it had.
-        made, given, *rest = super(watched, self).__reduce_ex__(protocol)
-        return made, tuple(kind if one is watched else one for one in given), *rest
+        _, _, *state = super(watched, self).__reduce_ex__(protocol)
+        return object.__new__, (kind,), *state
 
     body = {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
     watched: Any = type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _WATCHED: kind})
