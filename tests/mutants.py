@@ -48,8 +48,34 @@ JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
 LOOP, CLOCK = "hf_sparse_attn/hosts/diffusers_loop.py", "hf_sparse_attn/hosts/diffusers_clock.py"
 STEPS = "tests/hosts/test_diffusers_steps.py"
 SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
+HOOK, PADDING = "hf_sparse_attn/hosts/sdpa_hook.py", "hf_sparse_attn/hosts/padding.py"
+CHANGED, PADDED = "tests/hosts/test_changes.py", "tests/hosts/test_padding.py"
 
 MUTANTS = [
+    Mutant(
+        "modes, none",
+        HOOK,
+        "for mode in torch.overrides._get_current_function_mode_stack():",
+        "for mode in ():",
+        CHANGED,
+    ),
+    Mutant("modes, those of torch too", HOOK, ' and kind.__module__.partition(".")[0] != "torch"', "", CHANGED),
+    Mutant("replaced function, unseen", HOOK, "if now is SDPA:", "if True:", CHANGED),
+    Mutant(
+        "scoped classes, not found",
+        HOOK,
+        "return other is cls or other is cls.__base__",
+        "return other is cls",
+        CHANGED,
+    ),
+    Mutant("replaced implementation, unseen", RULES, "if _BY_TRANSFORMERS.fullmatch(name):", "if False:", CHANGED),
+    Mutant("ring attention, unseen", RULES, "if is_context_parallel():", "if False:", CHANGED),
+    Mutant("masks, any weight", PADDING, "(visible | (below <= _HIDDEN)).all()", "visible.any()", PADDED),
+    Mutant("masks, learnt", PADDING, "mask.requires_grad or not bool", "not bool", PADDED),
+    Mutant("masks, one constant", PADDING, "(least == most) & (least > _NOTHING)", "least > most", PADDED),
+    Mutant("masks, by query", PADDING, "if bool(alike.all()):", "if True:", PADDED),
+    Mutant("masks, groups that overlap", PADDING, "((visible != same) & seen", "((visible & ~visible) & seen", PADDED),
+    Mutant("masks, many groups", PADDING, "if len(names) > _MOST_GROUPS:", "if False:", PADDED),
     Mutant("queries, one more", POLICY, "ctx.layout.q_len < self.min_queries", "ctx.layout.q_len <= self.min_queries"),
     Mutant("queries, one fewer by default", POLICY, "min_queries: int = 16", "min_queries: int = 15"),
     Mutant("queries, never", POLICY, "if ctx.layout.q_len < self.min_queries:", "if False:"),

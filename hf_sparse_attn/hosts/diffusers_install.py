@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.at_work import runs_anywhere
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_model import (
     DISPATCH_TABLES,
@@ -210,6 +211,8 @@ class _Installation:
     def why_lost(self, transformer: nn.Module, attention: Any) -> str | None:
         """How what `_take_over` did was changed since, or None."""
         layer = self.forwards.layers[attention]
+        if as_before(self.patch.session).reason is not None:
+            return None
         if not _holds(transformer, layer.path, attention):
             return "attention module replaced after the patch"
         processor = attention.processor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet, ref
@@ -12,8 +11,6 @@ from torch import nn
 
 from hf_sparse_attn.hosts.diffusers_model import networks, outermost_models, pipeline_of
 from hf_sparse_attn.patching import Patch, active_patch
-
-log = logging.getLogger(__name__)
 
 _WATCHED = "_hf_sparse_attn_watched"
 
@@ -55,10 +52,8 @@ def _look(patch: Patch, pipeline: Any) -> Callable[[Any], None]:
                 continue
             what = "cannot be patched" if part in left_out else "was replaced after the patch"
             reason = f"{name} ({type(part).__name__}) {what} and runs dense"
-            record = session.record(name, 0)
-            if reason not in record.dense_reasons:
-                log.warning("%s", reason)
-            session.give_up(record, reason)
+            session.notes.add(reason)
+            session.give_up(session.record(name, 0), reason)
 
     return look
 
@@ -78,9 +73,9 @@ def _watched_class(kind: Any, look: Callable[[Any], None]) -> Any:
 
     def reduce(self: Any, protocol: Any) -> Any:
         # A copy, or what is loaded again, is of the class that it had.
-        made, given, *rest = super(watched, self).__reduce_ex__(protocol)
-        return made, tuple(kind if one is watched else one for one in given), *rest
+        _, _, *state = super(watched, self).__reduce_ex__(protocol)
+        return object.__new__, (kind,), *state
 
     body = {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    watched = type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _WATCHED: kind})
+    watched: Any = type(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _WATCHED: kind})
     return watched

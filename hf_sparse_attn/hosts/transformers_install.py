@@ -98,8 +98,7 @@ def install_text(
     for config in configs.values():
         switch(patch, config)
     for owner, places in watched:
-        look = watch_changes(patch.session, owner, places)
-        patch.hook(owner, "register_forward_pre_hook", look)
+        patch.hook(owner, "register_forward_pre_hook", watch_changes(patch.session, owner, places))
 
 
 def watch_changes(
