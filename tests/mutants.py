@@ -262,13 +262,6 @@ MUTANTS = [
     Mutant("expression, any depth", PATTERN, "and depth < _DEEPEST", "and True", EXPRESSIONS),
     Mutant("expression, any length", PATTERN, "if len(text) > _LONGEST:", "if False:", EXPRESSIONS),
     Mutant("expression, flags", PATTERN, "if parsed.state.flags & ~re.UNICODE:", "if False:", EXPRESSIONS),
-    Mutant(
-        "expression, places twice",
-        PATTERN,
-        "_follow(items, new, name) & ~at",
-        "_follow(items, new, name)",
-        EXPRESSIONS,
-    ),
     Mutant("expression, once more", PATTERN, "tries < most - least", "tries <= most - least", EXPRESSIONS),
     Mutant("expression, words", PATTERN, "(sides[0] != sides[1])", "(sides[0] == sides[1])", EXPRESSIONS),
     Mutant("files, never again", FILES, 'if sys.platform != "win32" or target.is_dir():', "if True:", ON_DISK),
