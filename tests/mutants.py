@@ -29,6 +29,10 @@ GUARDS = "tests/core/test_guards.py"
 BUDGET = "tests/profiling/test_budget.py"
 COST = "tests/cost/test_cost.py"
 DECIDED = "tests/core/test_decision.py"
+READERS = "tests/profiles/test_published_readers.py tests/profiles/test_published_profiles.py"
+REACHED, REMOVED = "tests/training/test_lora_reach.py", "tests/training/test_bundle_removal.py"
+EXPRESSIONS, MOVING = "tests/training/test_lora_pattern.py", "tests/training/test_moving_pictures.py"
+ON_DISK, RAGGED = "tests/sharing/test_files.py", "tests/methods/test_vsa_ragged.py"
 
 
 class Mutant(NamedTuple):
@@ -50,6 +54,11 @@ STEPS = "tests/hosts/test_diffusers_steps.py"
 SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
 HOOK, PADDING = "hf_sparse_attn/hosts/sdpa_hook.py", "hf_sparse_attn/hosts/padding.py"
 CHANGED, PADDED = "tests/hosts/test_changes.py", "tests/hosts/test_padding.py"
+PUBLISHED, TILES = "hf_sparse_attn/profiles/published.py", "hf_sparse_attn/pattern/video_tiles.py"
+REACH, ADAPTER = "hf_sparse_attn/training/lora/reach.py", "hf_sparse_attn/training/lora/adapter.py"
+BUNDLE, PATTERN = "hf_sparse_attn/training/bundle/bundle.py", "hf_sparse_attn/training/lora/pattern.py"
+FILES, LOCKS = "hf_sparse_attn/sharing/files.py", "hf_sparse_attn/training/files.py"
+CLIPS, LATENTS = "hf_sparse_attn/training/video/source.py", "hf_sparse_attn/training/video/latents.py"
 
 MUTANTS = [
     Mutant(
@@ -260,6 +269,63 @@ MUTANTS = [
         "pass",
         STEPS,
     ),
+    Mutant("published, gates as they are", PUBLISHED, "return gates.clip(0, 1)", "return gates", READERS),
+    Mutant("published, gates that are none", PUBLISHED, "if np.isnan(gates).any():", "if False:", READERS),
+    Mutant(
+        "published, shares rounded",
+        PUBLISHED,
+        "math.ceil(share * (gates.size - 1) - 1e-9)",
+        "round(share * gates.size)",
+        READERS,
+    ),
+    Mutant("published, quantile alone", PUBLISHED, "return max(ranked, int(", "return min(ranked, int(", READERS),
+    Mutant("published, heads beyond", PUBLISHED, "if beyond and not partial:", "if False:", READERS),
+    Mutant("published, layers short", PUBLISHED, "(len(value) != found.layers and not partial)", "False", READERS),
+    Mutant("fused, never", REACH, 'if not getattr(attention, "fused_projections", False) or', "if True or", REACHED),
+    Mutant("fused, by the flag alone", REACH, "or not _asks_for_fused(attention):", "or False:", REACHED),
+    Mutant("fused, later", REACH, "    if lost:\n", "    if False:\n", REACHED),
+    Mutant("fused, merged or not", REACH, "(unfuses or not part.merged)", "True", REACHED),
+    Mutant("fused, queries of text", REACH, '"to_kv" if getattr', '"to_qkv" if getattr', REACHED),
+    Mutant("reached, not told", REACH, "        if self._missing:\n", "        if False:\n", REACHED),
+    Mutant("reached, told of all", REACH, "self._missing.discard(name)", "None", REACHED),
+    Mutant("merged, taken off", ADAPTER, "        if merged:\n", "        if False:\n", REACHED),
+    Mutant(
+        "bundle, half of it", BUNDLE, "for check in self._checks if self._undo else ():", "for check in ():", REMOVED
+    ),
+    Mutant(
+        "expression, to peft",
+        ADAPTER,
+        '"|".join(map(re.escape, find_targets(self.model, settings)))',
+        "settings.pattern",
+        EXPRESSIONS,
+    ),
+    Mutant("expression, any depth", PATTERN, "and depth < _DEEPEST", "and True", EXPRESSIONS),
+    Mutant("expression, any length", PATTERN, "if len(text) > _LONGEST:", "if False:", EXPRESSIONS),
+    Mutant("expression, flags", PATTERN, "if parsed.state.flags & ~re.UNICODE:", "if False:", EXPRESSIONS),
+    Mutant("expression, once more", PATTERN, "tries < most - least", "tries <= most - least", EXPRESSIONS),
+    Mutant("expression, words", PATTERN, "(sides[0] != sides[1])", "(sides[0] == sides[1])", EXPRESSIONS),
+    Mutant("files, never again", FILES, 'if sys.platform != "win32" or target.is_dir():', "if True:", ON_DISK),
+    Mutant("files, again for folders", FILES, " or target.is_dir():", ":", ON_DISK),
+    Mutant("files, again anywhere", FILES, 'sys.platform != "win32" or ', "", ON_DISK),
+    Mutant("files, of all threads", FILES, "-{threading.get_ident()}", "", ON_DISK),
+    Mutant("files, long names", FILES, "path.name[:_LONGEST]", "path.name", ON_DISK),
+    Mutant("files, ends of lines", FILES, ', newline="\\n"', "", ON_DISK),
+    Mutant("files, of nobody else", FILES, "made.mkdir()", "made.mkdir(0o700)", ON_DISK),
+    Mutant("lock, at any place", LOCKS, "        file.seek(0)\n", "", ON_DISK),
+    Mutant("lock, not let go", LOCKS, "        _lock(file, hold=False)\n", "", ON_DISK),
+    Mutant(
+        "lock, of a file that is gone",
+        LOCKS,
+        "if os.path.samestat(os.fstat(file.fileno()), path.stat()):",
+        "if True:",
+        ON_DISK,
+    ),
+    Mutant("lock, any error", LOCKS, "not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)", "not in ()", ON_DISK),
+    Mutant("shards, of other drives", LATENTS, r'r"[^/\\:]+', r'r"[^/\\]+', ON_DISK),
+    Mutant("pictures, at one rate", CLIPS, "(_shown if shown else _at_rate)", "_at_rate", MOVING),
+    Mutant("pictures, against the captions", CLIPS, "shown = clip.fps is None and", "shown =", MOVING),
+    Mutant("tiles, blocks of one length", TILES, "block // 2) if ragged else block", "block)", RAGGED),
+    Mutant("tiles, always short blocks", TILES, "ragged = largest > int(counts[-1])", "ragged = True", RAGGED),
 ]
 
 
