@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -44,20 +44,20 @@ class AtWork:
         self._last: Callable[[], object] | None = None
         self.closed = False
 
-    def begin(self, forward: Forward) -> None:
-        """Notes a forward, which after `close` is asleep and keeps nothing waiting.
+    def begin(self, forward: Forward) -> bool:
+        """Notes a forward, one that is asleep keeps nothing waiting; False after `close`, when none begins any more.
 
         What an interrupt left behind of the same module in this thread is forgotten.
         """
         module = forward.module()
         with self._lock:
-            forward.asleep = forward.asleep or self.closed
-            if forward.asleep:
-                return
+            if self.closed or forward.asleep:
+                return not self.closed
             own = [f for f in self._forwards if f.thread == forward.thread and f.module() is module]
-            if own and len(own) >= len(list(_calls_of(sys._getframe(), [module]))):
+            if own and len(own) >= sum(_calls_of(sys._getframe(), [module])):
                 self._forwards = [f for f in self._forwards if f not in own]
             self._forwards.append(forward)
+            return True
 
     def __contains__(self, forward: Forward) -> bool:
         return forward in self._forwards
@@ -106,13 +106,18 @@ def runs_here(modules: Iterable[nn.Module | None]) -> bool:
     return any(_calls_of(sys._getframe(), modules))
 
 
+def calls_here(module: nn.Module) -> int:
+    """How often a module is being called in this thread, one call inside of another."""
+    return sum(_calls_of(sys._getframe(), [module]))
+
+
 def runs_anywhere(modules: Iterable[nn.Module | None]) -> bool:
     """Whether one of some modules is being called in any thread, noted or not."""
     modules = list(modules)
     return any(any(_calls_of(frame, modules)) for frame in sys._current_frames().values())
 
 
-def _calls_of(frame: FrameType | None, modules: Iterable[nn.Module | None]) -> Iterable[bool]:
+def _calls_of(frame: FrameType | None, modules: Iterable[nn.Module | None]) -> Iterator[bool]:
     """True for each call of one of some modules on a stack."""
     wanted = {id(module) for module in modules if module is not None}
     while frame is not None:

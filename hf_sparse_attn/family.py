@@ -97,6 +97,7 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
     try:
         family.install(patch)
         recomputation.watch(patch)
+        session.begun = True
         if not session.records:
             raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
     except BaseException:

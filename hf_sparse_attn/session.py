@@ -76,8 +76,8 @@ class Session(Uncopied):
         self.watcher: Watcher | None = None
         # Whether attention ever ran that backward runs again; see recomputation.
         self.checkpointed = False
-        # Whether the patch was removed; forwards that began before go on with it.
-        self.ended = False
+        # Whether the patch is all on, and whether it was removed: a forward is under it that begins in between.
+        self.begun = self.ended = False
         self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
         # What is told besides figures: settings without effect, steps that are guessed.

@@ -135,32 +135,32 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def _learner(session: Session) -> Callable[..., Any]:
     """A pre-hook that adds what the tokens are to a forward's arguments, which reach every text attention."""
-    from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    def learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def learn(model: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
         # Reading ids would break the graph. In a pause what the cache holds must be known all the same.
-        if torch.compiler.is_compiling() or (session.ended and sleeps(session)):
+        # Without keyword arguments torch calls a hook that another thread is just taking off.
+        if torch.compiler.is_compiling() or session.ended or kwargs is None:
             return None
         return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
 
     return learn
 
 
-def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
     """The vision tower gets all arguments of the model and has no use for this one."""
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    return args, {name: value for name, value in kwargs.items() if name != TOKENS}
+    return None if kwargs is None else (args, {name: value for name, value in kwargs.items() if name != TOKENS})
 
 
-def _keep(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _keep(model: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
     """After a forward: leaves what the tokens are with the cache, where the next forward finds it."""
     from transformers import Cache
 
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    tokens = kwargs.get(TOKENS)
+    tokens = None if output is None else kwargs.get(TOKENS)
     if tokens is None:
         return
     for value in output.values() if isinstance(output, dict) else output:
@@ -168,7 +168,7 @@ def _keep(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             setattr(value, _CACHE_ATTRIBUTE, tokens)
 
 
-def _keep_grid(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _keep_grid(visual: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
     """After the vision tower: leaves the grids with the features, for generate() encodes ahead and then drops them."""
     if isinstance(output, dict) and not torch.compiler.is_compiling():
         setattr(output, _GRID_ATTRIBUTE, _by_name(visual, args, kwargs).get("grid_thw"))
@@ -256,12 +256,13 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
     from hf_sparse_attn.hosts.transformers_switch import is_switched
 
-    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or in_program() or sleeps(session) or not is_switched(module.config):
+    def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+        if kwargs is None or torch.compiler.is_compiling() or in_program() or sleeps(session) or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
-        if edges is None:
+        # Of a patch before, whose forward is still at work, there may be others.
+        if edges is None or SEGMENTS in given:
             return None
         if edges not in cuts:
             cuts[edges] = Cut.at(edges)

@@ -43,7 +43,7 @@ class _Gone(NamedTuple):
 
 _GONE: list[_Gone] = []
 # A server may never be idle: more of them than calls can be on their way are not kept.
-_MOST_GONE = 64
+_MOST_GONE = 16
 
 
 def _forget_gone(tables: Any) -> None:

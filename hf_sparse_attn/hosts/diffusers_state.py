@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_sparse_attn.at_work import Forward, runs_here
+from hf_sparse_attn.at_work import Forward, calls_here, runs_here
 from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.decision import as_before
@@ -110,8 +110,13 @@ def _noted(owner: int, module: nn.Module) -> Running | None:
 
 
 def _enter(module: nn.Module, running: Running) -> None:
-    # Around it, not in what runs: the same module was left behind where it seems to run inside of itself.
-    running.outer = _around(running.owner, module)
+    before = _noted(running.owner, module)
+    times, at = 0, before
+    while at is not None:
+        times += (at.owner, at.module) == (running.owner, id(module))
+        at = at.outer
+    # Around it, not in what runs, where that was left behind and does not run.
+    running.outer = before.outer if before is not None and calls_here(module) <= times else innermost()
     _RUNNING.set(running)
 
 
@@ -174,10 +179,11 @@ class Forwards:
             names = next(self.names[kind] for kind in type(module).__mro__ if kind in self.names)
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
+        # Without them torch calls a hook that another thread is just taking off.
         # In a program the model runs as before, or recomputation.watch has refused it.
-        if in_program():
+        if kwargs is None or in_program():
             return
         inputs = self.by_name(transformer, args, kwargs)
         time = next((inputs[name] for name in TIMES if inputs.get(name) is not None), None)
@@ -193,8 +199,7 @@ class Forwards:
             _enter(transformer, self._running(transformer))
             return
         forward = Forward(ref(transformer))
-        self.patch.at_work.begin(forward)
-        if forward.asleep:
+        if not (self.session.begun and self.patch.at_work.begin(forward)):
             return
         try:
             number, call = self.begin(own, time, self.family.tokens(transformer, inputs))
@@ -246,9 +251,9 @@ class Forwards:
         if outer is not None and outer.ticket is not None:
             self.thread.traced.ticket = outer.ticket
 
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes the tensors of a block, by which its recomputation in backward is known again."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or kwargs is None:
             return
         tensors, call = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], self.call
         if call is None:
@@ -263,8 +268,10 @@ class Forwards:
         if not torch.compiler.is_compiling():
             _RUNNING.set(_around(self.number, block))
 
-    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
+        if kwargs is None:
+            return
         given = self.by_name(attention, args, kwargs)
         inputs = self.family.layer_inputs(given) if self.session.reads else None
         text = self.family.text_keys(given)

@@ -147,8 +147,9 @@ def watch_source(patch: Patch, module: nn.Module) -> Source:
     source, names = Source(), _parameters(type(module))
     others = other_tokens(module)
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # Without keyword arguments torch calls a hook that another thread is just taking off.
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         source.note(any(given.get(name) is not None for name in others))
 
     patch.hook(module, "register_forward_pre_hook", look, with_kwargs=True)

@@ -46,11 +46,13 @@ class Bound(Uncopied):
         return state if state is not None and state.bound is self else self.states.get(module)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Runs before an owner: a forward begins, under the patch unless that is paused or removed."""
+        """Runs before an owner: a forward begins, under the patch where that is on and not paused."""
         if torch.compiler.is_compiling():
             return
         forward = Forward(ref(module), self, asleep=self.session.paused)
-        self.at_work.begin(forward)
+        # What is not noted is dense, too; in a pause the mask must know it, for who runs a layer again.
+        if not (self.session.begun and self.at_work.begin(forward)):
+            return
         # Without those that an interrupt has left behind, of whatever patch: torch calls no hook then.
         known = [f for f in _HERE.forwards if f.asleep or f in f.bound.at_work]
         _HERE.forwards = [*(f for f in known if runs_here([f.module()])), forward]
@@ -105,7 +107,7 @@ def forwards_here() -> list[Forward]:
 def sleeps(session: Session) -> bool:
     """Whether what runs in this thread runs as without the patch of a session."""
     forward = next((f for f in reversed(_HERE.forwards) if f.bound.session is session), None)
-    return session.ended or session.paused if forward is None else forward.asleep or session.paused
+    return forward is None or forward.asleep or session.paused
 
 
 def values_here() -> dict[Any, Any]:

@@ -36,10 +36,10 @@ class LayerWatch:
         self._watched: dict[str, tuple[nn.Module, Any]] = {}
         self._closed = False
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs before the module: a new call begins."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        """Runs before the module: a new call begins; without `kwargs` where another thread just takes the hook off."""
         # A compiled graph is dense and hands nothing over; hooks in it would only break it.
-        if self._closed or torch.compiler.is_compiling():
+        if self._closed or kwargs is None or torch.compiler.is_compiling():
             return
         kept = values_here()[self] = {}
         for field, name in self.parts.items():

@@ -95,7 +95,8 @@ def _gone(key: int) -> None:
 def _settle(key: int) -> None:
     """Gives a config back what it held, where nobody needs it to point at the hook."""
     known = _SWITCHES.get(key)
-    if known is None or known.patches or len(known.masks):
+    # Those that are alive, for the set may not have heard yet.
+    if known is None or known.patches or list(known.masks):
         return
     del _SWITCHES[key]
     config = known.config()
