@@ -132,7 +132,8 @@ class Method:
             ctx: where the call is.
 
         Returns:
-            the pattern, or a Decline with the reason.
+            the pattern of the call's queries, or of all tokens of the row as queries, of which those of a call that
+            goes on from a cache are taken; or a Decline with the reason.
         """
         raise TypeError(f"method {self.name!r} must define pattern()")
 
@@ -149,13 +150,13 @@ class Method:
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        return self.static_pattern(ctx, q.device) if self.static else self.pattern(q, k, ctx)
+        return self.static_pattern(ctx, q.device) if self.static else _of_call(self.pattern(q, k, ctx), ctx)
 
     def static_pattern(self, ctx: Context, device: torch.device) -> BlockPattern | Decline:
         """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
 
         def build() -> BlockPattern | Decline:
-            found = self.pattern(None, None, ctx)
+            found = _of_call(self.pattern(None, None, ctx), ctx)
             return found if isinstance(found, Decline) else found.to(device)
 
         return _STATIC.get((self, self.cache_key(ctx), device), build)
@@ -229,3 +230,13 @@ class Method:
     def full_budget(cls) -> dict[str, Any] | None:
         """Parameters with which every key is kept, for a few hundred tokens; None where the method has no budget."""
         return None
+
+
+def _of_call(found: BlockPattern | Decline, ctx: Context) -> BlockPattern | Decline:
+    """A method's pattern for the queries of a call, where it was made for all tokens of the row."""
+    layout = ctx.layout
+    if isinstance(found, Decline) or not layout.query_start or found.q_len != layout.kv_len:
+        return found
+    if found.q_order is not None:
+        return Decline(f"the pattern puts all tokens in another order, and only the last {layout.q_len} are queries")
+    return found.last_queries(layout.q_len)

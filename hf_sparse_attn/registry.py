@@ -104,15 +104,21 @@ class Registry(Generic[T]):
         """All names, those in files whose package is missing here included, read from their text."""
         return sorted({*self.names(), *self._lacking()})
 
-    def _lacking(self) -> dict[str, str]:
+    def why_missing(self, file: str) -> str | None:
+        """What the file of an entry needs that is not installed, and how to install it; None where it is there."""
+        self.discover()
+        reason = self.missing.get(file)
+        package = "" if reason is None else reason.rpartition(" ")[2]
+        return f"{reason} {install(package)}" if package in EXTRAS else reason
+
+    def _lacking(self) -> dict[str, str | None]:
         """What the entries need that stand in files whose package is missing here."""
         self.discover()
-        found = {}
-        for file, reason in self.missing.items():
+        found: dict[str, str | None] = {}
+        for file in self.missing:
             spec = find_spec(f"{self.package}.{file}")
             if spec is not None and spec.origin is not None:
-                package = reason.rpartition(" ")[2]
-                said = f"{reason} {install(package)}" if package in EXTRAS else reason
+                said = self.why_missing(file)
                 text = Path(spec.origin).read_text(encoding="utf-8")
                 found.update(dict.fromkeys(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M), said))
         return found
