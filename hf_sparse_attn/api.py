@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.autocast import cast_inputs, no_autocast
+from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import refuse_method
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
@@ -161,7 +161,7 @@ def attention(
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
-    with no_autocast(q.device):
+    with no_autocast(q.device), made_on_cpu():
         if isinstance(method, BlockPattern):
             factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
             out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)
