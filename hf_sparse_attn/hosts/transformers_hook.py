@@ -70,13 +70,15 @@ Find = Callable[[nn.Module], "LayerState | None"]
 
 
 def is_text_attention(module: nn.Module) -> bool:
-    """Whether a module is causal self-attention that goes through the attention interface."""
+    """Whether a module is a decoder's self-attention that goes through the attention interface.
+
+    One whose config has is_causal=False counts: transformers tells every call of it what it is, as with the keyword.
+    """
     config = getattr(module, "config", None)
     return (
         isinstance(config, PreTrainedConfig)
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
-        and getattr(config, "is_causal", True) is not False
         and not getattr(module, "is_cross_attention", False)
         and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
     )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.family import pretrained_models
 from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_hook import (
@@ -28,6 +29,8 @@ from hf_sparse_attn.patching import Patch
 
 log = logging.getLogger(__name__)
 
+# Method of a model of transformers that every continuous batching begins with.
+_PAGED = "init_continuous_batching"
 _FIELD = "_attn_implementation_internal"
 _ABSENT: Any = object()
 
@@ -92,6 +95,17 @@ def install_text(
             patch.set_attribute(module, STATE_ATTRIBUTE, replace(state, compiled=compiled))
     for config in configs.values():
         switch(patch, config)
+    for model in pretrained_models(patch.model):
+        if hasattr(model, _PAGED):
+            patch.set_attribute(model, _PAGED, _refuse_pages)
+
+
+def _refuse_pages(*_: Any, **__: Any) -> Any:
+    """Stands in for what every way to continuous batching begins with."""
+    raise RuntimeError(
+        "a patched model must not run continuous batching (generate_batch): it keeps keys in pages, which sparse "
+        "attention does not read. unpatch() the model first, or use generate()"
+    )
 
 
 def dense_name(module: Any) -> str:
