@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_attn import transforms
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import refuse_method
 from hf_sparse_attn.context import Context
@@ -158,6 +159,15 @@ def attention(
         raise RuntimeError("sparse attention must not be traced by torch.jit, which sees no kernel; use torch.export")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
+    if transforms.are_transformed(q, k, v, sinks):
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+            found = attention(q, k, v, method, ctx, scale, backend, True, softcap, sinks)
+            assert isinstance(found, tuple)
+            return found
+
+        out, lse = transforms.step(plain, q, k, v, sinks)
+        return (out, lse) if return_lse else out
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")

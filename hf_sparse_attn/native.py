@@ -108,8 +108,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 
 
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
+    from dataclasses import replace
+
+    from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
-    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
+    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, dense_function, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.policy import Policy
     from hf_sparse_attn.record import LayerRecord
@@ -146,7 +149,9 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
     session, module_now = Session(method, Policy(), "auto", False), ref(module)
     session.in_training = lambda: (now := module_now()) is not None and now.training
-    return LayerState(record, session, layers, default_dense(module))
+    dense = default_dense(module)
+    state = LayerState(record, session, layers, dense)
+    return replace(state, compiled=CompiledLayer(state, module, dense_function(dense, module)))
 
 
 class _Watch(MetaPathFinder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.session import SESSIONS
+from hf_sparse_attn.transforms import are_transformed, step
 
 
 class Layer(Protocol):
@@ -98,10 +100,20 @@ def attend(
     q, k, v = cast_inputs(q, k, v)
     given = {name: x for name, x in extra.items() if x is not None}
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *given.values()))
+    if are_transformed(q, k, v, *given.values()):
+        return step(partial(_plain, _find(layer), tuple(given), lengths, options, reason), q, k, v, *given.values())[0]
     # For an empty list of numbers torch wants an empty list of gradients back, for any other None.
     lengths = lengths or [0]
     found: Tensor = _layer(layer, q, k, v, list(given.values()), ",".join(given), lengths, options, reason, needs_grad)
     return found
+
+
+def _plain(
+    layer: Layer, names: tuple[str, ...], lengths: list[int], options: list[float], reason: str, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The layer inside of a transform; a run with gradients is a backward's."""
+    given, again = dict(zip(names, tensors[3:], strict=True)), torch.is_grad_enabled()
+    return (layer.run(*tensors[:3], given, lengths, options, reason, training=True, again=again),)
 
 
 def _find(number: Tensor) -> Any:

@@ -30,6 +30,7 @@ from hf_sparse_attn.hosts.diffusers_model import (
     rotary_table,
 )
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.transforms import plain
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class Forwards:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
             _enter(transformer, self._running(transformer))
             return
-        number, call = self.begin(transformer, time, self.family.tokens(transformer, inputs))
+        number, call = self.begin(transformer, plain(time), self.family.tokens(transformer, inputs))
         ticket = self.thread.traced.ticket = opaque.ticket(number)
         _enter(transformer, self._running(transformer, call, ticket=ticket))
 

@@ -25,6 +25,7 @@ from hf_sparse_attn.patching import changed
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
 from hf_sparse_attn.session import Session
+from hf_sparse_attn.transforms import are_transformed
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -186,7 +187,10 @@ def attend(
         state = None
     if state is not None and in_program() and as_before(state.session).reason is None:
         refuse_program()
-    if state is not None and state.compiled is not None and torch.compiler.is_compiling():
+    described = attention_mask.wanted.values() if isinstance(attention_mask, MaskSpec) else ()
+    # By a native name graphs break here.
+    graph = torch.compiler.is_compiling() and original is not None
+    if state is not None and state.compiled is not None and (graph or are_transformed(query, key, value, *described)):
         return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
     if state is None:
         dense = original or default_dense(module)
