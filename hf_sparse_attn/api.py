@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.autocast import cast_inputs, no_autocast
+from hf_sparse_attn import transforms
+from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
@@ -190,10 +191,19 @@ def attention(
         raise ValueError(f"`{'` and `'.join(short)}` must be left out beside {whole}, which says it")
     if short:
         ctx = _context(q, k, is_causal, grid)
+    if transforms.are_transformed(q, k, v, sinks):
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+            found = attention(q, k, v, method, ctx, scale, backend, True, softcap, sinks)
+            assert isinstance(found, tuple)
+            return found
+
+        out, lse = transforms.step(plain, q, k, v, sinks)
+        return (out, lse) if return_lse else out
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
-    with no_autocast(q.device):
+    with no_autocast(q.device), made_on_cpu():
         if isinstance(method, BlockPattern):
             factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
             out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)

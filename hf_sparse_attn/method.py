@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.autocast import made_on_cpu
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import RecentValues
@@ -156,7 +157,8 @@ class Method:
         """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
 
         def build() -> BlockPattern | Decline:
-            found = _of_call(self.pattern(None, None, ctx), ctx)
+            with made_on_cpu():
+                found = _of_call(self.pattern(None, None, ctx), ctx)
             return found if isinstance(found, Decline) else found.to(device)
 
         return _STATIC.get((self, self.cache_key(ctx), device), build)

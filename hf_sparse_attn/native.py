@@ -132,8 +132,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 
 
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
+    from dataclasses import replace
+
+    from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
-    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
+    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, dense_function, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.policy import Policy
     from hf_sparse_attn.record import LayerRecord
@@ -168,7 +171,9 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
+    dense = default_dense(module)
+    state = LayerState(record, Session(method, Policy(), "auto", False), layers, dense)
+    return replace(state, compiled=CompiledLayer(state, module, dense_function(dense, module)))
 
 
 class _Watch(MetaPathFinder):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import decision
-from hf_sparse_attn.autocast import no_autocast
+from hf_sparse_attn.autocast import made_on_cpu, no_autocast
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.judge import Judge
 from hf_sparse_attn.cost.timing import compare
@@ -180,7 +180,7 @@ class Session(Uncopied):
             own, spans = replace(ctx, layout=spans[0].layout or ctx.layout), None
 
         def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
-            with no_autocast(q.device):
+            with no_autocast(q.device), made_on_cpu():
                 if spans:
                     return self._attend_spans(record, q, k, v, ctx, spans)
                 done = self._attend(record, q, k, v, own, known=own.layout == decided)

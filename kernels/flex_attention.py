@@ -194,7 +194,7 @@ def _lse_of_blocks(q: Tensor, k: Tensor, p: BlockPattern, scale: float) -> Tenso
     """Exact log-sum-exp of the kept blocks in float32, [batch, heads, q_len]; q and k are in the pattern's orders."""
     batch, heads, q_len, _ = q.shape
     cols = -(-p.kv_len // p.block_k)
-    lse = torch.full((batch, heads, p.rows, p.block_q), -torch.inf)
+    lse = torch.full((batch, heads, p.rows, p.block_q), -torch.inf, dtype=torch.float32)
     key_exists = (torch.arange(cols * p.block_k) < p.kv_len).view(cols, p.block_k)
     step = max(1, _LOGITS_AT_A_TIME // (p.block_q * p.block_k))
 

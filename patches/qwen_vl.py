@@ -21,6 +21,7 @@ from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.session import Session
+from hf_sparse_attn.transforms import are_transformed
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +196,8 @@ def _new_tokens(config: Any, given: dict[str, Any]) -> Tokens:
     like = ids if ids is not None else embeds
     if like is None:
         return Tokens((), "neither input_ids nor inputs_embeds")
+    if are_transformed(ids, kinds):
+        return Tokens((), "inside of a transform of torch.func")
     grids: dict[int, Tensor | None] = {}
     copies = 1
     for kind, name, pixels in ((IMAGE, "image", "pixel_values"), (VIDEO, "video", "pixel_values_videos")):
@@ -257,7 +260,13 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_switch import is_switched
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        if kwargs is None or torch.compiler.is_compiling() or in_program() or sleeps(session) or not is_switched(module.config):
+        if (
+            kwargs is None
+            or torch.compiler.is_compiling()
+            or in_program()
+            or sleeps(session)
+            or not is_switched(module.config)
+        ):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -22,6 +23,7 @@ from hf_sparse_attn.hosts.padding import Trim, trim
 from hf_sparse_attn.hosts.sdpa_hook import Answer, watched_by
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.record import LayerRecord, Work
+from hf_sparse_attn.transforms import are_transformed, step
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -161,7 +163,20 @@ class Attention:
                 "is not reentrant (use_reentrant=False), and patch() before the forward"
             )
         recomputation.note(self.session)
+        if are_transformed(asked.q, asked.k, asked.v, asked.mask):
+            hidden = None if asked.inputs is None else asked.inputs.hidden
+            return step(partial(self._again, running, asked), asked.q, asked.k, asked.v, asked.mask, hidden)[0]
         return self.run(running.layer, running.call, asked)
+
+    def _again(
+        self, running: Running, asked: Asked, q: Tensor, k: Tensor, v: Tensor, mask: Any, hidden: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """A call with other tensors; one with gradients is a backward's, and not counted."""
+        layer = cast(Layer, running.layer)
+        if torch.is_grad_enabled():
+            layer = replace(layer, record=LayerRecord(layer.record.name, layer.index))
+        inputs = None if hidden is None else LayerInputs(hidden)
+        return (self.run(layer, running.call, replace(asked, q=q, k=k, v=v, mask=mask, inputs=inputs)),)
 
     def run(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor:
         """Attention of one layer, sparse or dense, [batch, heads, tokens, dim]; dense calls are counted."""

@@ -32,6 +32,7 @@ from hf_sparse_attn.hosts.diffusers_model import (
     rotary_table,
 )
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.transforms import plain
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class Forwards:
         if not (self.session.begun and self.patch.at_work.begin(forward)):
             return
         try:
-            number, call = self.begin(own, time, self.family.tokens(transformer, inputs))
+            number, call = self.begin(own, plain(time), self.family.tokens(transformer, inputs))
         except BaseException:
             self.patch.at_work.end(forward)
             raise

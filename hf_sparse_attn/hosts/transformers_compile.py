@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import compiled_layer as opaque
@@ -40,7 +41,9 @@ class CompiledLayer:
         found, causal = decide(call, traced=True), call.causal
         reason = "" if found.reason is None else str(found.reason)
         if reason and not (session.strict and found.fallback):
-            if found.counted:
+            if not torch.compiler.is_compiling():
+                self.state.record.count_dense(found)
+            elif found.counted:
                 opaque.note(session.number, self.state.record.name, reason)
             ready = mask.dense(self.state.dense, q.device) if isinstance(mask, MaskSpec) else mask
             return self.dense(module, q, k, v, ready, **kwargs)

@@ -26,6 +26,7 @@ from hf_sparse_attn.hosts.transformers_switch import hold
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
 from hf_sparse_attn.session import Session
+from hf_sparse_attn.transforms import are_transformed
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -72,13 +73,15 @@ Find = Callable[[nn.Module], "LayerState | None"]
 
 
 def is_text_attention(module: nn.Module) -> bool:
-    """Whether a module is causal self-attention that goes through the attention interface."""
+    """Whether a module is a decoder's self-attention that goes through the attention interface.
+
+    One whose config has is_causal=False counts: transformers tells every call of it what it is, as with the keyword.
+    """
     config = getattr(module, "config", None)
     return (
         isinstance(config, PreTrainedConfig)
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
-        and getattr(config, "is_causal", True) is not False
         and not getattr(module, "is_cross_attention", False)
         and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
     )
@@ -197,7 +200,10 @@ def attend(
         state = None
     if state is not None and in_program() and as_before(state.session).reason is None:
         refuse_program()
-    if state is not None and state.compiled is not None and torch.compiler.is_compiling():
+    described = attention_mask.wanted.values() if isinstance(attention_mask, MaskSpec) else ()
+    # By a native name graphs break here.
+    graph = torch.compiler.is_compiling() and original is not None
+    if state is not None and state.compiled is not None and (graph or are_transformed(query, key, value, *described)):
         return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
     if state is None:
         dense = original or default_dense(module)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.decision import as_before
+from hf_sparse_attn.family import pretrained_models
 from hf_sparse_attn.hosts import NATIVE_PREFIX
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
@@ -28,6 +29,10 @@ from hf_sparse_attn.hosts.transformers_switch import is_switched, mend_copy, ori
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.session import Session
+
+# Method of a model of transformers that every continuous batching begins with.
+_PAGED = "init_continuous_batching"
+
 
 Wanted = Callable[[nn.Module, str], bool]
 
@@ -99,6 +104,17 @@ def install_text(
         switch(patch, config)
     for owner, places in watched:
         patch.hook(owner, "register_forward_pre_hook", watch_changes(patch.session, owner, places))
+    for model in pretrained_models(patch.model):
+        if hasattr(model, _PAGED):
+            patch.set_attribute(model, _PAGED, _refuse_pages)
+
+
+def _refuse_pages(*_: Any, **__: Any) -> Any:
+    """Stands in for what every way to continuous batching begins with."""
+    raise RuntimeError(
+        "a patched model must not run continuous batching (generate_batch): it keeps keys in pages, which sparse "
+        "attention does not read. unpatch() the model first, or use generate()"
+    )
 
 
 def watch_changes(
