@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_sparse_attn import transforms
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
-from hf_sparse_attn.compiled import refuse_method
+from hf_sparse_attn.compiled import is_traced, refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
@@ -181,7 +181,7 @@ def attention(
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = cast_inputs(q, k, v)
     check_tensors(q, k, v)
-    if torch.jit.is_tracing():
+    if is_traced():
         raise RuntimeError("sparse attention must not be traced by torch.jit, which sees no kernel; use torch.export")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")

@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import nn
 
-_CALL = nn.Module._call_impl.__code__  # type: ignore[attr-defined]  # torch gives it no type
+_CALL = nn.Module._call_impl.__code__
 
 
 @dataclass(eq=False)

@@ -127,7 +127,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def _shallow_copy(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
         """What a shallow copy is made of; it shares the patch, and is unpatched with the module."""
-        make, args, state, *_ = type(module).__reduce_ex__(module, protocol)
+        made_of: Any = type(module).__reduce_ex__(module, protocol)
+        make, args, state, *_ = made_of
         if self.removed:
             return make, args, changes.undone(state)
         made = make(*args)
@@ -141,7 +142,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         kind = type(module)
         own = getattr(kind, "__deepcopy__", None)
         if own is None:
-            make, args, state, *_ = kind.__reduce_ex__(module, 4)
+            made_of: Any = kind.__reduce_ex__(module, 4)
+            make, args, state, *_ = made_of
             made: nn.Module = make(*args)
             memo[id(module)] = made
             made.__setstate__(copy.deepcopy(changes.undone(state), memo))

@@ -110,8 +110,9 @@ def _plain(
     layer: Layer, names: tuple[str, ...], lengths: list[int], options: list[float], reason: str, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """The layer inside of a transform; a run with gradients is a backward's."""
-    given, again = dict(zip(names, tensors[3:], strict=True)), torch.is_grad_enabled()
-    return (layer.run(*tensors[:3], given, lengths, options, reason, again=again),)
+    q, k, v, *extra = tensors
+    given, again = dict(zip(names, extra, strict=True)), torch.is_grad_enabled()
+    return (layer.run(q, k, v, given, lengths, options, reason, again=again),)
 
 
 def _find(number: Tensor) -> Any:

@@ -89,7 +89,7 @@ def scoped_class(kind: type[Any], answer_for: Callable[[Any], Answer | None]) ->
 
     def reduce(self: Any, protocol: Any) -> Any:
         # A copy is of the class that can be found by its name, and knows nothing of `answer_for`.
-        plain = kind.__new__(kind)
+        plain: Any = object.__new__(kind)
         plain.__dict__.update(self.__dict__)
         return plain.__reduce_ex__(protocol)
 
