@@ -29,5 +29,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if _enabled(device) else nullcontext()
 
 
+def made_on_cpu() -> AbstractContextManager[object]:
+    """Within it tensors are made on the CPU where nothing else is said, whatever torch.set_default_device says."""
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == cpu else cpu
+
+
 def _enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

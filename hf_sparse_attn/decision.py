@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hf_sparse_attn.record import LayerRecord
     from hf_sparse_attn.session import Session
 
+# Density from which on nothing is left out, up to rounding.
+FULL = 1 - 1e-6
 # Shapes of calls that are kept in mind.
 KEPT_SHAPES = 256
 
@@ -42,6 +44,10 @@ class Decision:
     origin: str = ""
     fallback: bool = False
     counted: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reason, str) and not self.reason.strip():
+            raise ValueError(f"`reason` must say why the call is dense, got {self.reason!r}")
 
 
 SPARSE = Decision()
@@ -99,7 +105,12 @@ def by_shape(
 
 def _bound(session: Session, q: Tensor, ctx: Context) -> Decision:
     """Whether no pattern of the method could pay."""
-    return Decision(*session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE
+    if session.policy.min_tokens != "auto":
+        return SPARSE
+    loss, origin = session.judge.bound(q, ctx)
+    if loss is not None and loss.prediction.density >= FULL:
+        session.tell_full(ctx)
+    return Decision(loss, origin)
 
 
 class NotWorth(Exception):
@@ -145,6 +156,10 @@ class Case:
         """
         prediction = self.call.found(pattern, q, k, v)
         if self.auto and not prediction.pays:
+            # What is predicted counts half of every tile; a GPU is not waited for.
+            if prediction.density > 0.98 and q.device.type == "cpu":
+                if pattern.density(self.ctx.layout.density_count) >= FULL:
+                    self.session.tell_full(self.ctx)
             raise NotWorth(Decision(Loss(TOO_DENSE, prediction), self.call.table.origin))
 
     def gain(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.session import Session
@@ -26,7 +27,7 @@ class Family(Protocol):
     with `generic = True` takes what no other family knows. One whose models differ in their layouts has
     `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
     over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
-    where the session's method reads them.
+    where the session's method reads them. One whose models run in no denoising steps has `has_steps = False`.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -92,8 +93,10 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
             if already is not None:
                 raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
         patch = Patch(name, session, modules, model)
+    patch.has_steps = getattr(family, "has_steps", True)
     try:
         family.install(patch)
+        recomputation.watch(patch)
         session.begun = True
         if not session.records:
             raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.autocast import made_on_cpu
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import RecentValues
@@ -40,9 +41,17 @@ READS = {
 
 @dataclass(frozen=True)
 class Decline:
-    """A method's answer where it does not apply: the call is dense, and the reason is counted."""
+    """A method's answer where it does not apply: the call is dense, and the reason is counted.
+
+    Raises:
+        ValueError: there is no reason.
+    """
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise ValueError(f"`reason` must say why, got {self.reason!r}")
 
 
 class PartlyDense(tuple[Tensor, Tensor]):
@@ -79,8 +88,9 @@ class Method:
 
     A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
     so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
-    sets its density, where it has one, and what it `reads` besides q, k and v (fields of LayerInputs), which the model
-    family then puts into `ctx.inputs`.
+    sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
+    family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
+    call is then dense where nobody knows how long the run is.
     """
 
     name: ClassVar[str] = ""
@@ -90,6 +100,7 @@ class Method:
     trainable: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
+    by_steps: ClassVar[bool] = False
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
@@ -122,7 +133,8 @@ class Method:
             ctx: where the call is.
 
         Returns:
-            the pattern, or a Decline with the reason.
+            the pattern of the call's queries, or of all tokens of the row as queries, of which those of a call that
+            goes on from a cache are taken; or a Decline with the reason.
         """
         raise TypeError(f"method {self.name!r} must define pattern()")
 
@@ -139,13 +151,14 @@ class Method:
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        return self.static_pattern(ctx, q.device) if self.static else self.pattern(q, k, ctx)
+        return self.static_pattern(ctx, q.device) if self.static else _of_call(self.pattern(q, k, ctx), ctx)
 
     def static_pattern(self, ctx: Context, device: torch.device) -> BlockPattern | Decline:
         """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
 
         def build() -> BlockPattern | Decline:
-            found = self.pattern(None, None, ctx)
+            with made_on_cpu():
+                found = _of_call(self.pattern(None, None, ctx), ctx)
             return found if isinstance(found, Decline) else found.to(device)
 
         return _STATIC.get((self, self.cache_key(ctx), device), build)
@@ -219,3 +232,13 @@ class Method:
     def full_budget(cls) -> dict[str, Any] | None:
         """Parameters with which every key is kept, for a few hundred tokens; None where the method has no budget."""
         return None
+
+
+def _of_call(found: BlockPattern | Decline, ctx: Context) -> BlockPattern | Decline:
+    """A method's pattern for the queries of a call, where it was made for all tokens of the row."""
+    layout = ctx.layout
+    if isinstance(found, Decline) or not layout.query_start or found.q_len != layout.kv_len:
+        return found
+    if found.q_order is not None:
+        return Decline(f"the pattern puts all tokens in another order, and only the last {layout.q_len} are queries")
+    return found.last_queries(layout.q_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from hf_sparse_attn.hosts import NATIVE_PREFIX
+from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +74,8 @@ def report(model: nn.Module) -> Report:
         raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
     method = states[0].session.method
     layers = [s.record.report(method.params().get("density")) for s in states]
-    return Report(method.name, method.params(), "native", layers)
+    notes = tuple(dict.fromkeys(text for s in states for text in s.session.notes))
+    return Report(method.name, method.params(), "native", layers, notes)
 
 
 def _register_all() -> None:
@@ -80,6 +83,30 @@ def _register_all() -> None:
 
     for name in METHODS.names():
         register(name)
+    _tell_unknown_names()
+
+
+def _tell_unknown_names() -> None:
+    """Has transformers say of an unknown "hsa:<name>" which methods there are; all other names go as they did."""
+    file = sys.modules[_AWAITED]
+    owner: Any = file.PreTrainedModel
+    check = getattr(owner, "get_correct_attn_implementation", None)
+    if check is None or hasattr(check, "_hsa"):
+        return
+
+    @wraps(check)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        known = file.ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if str(requested_attention).startswith(NATIVE_PREFIX) and requested_attention not in known:
+            own = sorted(n for n in known if n.startswith(NATIVE_PREFIX) and not n.startswith(PATCHED_PREFIX))
+            raise ValueError(
+                f"`attn_implementation` must be one of {', '.join(own)}, or another one of transformers; "
+                f"got {requested_attention!r}{nearest(requested_attention, own)}"
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    checked._hsa = True  # type: ignore[attr-defined]
+    owner.get_correct_attn_implementation = checked
 
 
 # The state of every attention module that ran natively, or None for those that are no text attention.
@@ -105,8 +132,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 
 
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
+    from dataclasses import replace
+
+    from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
-    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, is_text_attention
+    from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, dense_function, is_text_attention
     from hf_sparse_attn.method import NEEDS, MethodDoesNotApply
     from hf_sparse_attn.policy import Policy
     from hf_sparse_attn.record import LayerRecord
@@ -141,7 +171,9 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    return LayerState(record, Session(method, Policy(), "auto", False), layers, default_dense(module))
+    dense = default_dense(module)
+    state = LayerState(record, Session(method, Policy(), "auto", False), layers, dense)
+    return replace(state, compiled=CompiledLayer(state, module, dense_function(dense, module)))
 
 
 class _Watch(MetaPathFinder):

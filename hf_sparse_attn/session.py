@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import decision
-from hf_sparse_attn.autocast import no_autocast
+from hf_sparse_attn.autocast import made_on_cpu, no_autocast
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.judge import Judge
 from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
+from hf_sparse_attn.notes import Notes
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.record import Done, LayerRecord
+from hf_sparse_attn.record import Done, LayerRecord, Work
 from hf_sparse_attn.span import Span
 
 
@@ -73,10 +74,15 @@ class Session(Uncopied):
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
         self.watcher: Watcher | None = None
+        # Whether attention ever ran that backward runs again; see recomputation.
+        self.checkpointed = False
         # Whether the patch is all on, and whether it was removed: a forward is under it that begins in between.
         self.begun = self.ended = False
         self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
+        # What is told besides figures: settings without effect, steps that are guessed.
+        self.notes = Notes()
+        self._told_full = False
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
@@ -100,8 +106,12 @@ class Session(Uncopied):
             here.depth -= 1
             _PAUSED.set(before)
 
-    def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
-        """Whether a call is dense by what was decided, which is then counted.
+    def work(self, q: Tensor, layout: TokenLayout) -> Work:
+        """What there is to compute for queries `q` [batch, heads, q_len, dim] over the tokens of a row."""
+        return Work.of(q, layout.kv_len, layout.is_causal, self.policy.min_queries)
+
+    def stays_dense(self, record: LayerRecord, found: Decision, work: Work | None = None) -> bool:
+        """Whether a call is dense by what was decided, which is then counted with its work.
 
         Raises:
             DenseFallback: nobody asked for it, and the patch is strict.
@@ -111,28 +121,37 @@ class Session(Uncopied):
         if found.fallback:
             self._check_strict(record, found.reason)
         if found.counted:
-            record.count_dense(found)
+            record.count_dense(found, work)
         return True
+
+    def tell_full(self, ctx: Context | None = None) -> None:
+        """Notes, once, that the method keeps all keys of a call, or of calls: being sparse saves nothing there."""
+        if self._told_full or self.method.name == "dense":
+            return
+        self._told_full = True
+        params = ", ".join(f"{name}={value}" for name, value in self.method.params().items())
+        where = "of some calls" if ctx is None else f"of a call of {ctx.layout.kv_len} tokens"
+        self.notes.add(f"{self.method.name}({params}) keeps all keys {where}: nothing is saved there")
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         if self.strict:
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
 
-    def as_before(self, record: LayerRecord) -> bool:
+    def as_before(self, record: LayerRecord, work: Work | None = None) -> bool:
         """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""
-        return self.stays_dense(record, decision.as_before(self))
+        return self.stays_dense(record, decision.as_before(self), work)
 
     def record(self, name: str, index: int) -> LayerRecord:
         """The record of the layer called `name`, made at first use."""
         return self.records.setdefault(name, LayerRecord(name, index))
 
-    def give_up(self, record: LayerRecord, reason: str) -> None:
+    def give_up(self, record: LayerRecord, reason: str, work: Work | None = None) -> None:
         """Counts a dense call that was not asked for.
 
         Raises:
             DenseFallback: with strict=True.
         """
-        self.stays_dense(record, Decision(reason, fallback=True))
+        self.stays_dense(record, Decision(reason, fallback=True), work)
 
     def sparse(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
@@ -152,14 +171,16 @@ class Session(Uncopied):
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        if ctx.layout != decided and self.stays_dense(record, decision.of_call(self, ctx, q.device)):
-            return None
+        if ctx.layout != decided:
+            found = decision.of_call(self, ctx, q.device)
+            if self.stays_dense(record, found, self.work(q, ctx.layout)):
+                return None
         own = ctx
         if spans and len(spans) == 1 and spans[0].is_whole(q, k):
             own, spans = replace(ctx, layout=spans[0].layout or ctx.layout), None
 
         def sparse(record: LayerRecord) -> tuple[Tensor, Tensor] | None:
-            with no_autocast(q.device):
+            with no_autocast(q.device), made_on_cpu():
                 if spans:
                     return self._attend_spans(record, q, k, v, ctx, spans)
                 done = self._attend(record, q, k, v, own, known=own.layout == decided)
@@ -183,24 +204,26 @@ class Session(Uncopied):
         contexts = [span.context(ctx) for span in spans]
         results: list[Done | None] = []
         for span, own in zip(spans, contexts, strict=True):
-            short = self.stays_dense(record, decision.of_sequence(self, own, q.device))
-            results.append(None if short else self._attend(record, *span.cut(q, k, v), own))
+            parts, found = span.cut(q, k, v), decision.of_sequence(self, own, q.device)
+            short = self.stays_dense(record, found, self.work(parts[0], own.layout))
+            results.append(None if short else self._attend(record, *parts, own))
         if not any(results):
             return None
         record.count_sparse([done for done in results if done is not None])
         # One by one: dense outputs are not kept beside one another.
-        parts = (
+        outputs = (
             dense_attention(*span.cut(q, k, v), own) if done is None else done[:2]
             for span, own, done in zip(spans, contexts, results, strict=True)
         )
-        return gathered(q, v, spans, parts)
+        return gathered(q, v, spans, outputs)
 
     def _attend(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
     ) -> Done | None:
         """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
         case = Case(self, record, q, ctx, known)
-        if self.stays_dense(record, case.before()):
+        work = self.work(q, ctx.layout)
+        if self.stays_dense(record, case.before(), work):
             return None
         densities: list[float | Tensor] = []
 
@@ -216,10 +239,10 @@ class Session(Uncopied):
         try:
             done = self.method.attention(q, k, v, ctx, run)
         except NotWorth as lost:
-            record.count_dense(lost.decision)
+            record.count_dense(lost.decision, work)
             return None
         if isinstance(done, Decline):
-            self.give_up(record, done.reason)
+            self.give_up(record, done.reason, work)
             return None
         for reason in done.reasons if isinstance(done, PartlyDense) else ():
             self._check_strict(record, reason)
@@ -228,7 +251,11 @@ class Session(Uncopied):
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.
-        return Done(*done, sum(densities), gain)
+        density = sum(densities)
+        # A GPU is not waited for: there the report finds out.
+        if isinstance(density, float) and density >= decision.FULL:
+            self.tell_full(ctx)
+        return Done(*done, density, gain, work)
 
 
 def gathered(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -25,6 +28,8 @@ _COMPILERS = ("g++", "c++", "clang++")
 # By machine: how a compiler is told to use all that this CPU has.
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-strict-aliasing", "-w")
+# Bytes of the checksum that is kept behind a library; what loads it reads no further than its own end.
+_DIGEST = hashlib.sha256().digest_size
 # A compiler that takes longer is taken for stuck.
 _SECONDS = 300
 _BUILDING = Lock()
@@ -72,9 +77,12 @@ def _library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL | str:
         return reason
     try:
         path = _folder() / f"{_STORED[dtype]}_{'backward' if backward else 'forward'}_{_key()}.so"
-        if not path.exists():
-            _compile(dtype, backward, path)
-        found = ctypes.CDLL(str(path))
+        # Another process may be making the same library.
+        with _locked(path.parent):
+            found = _kept(path)
+            if found is None:
+                _compile(dtype, backward, path)
+                found = ctypes.CDLL(str(path))
     except subprocess.SubprocessError as error:
         shown = getattr(error, "stderr", None) or str(error)
         return f"{compiler()} cannot compile it: {shown.strip().partition(chr(10))[0]}"
@@ -83,6 +91,39 @@ def _library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL | str:
     found.hsa_run.restype = ctypes.c_int64
     found.hsa_call_bytes.restype = ctypes.c_int64
     return found
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """The library that was kept; None where there is none, or what is there is not one that was made here."""
+    try:
+        kept = path.read_bytes()
+        # A library that is cut short may load and end the process when it is called.
+        if kept[-_DIGEST:] == _digest(kept[:-_DIGEST]):
+            return ctypes.CDLL(str(path))
+        log.warning("%s is damaged or of another program: it is compiled anew", path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s cannot be loaded and is compiled anew: %s", path, error)
+    return None
+
+
+def _digest(library: bytes) -> bytes:
+    return hashlib.sha256(library).digest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder against other threads and processes, where its file system can do that."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _compile(dtype: torch.dtype, backward: bool, path: Path) -> None:
@@ -97,7 +138,12 @@ def _compile(dtype: torch.dtype, backward: bool, path: Path) -> None:
             [*command, str(_SOURCES / "cpp_block_sparse.cpp"), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=_SECONDS,
         )  # fmt: skip
-        # At once: another process may be making the same library, or loading it.
+        signature = _digest(made.read_bytes())
+        with made.open("ab") as file:
+            file.write(signature)
+        if path.is_dir():
+            shutil.rmtree(path)
+        # At once: another process may be loading it.
         made.replace(path)
     log.info("compiled %s in %.1f s", path.name, time.perf_counter() - begin)
 

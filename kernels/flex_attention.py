@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.extras import install
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -102,7 +103,7 @@ def _why_not_cpu(device: torch.device, needs_grad: bool) -> str | None:
 
 def _why_not_gpu(pattern: BlockPattern | None, q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "needs the package triton on a GPU"
+        return f"needs the package triton on a GPU {install('triton')}"
     for name, size in (("dim", q.shape[3]), ("value dim", v.shape[3])):
         if size < 16:
             return f"needs a {name} of at least 16 on a GPU, got {size}"
@@ -193,7 +194,7 @@ def _lse_of_blocks(q: Tensor, k: Tensor, p: BlockPattern, scale: float) -> Tenso
     """Exact log-sum-exp of the kept blocks in float32, [batch, heads, q_len]; q and k are in the pattern's orders."""
     batch, heads, q_len, _ = q.shape
     cols = -(-p.kv_len // p.block_k)
-    lse = torch.full((batch, heads, p.rows, p.block_q), -torch.inf)
+    lse = torch.full((batch, heads, p.rows, p.block_q), -torch.inf, dtype=torch.float32)
     key_exists = (torch.arange(cols * p.block_k) < p.kv_len).view(cols, p.block_k)
     step = max(1, _LOGITS_AT_A_TIME // (p.block_q * p.block_k))
 

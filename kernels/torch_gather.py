@@ -143,7 +143,7 @@ class _Head:
         here = torch.zeros(p.kv_len + p.block_k, dtype=torch.bool, device=k.device)
         here[: p.kv_len] = True if valid is None else valid[min(batch, len(valid) - 1), min(head, valid.shape[1] - 1)]
         # What is added to the logits of the key at each place.
-        self.bias = torch.zeros(len(here), device=k.device).masked_fill_(~here, _MASKED)
+        self.bias = torch.zeros(len(here), dtype=torch.float32, device=k.device).masked_fill_(~here, _MASKED)
         self.here = here
         self.keys, self.values = self._lay_out("keys", k), self._lay_out("values", v)
 

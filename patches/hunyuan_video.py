@@ -91,7 +91,7 @@ class HunyuanVideo(DiffusersFamily):
         return _no_square_mask()(processor, backend, session)
 
     @staticmethod
-    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
         """See DiffusersFamily; a mask [batch, text] is that of the text at the end."""
         return _of_text(mask, tokens) if mask.ndim == 2 else key_padding(mask, batch, tokens)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
 from hf_sparse_attn.hosts.vision_segments import Cut, Segments
@@ -20,6 +21,7 @@ from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.registry import FAMILIES
 from hf_sparse_attn.session import Session
+from hf_sparse_attn.transforms import are_transformed
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class QwenVL:
     the report counts these calls as exact. With method "dense" the tower is untouched.
     """
 
+    has_steps: ClassVar[bool] = False
     provides: ClassVar[frozenset[str]] = frozenset({"causal", "video grid"})
     models: ClassVar[str] = "transformers: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE; vision tower in fewer calls"
 
@@ -77,10 +80,10 @@ class QwenVL:
         # Before install_text, for the hook that ends a forward must be the last.
         for model in [] if exact else models:
             learn = _learner(patch.session)
-            patch.on_remove(model.register_forward_pre_hook(learn, with_kwargs=True).remove)
-            patch.on_remove(model.register_forward_hook(_keep, with_kwargs=True).remove)
-            patch.on_remove(model.visual.register_forward_pre_hook(_without_tokens, with_kwargs=True).remove)
-            patch.on_remove(model.visual.register_forward_hook(_keep_grid, with_kwargs=True).remove)
+            patch.hook(model, "register_forward_pre_hook", learn, with_kwargs=True)
+            patch.hook(model, "register_forward_hook", _keep, with_kwargs=True)
+            patch.hook(model.visual, "register_forward_pre_hook", _without_tokens, with_kwargs=True)
+            patch.hook(model.visual, "register_forward_hook", _keep_grid, with_kwargs=True)
         install_text(patch, [(prefix, m.language_model) for prefix, m in zip(prefixes, models, strict=True)])
         for prefix, model in [] if exact else zip(prefixes, models, strict=True):
             _install_vision(patch, model.visual, f"{prefix}visual.")
@@ -193,6 +196,8 @@ def _new_tokens(config: Any, given: dict[str, Any]) -> Tokens:
     like = ids if ids is not None else embeds
     if like is None:
         return Tokens((), "neither input_ids nor inputs_embeds")
+    if are_transformed(ids, kinds):
+        return Tokens((), "inside of a transform of torch.func")
     grids: dict[int, Tensor | None] = {}
     copies = 1
     for kind, name, pixels in ((IMAGE, "image", "pixel_values"), (VIDEO, "video", "pixel_values_videos")):
@@ -242,7 +247,7 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
         tell = _whole_row(patch.session, record, cuts)
-        patch.on_remove(module.register_forward_pre_hook(tell, with_kwargs=True).remove)
+        patch.hook(module, "register_forward_pre_hook", tell, with_kwargs=True)
     configs = {id(module.config): module.config for _, module in found}
     for config in configs.values():
         switch(patch, config)
@@ -254,9 +259,14 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
     from hf_sparse_attn.hosts.transformers_switch import is_switched
 
-    # A plain function, so that a deep copy of the model goes on counting in the same record.
     def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or kwargs is None or sleeps(session) or not is_switched(module.config):
+        if (
+            kwargs is None
+            or torch.compiler.is_compiling()
+            or in_program()
+            or sleeps(session)
+            or not is_switched(module.config)
+        ):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")

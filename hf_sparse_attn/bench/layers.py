@@ -17,6 +17,7 @@ from hf_sparse_attn.api import patch
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import scaled, video_grid
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, clock, failure, summary
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.registry import METHODS
 
@@ -187,7 +188,7 @@ def _llama(options: Options, tokens: int, num_layers: int) -> Built | str:
 
 def _wan(options: Options, tokens: int, num_layers: int) -> Built | str:
     if find_spec("diffusers") is None:
-        return "needs the package diffusers"
+        return need("diffusers")
     from diffusers import WanTransformer3DModel
 
     frames, height, width = video_grid(tokens)

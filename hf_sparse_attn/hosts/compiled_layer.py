@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.session import SESSIONS
+from hf_sparse_attn.transforms import are_transformed, step
 
 
 class Layer(Protocol):
@@ -96,10 +98,21 @@ def attend(
     """The operator in the graph that is being traced; see Layer.run. A None in `extra` is left out."""
     q, k, v = cast_inputs(q, k, v)
     given = {name: x for name, x in extra.items() if x is not None}
+    if are_transformed(q, k, v, *given.values()):
+        return step(partial(_plain, _find(layer), tuple(given), lengths, options, reason), q, k, v, *given.values())[0]
     # For an empty list of numbers torch wants an empty list of gradients back, for any other None.
     lengths = lengths or [0]
     found: Tensor = _layer(layer, q, k, v, list(given.values()), ",".join(given), lengths, options, reason)
     return found
+
+
+def _plain(
+    layer: Layer, names: tuple[str, ...], lengths: list[int], options: list[float], reason: str, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The layer inside of a transform; a run with gradients is a backward's."""
+    q, k, v, *extra = tensors
+    given, again = dict(zip(names, extra, strict=True)), torch.is_grad_enabled()
+    return (layer.run(q, k, v, given, lengths, options, reason, again=again),)
 
 
 def _find(number: Tensor) -> Any:

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.at_work import runs_anywhere
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_model import (
     DISPATCH_TABLES,
     NAME,
     NUMBER,
-    PIPELINE_PARTS,
     DiffusersFamily,
     Layer,
     dispatcher,
     forward_parameters,
+    networks,
     pipeline_of,
 )
+from hf_sparse_attn.hosts.diffusers_pipeline import watch
 from hf_sparse_attn.hosts.diffusers_run import Attention, CompiledLayer, CompiledModel
 from hf_sparse_attn.hosts.diffusers_state import Forwards
 from hf_sparse_attn.hosts.sdpa_hook import is_scoped, scoped_class, unscope
@@ -91,13 +93,13 @@ class _Installation:
             self._install_blocks(transformer)
             for attention in attentions:
                 self._install_layer(attention)
+        watch(self.patch)
 
     def _name(self, transformer: nn.Module, number: int) -> str:
         """Its name in the pipeline; a bare transformer is called like the pipeline's first, so that reports agree."""
         pipeline = pipeline_of(self.patch)
-        for name in PIPELINE_PARTS:
-            part = getattr(pipeline, name, None)
-            if isinstance(part, nn.Module) and any(m is transformer for m in part.modules()):
+        for name, part in {} if pipeline is None else networks(pipeline).items():
+            if any(m is transformer for m in part.modules()):
                 return name
         return "transformer" if number == 0 else f"transformer_{number + 1}"
 
@@ -115,7 +117,9 @@ class _Installation:
                 )
             before = own_value(processor, "_attention_backend")
             record = self.patch.session.record(full_name, place.index)
-            self.forwards.layers[place.attention] = Layer(record, place.index, num_layers, before, place.way)
+            self.forwards.layers[place.attention] = Layer(
+                place.path, record, place.index, num_layers, before, place.way
+            )
 
     def _register(self, tables: Any, backend_type: Any, before: Any) -> None:
         """A backend that the Enum does not list: isinstance and table look-ups are all that is asked of it."""
@@ -182,8 +186,8 @@ class _Installation:
         self._hook(attention, self.forwards.enter_layer, self.forwards.leave_layer, always=False)
 
     def _hook(self, module: nn.Module, enter: Any, leave: Any, always: bool = True) -> None:
-        self.patch.on_remove(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        self.patch.on_remove(module.register_forward_hook(leave, always_call=always).remove)
+        self.patch.hook(module, "register_forward_pre_hook", enter, with_kwargs=True)
+        self.patch.hook(module, "register_forward_hook", leave, always_call=always)
 
     def _take_over(self, attention: Any, layer: Layer) -> None:
         """Leads the attention of a module here."""
@@ -204,11 +208,24 @@ class _Installation:
         # A processor that is set later is not ours to take away.
         self.patch.set_attribute(attention, "processor", stand_in, yields=True)
 
-    def why_lost(self, attention: Any) -> str | None:
+    def why_lost(self, transformer: nn.Module, attention: Any) -> str | None:
         """How what `_take_over` did was changed since, or None."""
+        layer = self.forwards.layers[attention]
+        if as_before(self.patch.session).reason is not None:
+            return None
+        if not _holds(transformer, layer.path, attention):
+            return "attention module replaced after the patch"
         processor = attention.processor
-        if self.forwards.layers[attention].way == "function":
+        if layer.way == "function":
             return None if is_scoped(processor) else f"processor changed after the patch to {type(processor).__name__}"
         now = getattr(processor, "_attention_backend", None)
         name = getattr(now, "value", now)
         return None if now is self.backend else f"attention backend changed after the patch to {name}"
+
+
+def _holds(transformer: nn.Module, path: str, attention: nn.Module) -> bool:
+    """Whether an attention is still a part of a transformer, be it inside of what wraps a block."""
+    try:
+        return transformer.get_submodule(path) is attention or any(m is attention for m in transformer.modules())
+    except AttributeError:
+        return any(m is attention for m in transformer.modules())

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.at_work import Forward, calls_here, runs_here
+from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import LayerInputs
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
+from hf_sparse_attn.hosts.diffusers_clock import GUESSED, Clock
 from hf_sparse_attn.hosts.diffusers_model import (
     NUMBER,
     Call,
@@ -30,13 +32,15 @@ from hf_sparse_attn.hosts.diffusers_model import (
     rotary_table,
 )
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.session import Uncopied
+from hf_sparse_attn.transforms import plain
 
 log = logging.getLogger(__name__)
 
 _NUMBERS = itertools.count()
 _TICKETS = itertools.count()
 _MOST_TICKETS = 256
+# Names under which transformers take the time.
+TIMES = ("timestep", "timesteps", "t")
 # What no call of attention has.
 _NO_SIZES = -1, -1
 
@@ -138,14 +142,16 @@ class _Thread(threading.local):
         self.traced = Traced()
 
 
-class Forwards(Uncopied):
+class Forwards:
     """The forwards of the transformers of one patch, and the hooks that note them; these know of a copy by its module.
 
     Args:
         why_lost: how an attention was changed since it was taken over, or None.
     """
 
-    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any], str | None]) -> None:
+    def __init__(
+        self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]
+    ) -> None:
         self.patch = patch
         self.session = patch.session
         self.family = family
@@ -168,15 +174,20 @@ class Forwards(Uncopied):
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by name."""
-        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+        names = self.names.get(type(module))
+        if names is None:
+            # A module that was sharded since has a class of its own, made from the one it had.
+            names = next(self.names[kind] for kind in type(module).__mro__ if kind in self.names)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
-        # So torch calls a hook that another thread is just taking off.
-        if kwargs is None:
+        # Without them torch calls a hook that another thread is just taking off.
+        # In a program the model runs as before, or recomputation.watch has refused it.
+        if kwargs is None or in_program():
             return
         inputs = self.by_name(transformer, args, kwargs)
-        time = inputs.get("timestep")
+        time = next((inputs[name] for name in TIMES if inputs.get(name) is not None), None)
         if torch.compiler.is_compiling():
             given, tokens = [time] if isinstance(time, Tensor) else [], self.family.tokens(transformer, inputs)
             traced = self.thread.traced
@@ -192,7 +203,7 @@ class Forwards(Uncopied):
         if not (self.session.begun and self.patch.at_work.begin(forward)):
             return
         try:
-            number, call = self.begin(own, time, self.family.tokens(transformer, inputs))
+            number, call = self.begin(own, plain(time), self.family.tokens(transformer, inputs))
         except BaseException:
             self.patch.at_work.end(forward)
             raise
@@ -203,18 +214,23 @@ class Forwards(Uncopied):
         """The module itself, or what it is a replica of (nn.DataParallel runs each batch in new ones)."""
         return self.originals.get(id(module.__dict__.get(NUMBER)), module)
 
+    def check_program(self) -> None:
+        """Refuses to become part of a program, unless the model runs as it did before."""
+        if as_before(self.session).reason is None:
+            refuse_program()
+
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
-        step = self.clock.step(time)
-        generation = self.clock.generation
-        num_steps = generation.announced[1] or run_length(pipeline_of(self.patch))
-        step = step if num_steps is None else min(step, num_steps - 1)
+        moment = self.clock.moment(time, pipeline_of(self.patch))
+        if moment.guessed and (self.session.policy.by_steps or self.session.method.by_steps):
+            self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
-            reason = self.why_lost(attention)
+            reason = self.why_lost(transformer, attention)
             if reason is not None:
-                self._warn(f"{reason}: set the backend first, then call patch()")
+                self._warn(f"{reason}: call patch() after such changes")
                 self.session.give_up(self.layers[attention].record, reason)
-        call = Call(tokens, step, num_steps, generation.branch, WeakTensorKeyDictionary())
+        branch = self.clock.generation.branch
+        call = Call(tokens, moment.step, moment.num_steps, branch, WeakTensorKeyDictionary())
         number = next(_TICKETS)
         self.tickets[number] = call
         self.last_ticket = number

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.hosts import compiled_layer as opaque
@@ -15,10 +16,9 @@ from hf_sparse_attn.hosts.transformers_hook import LayerState, Output, attend_sp
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide
 from hf_sparse_attn.record import LayerRecord
-from hf_sparse_attn.session import Uncopied
 
 
-class CompiledLayer(Uncopied):
+class CompiledLayer:
     """Stands for a patched attention module in compiled graphs; see opaque.Layer.
 
     What is known to be dense while tracing is the model's own attention in the graph: decoding and the method "dense",
@@ -41,7 +41,9 @@ class CompiledLayer(Uncopied):
         found, causal = decide(call, traced=True), call.causal
         reason = "" if found.reason is None else str(found.reason)
         if reason and not (session.strict and found.fallback):
-            if found.counted:
+            if not torch.compiler.is_compiling():
+                self.state.record.count_dense(found)
+            elif found.counted:
                 opaque.note(session.number, self.state.record.name, reason)
             ready = mask.dense(self.state.dense, q.device) if isinstance(mask, MaskSpec) else mask
             return self.dense(module, q, k, v, ready, **kwargs)

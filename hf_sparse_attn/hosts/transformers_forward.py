@@ -53,9 +53,9 @@ class Bound(Uncopied):
         # What is not noted is dense, too; in a pause the mask must know it, for who runs a layer again.
         if not (self.session.begun and self.at_work.begin(forward)):
             return
-        # Without those that an interrupt has left behind.
-        known = [f for f in _HERE.forwards if f.bound is not self or f.asleep or f in self.at_work]
-        _HERE.forwards = [*known, forward]
+        # Without those that an interrupt has left behind, of whatever patch: torch calls no hook then.
+        known = [f for f in _HERE.forwards if f.asleep or f in f.bound.at_work]
+        _HERE.forwards = [*(f for f in known if runs_here([f.module()])), forward]
 
     def after(self, module: nn.Module, *_: object) -> None:
         """Runs after an owner, also where it raised."""
@@ -82,8 +82,8 @@ def bind(patch: Patch, modules: Iterable[nn.Module]) -> Bound:
     owners = list(modules)
     bound = Bound(patch.session, patch.at_work, tuple(ref(module) for module in owners))
     for module in owners:
-        patch.on_remove(module.register_forward_pre_hook(bound.before).remove)
-        patch.on_remove(module.register_forward_hook(bound.after, always_call=True).remove)
+        patch.hook(module, "register_forward_pre_hook", bound.before)
+        patch.hook(module, "register_forward_hook", bound.after, always_call=True)
     return bound
 
 

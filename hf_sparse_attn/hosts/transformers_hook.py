@@ -15,14 +15,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
+from hf_sparse_attn.compiled import in_program, refuse_program
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
 from hf_sparse_attn.hosts.transformers_switch import hold
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
-from hf_sparse_attn.session import Session, Uncopied
+from hf_sparse_attn.session import Session
+from hf_sparse_attn.transforms import are_transformed
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -39,7 +43,7 @@ Output = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class LayerState(Uncopied):
+class LayerState:
     """What an attention module needs to run sparse.
 
     Args:
@@ -69,13 +73,15 @@ Find = Callable[[nn.Module], "LayerState | None"]
 
 
 def is_text_attention(module: nn.Module) -> bool:
-    """Whether a module is causal self-attention that goes through the attention interface."""
+    """Whether a module is a decoder's self-attention that goes through the attention interface.
+
+    One whose config has is_causal=False counts: transformers tells every call of it what it is, as with the keyword.
+    """
     config = getattr(module, "config", None)
     return (
         isinstance(config, PreTrainedConfig)
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
-        and getattr(config, "is_causal", True) is not False
         and not getattr(module, "is_cross_attention", False)
         and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
     )
@@ -159,7 +165,7 @@ def attend_sparse(
     # Let go here whatever becomes of the call: a layer's activations must not wait for its next one.
     kept = None if state.watch is None else state.watch.release()
     call = LayerCall(state, module, q, k, v, mask, kwargs, tokens, kept)
-    if state.session.stays_dense(state.record, decide(call)):
+    if state.session.stays_dense(state.record, decide(call), call.work):
         return None
     end = call.plan.kv_end
     done = state.session.sparse(
@@ -181,14 +187,28 @@ def attend(
 ) -> Output:  # fmt: skip
     """What transformers calls as the attention of a module; see `register` for `find` and `original`."""
     tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
-    state = _state_here(find(module), module, attention_mask)
+    # By a native name the state is made here, which no graph follows.
+    if original is None and in_program():
+        refuse_program()
+    now = find(module)
+    if now is not None and not torch.compiler.is_compiling():
+        # In a pause, too: what runs again in backward must meet the same.
+        recomputation.note(now.session)
+    state = _state_here(now, module, attention_mask)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None
-    if state is not None and state.compiled is not None and torch.compiler.is_compiling():
+    if state is not None and in_program() and as_before(state.session).reason is None:
+        refuse_program()
+    described = attention_mask.wanted.values() if isinstance(attention_mask, MaskSpec) else ()
+    # By a native name graphs break here.
+    graph = torch.compiler.is_compiling() and original is not None
+    if state is not None and state.compiled is not None and (graph or are_transformed(query, key, value, *described)):
         return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
     if state is None:
         dense = original or default_dense(module)
+    elif recomputation.is_of_before(state.session):
+        dense = state.dense
     else:
         done = attend_sparse(state, module, query, key, value, attention_mask, kwargs, tokens)
         if done is not None:
@@ -215,18 +235,8 @@ def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerSt
         if forward is not None and forward.bound.state_of(module) is None:
             forward = None
     if forward is not None:
-        if isinstance(mask, MaskSpec) and _may_run_again(module):
-            hold(mask, mask.wanted.get("config"))
         return None if forward.asleep else forward.bound.state_of(module)
     return None if now is None or now.bound is None or began_before(now.bound) else now
-
-
-def _may_run_again(module: nn.Module) -> bool:
-    """Whether a call may be one that checkpointing runs again for a backward, maybe after its forward has ended."""
-    if torch.is_grad_enabled():
-        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    # Reentrant checkpointing.
-    return module.training
 
 
 def describe_mask(original: str | None, **wanted: Any) -> Any:

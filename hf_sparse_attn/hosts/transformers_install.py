@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.decision import as_before
+from hf_sparse_attn.family import pretrained_models
 from hf_sparse_attn.hosts import NATIVE_PREFIX
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
@@ -20,8 +25,14 @@ from hf_sparse_attn.hosts.transformers_hook import (
     register,
 )
 from hf_sparse_attn.hosts.transformers_inputs import watch_layer
-from hf_sparse_attn.hosts.transformers_switch import original, switch_off, switch_on
+from hf_sparse_attn.hosts.transformers_switch import is_switched, mend_copy, original, switch_off, switch_on
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session
+
+# Method of a model of transformers that every continuous batching begins with.
+_PAGED = "init_continuous_batching"
+
 
 Wanted = Callable[[nn.Module, str], bool]
 
@@ -66,7 +77,9 @@ def install_text(
     """
     configs: dict[int, Any] = {}
     bound = bind(patch, patch.modules)
+    watched: list[tuple[Any, dict[str, tuple[Any, LayerRecord]]]] = []
     for prefix, owner in owners:
+        places: dict[str, tuple[Any, LayerRecord]] = {}
         found = [(name, module) for name, module, holder in attention_modules(owner, wanted) if holder is owner]
         # Layers of encoders have no number of their own.
         own = [getattr(module, "layer_idx", None) for _, module in found]
@@ -83,10 +96,70 @@ def install_text(
             compiled = CompiledLayer(state, module, dense_function(dense, module))
             bound.states[module] = state = replace(state, compiled=compiled)
             patch.set_attribute(module, STATE_ATTRIBUTE, state)
+            places[name] = module, record
+        watched.append((owner, places))
     # The configs last: only they let calls come here.
     bound.configs.update(configs)
     for config in configs.values():
         switch(patch, config)
+    for owner, places in watched:
+        patch.hook(owner, "register_forward_pre_hook", watch_changes(patch.session, owner, places))
+    for model in pretrained_models(patch.model):
+        if hasattr(model, _PAGED):
+            patch.set_attribute(model, _PAGED, _refuse_pages)
+
+
+def _refuse_pages(*_: Any, **__: Any) -> Any:
+    """Stands in for what every way to continuous batching begins with."""
+    raise RuntimeError(
+        "a patched model must not run continuous batching (generate_batch): it keeps keys in pages, which sparse "
+        "attention does not read. unpatch() the model first, or use generate()"
+    )
+
+
+def watch_changes(
+    session: Session, owner: nn.Module, places: dict[str, tuple[nn.Module, LayerRecord]]
+) -> Callable[..., None]:
+    """A pre-hook of a patched model that tells which of its attention modules no longer come to the hook.
+
+    Args:
+        session: of the patch.
+        owner: the model.
+        places: attention modules and their records, by where they stand in it.
+    """
+    own, names = weakref.ref(owner), list(places)
+    known = [(weakref.ref(module), record) for module, record in places.values()]
+
+    def look(now: nn.Module, args: Any) -> None:
+        # A copy is another model, and what a graph calls was looked up while tracing.
+        if now is not own() or torch.compiler.is_compiling() or as_before(session).reason is not None:
+            return
+        for i, (held, record) in enumerate(known):
+            module: Any = held()
+            found = _at(now, names[i])
+            if found is not module:
+                # What wraps a layer, as checkpointing and compilation do, moves it.
+                name = next((name for name, m in now.named_modules() if m is module), None)
+                if name is None:
+                    session.give_up(record, f"attention module {'replaced' if found else 'removed'} after the patch")
+                    continue
+                names[i] = name
+            if not is_switched(module.config):
+                now_set = module.config._attn_implementation
+                session.give_up(record, f"attn_implementation set to {now_set!r} after the patch")
+
+    return look
+
+
+def _at(owner: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of this name, or None; quicker than get_submodule, for it is asked in every decoding step."""
+    at: Any = owner
+    for part in name.split("."):
+        at = at._modules.get(part)
+        if at is None:
+            return None
+    found: nn.Module = at
+    return found
 
 
 def dense_name(module: Any) -> str:
@@ -104,3 +177,4 @@ def switch(patch: Patch, config: Any) -> None:
 
     switch_on(config, known)
     patch.on_remove(switch_off, config)
+    patch.on_copy(partial(mend_copy, config))

@@ -105,7 +105,19 @@ def _settle(key: int) -> None:
     now = str(config.__dict__.get(_FIELD))
     if not now.startswith(PATCHED_PREFIX):
         log.warning("attn_implementation was set to %r while the model was patched; it is left so", now)
-    elif known.before is _ABSENT:
+    else:
+        _restore(config, known.before)
+
+
+def mend_copy(config: Any, memo: dict[int, Any]) -> None:
+    """Lets the copy of a config, if the memo of a deep copy has one, hold what the config held before."""
+    known, made = _SWITCHES.get(id(config)), memo.get(id(config))
+    if known is not None and made is not None and is_switched(made):
+        _restore(made, known.before)
+
+
+def _restore(config: Any, before: Any) -> None:
+    if before is _ABSENT:
         config.__dict__.pop(_FIELD, None)
     else:
-        config.__dict__[_FIELD] = known.before
+        config.__dict__[_FIELD] = before

@@ -255,7 +255,7 @@ def _seconds(probe: Probe, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tenso
 
     first, last = pattern.indptr[..., 0], pattern.indptr[..., -1]
     blocks, masked = per_head(last - first), per_head(tiled[last] - tiled[first])
-    columns = torch.zeros(heads)
+    columns = torch.zeros(heads, dtype=torch.float32)
     if pattern.column_indptr is not None:
         columns = per_head(pattern.column_indptr[..., -1] - pattern.column_indptr[..., 0])
     area = pattern.block_q * pattern.block_k

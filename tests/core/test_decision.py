@@ -351,7 +351,10 @@ BROKEN: dict[str, tuple[str, Callable[[], LayerCall], str | None, str | None]] =
     ),
     "reads": ("reads", lambda: a_call(reading()), None, "method whole reads more of a layer than a graph hands over"),
     "no mask": ("no mask", lambda: a_call(mask=None), *["no mask was described to the layer"] * 2),
-    "tensor": ("ready mask", lambda: a_call(mask=torch.ones(2, 1, 20, 20)), *["mask given as a Tensor"] * 2),
+    "tensor": (
+        "ready mask", lambda: a_call(mask=torch.ones(2, 1, 20, 20)),
+        "mask given as a Tensor: mask that is not causal", "mask given as a Tensor",
+    ),
     "keys of the mask": (
         "mask of other sizes", lambda: a_call(mask=spec(kv_len=21)),
         "mask for [2, 1, 20, 21] where the layer has [2, 1, 20, 20]", None,
@@ -419,8 +422,9 @@ def test_every_rule_is_broken_once() -> None:
     eager = {rule for rule, _, reason, _ in BROKEN.values() if reason is not None}
     traced = {rule for rule, _, _, reason in BROKEN.values() if reason is not None}
     # "packing" stands for what eagerly is part of the mask.
-    assert {rule.name for rule in RULES if rule.eager} - eager == {"context parallelism"}
-    assert {rule.name for rule in RULES if rule.traced} <= traced
+    # What is not ours is broken in tests/hosts/test_changes.py, for it changes more than the call.
+    assert {rule.name for rule in RULES if rule.eager} - eager == {"context parallelism", "not ours"}
+    assert {rule.name for rule in RULES if rule.traced} - traced == {"not ours"}
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])

@@ -11,6 +11,7 @@ from weakref import ref
 import pytest
 import torch
 
+from hf_sparse_attn.hosts.transformers_forward import forwards_here
 from tests.support.served import DENSE, MODELS, InTheMiddle, Served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,6 +111,10 @@ def test_an_exception_leaves_nothing_patched(served: Served, error: BaseExceptio
     assert attributes(served.model) == inside and caught.value is error
     handle.remove()
     assert attributes(served.model) == before
+    # A forward that an interrupt left behind is forgotten by the next one.
+    with served.patch("top"):
+        served.run(0)
+    assert not forwards_here()
 
 
 def test_after_an_interrupt_in_another_thread(served: Served) -> None:

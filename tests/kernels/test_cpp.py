@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,78 @@ def test_compiles_what_is_needed_once_and_says_so(own_home: Path, caplog: pytest
     build._library.cache_clear()
     run_pattern(*tiny(), pattern, 1.0, "cpp_block_sparse")
     assert len(caplog.messages) == 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library as it is kept."""
+    reason = build.why_not(torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("kept")
+    build._compile(torch.float32, False, folder / "whole.so")
+    return folder / "whole.so"
+
+
+def _folder_with_a_file(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("")
+
+
+def _signed(library: bytes) -> bytes:
+    return library + build._digest(library)
+
+
+SPOILT: dict[str, Callable[[Path, bytes], object]] = {
+    "empty": lambda path, kept: path.write_bytes(b""),
+    "half": lambda path, kept: path.write_bytes(kept[: len(kept) // 2]),
+    "without its end": lambda path, kept: path.write_bytes(kept[:-1]),
+    "a byte is another": lambda path, kept: path.write_bytes(kept[:5000] + bytes([kept[5000] ^ 1]) + kept[5001:]),
+    "text": lambda path, kept: path.write_text("no library"),
+    "other": lambda path, kept: path.write_bytes(Path(torch._C.__file__).read_bytes()),
+    "other machine": lambda path, kept: path.write_bytes(_signed(kept[:18] + b"\xff\xff" + kept[20 : -build._DIGEST])),
+    "folder": lambda path, kept: _folder_with_a_file(path),
+    "link to nothing": lambda path, kept: path.symlink_to(path.parent / "gone"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_library_that_is_spoilt_is_made_anew(
+    how: str, whole: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    copying_compiler(tmp_path, monkeypatch, whole)
+    path = build._folder() / f"float_forward_{build._key()}.so"
+    SPOILT[how](path, whole.read_bytes())
+    pattern = random_pattern(40, 40)
+    out, _, name = run_pattern(*tiny(), pattern, 1.0, "cpp_block_sparse")
+    want = TorchReference.attention(*tiny(), pattern, 1.0)[0]
+    assert name == "cpp_block_sparse" and torch.allclose(out, want, atol=1e-5)
+    assert how == "link to nothing" or "compiled anew" in caplog.text
+    # And not again.
+    build._library.cache_clear()
+    build.library(torch.float32, False)
+    assert (tmp_path / "asked").read_text() == "x\n" and list(own_home.iterdir()) == [path]
+
+
+def test_processes_that_come_together_compile_once(
+    whole: Path, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying_compiler(tmp_path, monkeypatch, whole)
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=build.library, args=(torch.float32, False)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert (tmp_path / "asked").read_text() == "x\n"
+
+
+def copying_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    """A compiler whose result is known, and which notes that it was asked."""
+    copied = f'while [ "$1" != -o ]; do shift; done; head -c -{build._DIGEST} {library} > "$2"'
+    fake_compiler(folder, monkeypatch, f"echo x >> {folder}/asked; sleep 0.2; {copied}")
 
 
 def test_a_home_that_cannot_be_written(forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_user_mask_is_used_as_given():
     dense = logits(model, ids, attention_mask=mask)
     with hsa.patch(model, **SPARSE) as patch:
         assert torch.equal(logits(model, ids, attention_mask=mask), dense)
-    assert reasons(patch) == [{"mask given as a Tensor": 1}] * 2
+    assert reasons(patch) == [{"mask given as a Tensor: mask that differs from query to query": 1}] * 2
 
 
 def test_dropout_and_attention_weights_stay_dense():
