@@ -159,7 +159,7 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
             f"`attn_implementation` 'hsa:{name}' reads more of a layer than q, k and v: use hf_sparse_attn.patch()"
         )
     config: Any = module.config
-    if text:
+    if text and module.layer_idx >= 0:  # type: ignore[operator]
         index = int(module.layer_idx)  # type: ignore[arg-type]
     elif before is not None:
         index = before.record.index

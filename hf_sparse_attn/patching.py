@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -136,17 +137,18 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def _deep_copy(self, module: nn.Module, changes: _Changes, memo: dict[int, Any]) -> nn.Module:
         """A deep copy of a module as it would be without the patch, of which it only knows that there was one."""
+        frame = sys._getframe(1)
+        asked = frame.f_locals["x"] if frame.f_code is copy.deepcopy.__code__ else module
+        if asked is not module:
+            # What hands on all that it has not, as torch.compile does, is to be copied itself.
+            return _reconstructed(asked, _Changes(), memo)
         if not self._copied:
             self._copied = True
             log.warning("a deep copy of a patched model is dense: call patch() on the copy")
         kind = type(module)
         own = getattr(kind, "__deepcopy__", None)
         if own is None:
-            made_of: Any = kind.__reduce_ex__(module, 4)
-            make, args, state, *_ = made_of
-            made: nn.Module = make(*args)
-            memo[id(module)] = made
-            made.__setstate__(copy.deepcopy(changes.undone(state), memo))
+            made = _reconstructed(module, changes, memo)
         else:
             # A class that forbids it raises here (fully_shard).
             made = own(module, memo)
@@ -274,6 +276,16 @@ class _Changes:
         if PATCH_ATTRIBUTE in self.attributes:
             before[PATCH_ATTRIBUTE] = _COPY
         return {name: value for name, value in before.items() if value is not ABSENT and name not in _ANSWERED}
+
+
+def _reconstructed(module: Any, changes: _Changes, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module as the module `copy` makes it of one that says nothing itself, with changes undone."""
+    made_of: Any = type(module).__reduce_ex__(module, 4)
+    make, args, state, *_ = made_of
+    made: nn.Module = make(*args)
+    memo[id(module)] = made
+    made.__setstate__(copy.deepcopy(changes.undone(state), memo))
+    return made
 
 
 @dataclass

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Keyword arguments that a family's hooks add to a call: what the tokens are (vision_layout.Tokens), and which runs of
 # them see only themselves (vision_segments.Segments).
 TOKENS, SEGMENTS = "hsa_tokens", "hsa_segments"
+# One more that the hook of a model with shared layers adds: how often each of them ran in this forward, by its name.
+RUNS = "hsa_runs"
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -56,6 +58,7 @@ class LayerState:
         source: tells whether a call's keys are of another sequence; None where they never are.
         watch: keeps what else the method reads of the layer; None where it reads nothing.
         bound: the layers of the patch; None where there is none, as for native names.
+        later: of a module that is several layers, the states of its second and later runs in a forward.
     """
 
     record: LayerRecord
@@ -67,6 +70,14 @@ class LayerState:
     source: Source | None = None
     watch: LayerWatch | None = None
     bound: Bound | None = None
+    later: tuple[LayerState, ...] = ()
+
+    def of_run(self, runs: dict[str, int] | None) -> LayerState:
+        """The state of the run that begins, which is counted in `runs`; the first one's where nobody counts."""
+        if runs is None or not self.later:
+            return self
+        run = runs[self.record.name] = runs.get(self.record.name, -1) + 1
+        return self if run == 0 else self.later[min(run, len(self.later)) - 1]
 
 
 Find = Callable[[nn.Module], "LayerState | None"]
@@ -195,6 +206,9 @@ def attend(
         # In a pause, too: what runs again in backward must meet the same.
         recomputation.note(now.session)
     state = _state_here(now, module, attention_mask)
+    runs = kwargs.pop(RUNS, None)
+    if state is not None:
+        state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None

@@ -92,7 +92,8 @@ def _step(operation: str, value: Any, at: int, name: str) -> int:
     if operation == "SUBPATTERN":
         return _follow(value[3], at, name)
     if operation.endswith("REPEAT"):
-        return _repeated(*value, at, name)
+        least, most, items = value
+        return _repeated(least, most, items, at, name)
     if operation == "AT":
         return at & _bits(len(name) + 1, lambda place: _is_at(str(value), place, name))
     if operation.startswith("ASSERT"):
