@@ -281,10 +281,11 @@ class _Changes:
 def _reconstructed(module: Any, changes: _Changes, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a module as the module `copy` makes it of one that says nothing itself, with changes undone."""
     made_of: Any = type(module).__reduce_ex__(module, 4)
-    make, args, state, *_ = made_of
-    made: nn.Module = make(*args)
+    make, args, *states = made_of
+    made: nn.Module = make(*copy.deepcopy(args, memo))
     memo[id(module)] = made
-    made.__setstate__(copy.deepcopy(changes.undone(state), memo))
+    if states:
+        made.__setstate__(copy.deepcopy(changes.undone(states[0]), memo))
     return made
 
 

@@ -92,13 +92,8 @@ def _step(operation: str, value: Any, at: int, name: str) -> int:
     if operation == "SUBPATTERN":
         return _follow(value[3], at, name)
     if operation.endswith("REPEAT"):
-<<<<<<< HEAD
-        least, most, items = value
-        return _repeated(least, most, items, at, name)
-=======
         least, most, part = value
         return _repeated(part, least, most, at, name)
->>>>>>> files
     if operation == "AT":
         return at & _bits(len(name) + 1, lambda place: _is_at(str(value), place, name))
     if operation.startswith("ASSERT"):
