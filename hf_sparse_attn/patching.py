@@ -280,8 +280,8 @@ class _Changes:
 
 def _reconstructed(module: Any, changes: _Changes, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a module as the module `copy` makes it of one that says nothing itself, with changes undone."""
-    made_of: Any = type(module).__reduce_ex__(module, 4)
-    make, args, *states = made_of
+    kind: Any = type(module)
+    make, args, *states = kind.__reduce_ex__(module, 4)
     made: nn.Module = make(*copy.deepcopy(args, memo))
     memo[id(module)] = made
     if states:
