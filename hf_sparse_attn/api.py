@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from hf_sparse_attn import transforms
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
-from hf_sparse_attn.compiled import refuse_method
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.compiled import is_traced, refuse_method
+from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
+from hf_sparse_attn.effect import check_effect
 from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.presets import find_preset
+from hf_sparse_attn.presets import default_params, find_preset
 from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.registry import BACKENDS, METHODS, make_method
 from hf_sparse_attn.selection import with_sinks
@@ -48,11 +50,12 @@ def patch(
         strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
             running dense and reporting why.
         dense_layers: number of first layers kept dense, or the layers themselves.
-        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares.
+        dense_steps: share of the model evaluations of a denoising run kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.
-        **params: the method's parameters.
+        **params: the method's parameters. Those that are not given are what the method's authors ran the family with,
+            where that differs from the method's defaults (`report()` shows what is in force).
 
     Returns:
         the Patch: `report()`, `remove()`, and a context manager that removes itself. A deep copy of the model is dense
@@ -61,8 +64,9 @@ def patch(
 
     Raises:
         TypeError: a model of no known family, or a parameter the method does not have.
-        ValueError: an unknown name, a value out of range, a method that does not apply to the family, a profile of
-            another model, or a model that is patched already. The model is then untouched.
+        ValueError: an unknown name, a value out of range, layers that the model does not have, a method that does not
+            apply to the family, a profile of another model, or a model that is patched already. The model is then
+            untouched.
         OSError: the Hub has no such profile, or cannot be reached.
     """
     if backend != "auto":
@@ -82,13 +86,17 @@ def patch(
         params = {**chosen.params, **params}
         dense_layers = chosen.dense_layers if dense_layers is None else dense_layers
         dense_steps = chosen.dense_steps if dense_steps is None else dense_steps
-    made = make_method(method, params)  # type: ignore[arg-type]  # paths are profiles
+    if isinstance(method, str):
+        METHODS.get(method)
+    found = find_family(model)
+    if isinstance(method, str):
+        params = {**default_params(found[0], found[2], method), **params}
+    made = make_method(method, params, _KEYWORDS)  # type: ignore[arg-type]  # paths are profiles
     policy = Policy(
         dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
-    found = find_family(model)
     lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(
@@ -97,7 +105,19 @@ def patch(
         )
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
-    return install(model, found, Session(made, policy, backend, strict))
+    applied = install(model, found, Session(made, policy, backend, strict))
+    try:
+        check_effect(applied)
+        if profile is not None and not any(plan.choice.any() for plan in profile.plans):
+            applied.note("nothing can be sparse: every head of the profile is dense")
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
+
+
+# What patch() takes by keyword besides the parameters of a method.
+_KEYWORDS = tuple(name for name, p in signature(patch).parameters.items() if p.kind is Parameter.KEYWORD_ONLY)
 
 
 def unpatch(model: Any) -> None:
@@ -128,20 +148,26 @@ def attention(
     return_lse: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    is_causal: bool | None = None,
+    grid: tuple[int, int, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sparse attention as a function.
+    """Sparse attention as a function; causal, unless `is_causal`, `grid` or `ctx` says otherwise.
 
     Args:
         q: [batch, heads, q_len, dim].
         k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads, keys are never repeated in memory.
         v: [batch, kv_heads, kv_len, value dim].
         method: a name, a Method, or a ready BlockPattern.
-        ctx: what the tokens are; None means causal text whose last query is at the last key (not used by a pattern).
+        ctx: what the tokens are; None means text whose last query is at the last key, causal unless `is_causal` is
+            False (not used by a pattern).
         scale: factor on the logits; None means that of `ctx`, else dim ** -0.5.
         backend: "auto", or a backend by name, which then never falls back.
         return_lse: also return the log-sum-exp of the logits, [batch, heads, q_len].
         softcap: the scaled logits x become softcap * tanh(x / softcap); None means that of `ctx`, else 0: no cap.
         sinks: one more logit per query head whose value is 0, [heads] (gpt-oss), or None.
+        is_causal: whether a query sees only the keys up to its own; short for a `ctx`. None means yes, for a video no.
+        grid: (frames, height, width) of a video in raster order that is all the tokens; short for a `ctx`. With text
+            beside the video give `Context(TokenLayout.video(..., text_before=, text_after=))`.
 
     Returns:
         output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for. Under autocast
@@ -155,10 +181,16 @@ def attention(
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = cast_inputs(q, k, v)
     check_tensors(q, k, v)
-    if torch.jit.is_tracing():
+    if is_traced():
         raise RuntimeError("sparse attention must not be traced by torch.jit, which sees no kernel; use torch.export")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
+    short = [name for name, value in (("is_causal", is_causal), ("grid", grid)) if value is not None]
+    if short and (ctx is not None or isinstance(method, BlockPattern)):
+        whole = "a pattern" if isinstance(method, BlockPattern) else "a `ctx`"
+        raise ValueError(f"`{'` and `'.join(short)}` must be left out beside {whole}, which says it")
+    if short:
+        ctx = _context(q, k, is_causal, grid)
     if transforms.are_transformed(q, k, v, sinks):
 
         def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
@@ -180,6 +212,25 @@ def attention(
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _context(q: Tensor, k: Tensor, is_causal: bool | None, grid: tuple[int, int, int] | None) -> Context:
+    """The context that the short arguments of `attention` stand for."""
+    if is_causal is not None and not isinstance(is_causal, bool):
+        raise TypeError(f"`is_causal` must be a bool, got {is_causal!r} of type {type(is_causal).__name__}")
+    if grid is None:
+        return Context.for_tensors(q, k, is_causal)
+    if not isinstance(grid, Sequence) or len(grid) != 3:
+        raise ValueError(f"`grid` must be (frames, height, width), got {grid!r}")
+    frames, height, width = (check_int(f"grid[{i}]", size, 1) for i, size in enumerate(grid))
+    tokens = frames * height * width
+    if (q.shape[2], k.shape[2]) != (tokens, tokens):
+        raise ValueError(
+            f"`grid` must have as many tokens as `q` and `k`, got {grid} = {tokens} for {q.shape[2]} queries and "
+            f"{k.shape[2]} keys; with text beside the video give a `ctx`"
+        )
+    layout = TokenLayout.segments([Segment("video", tokens, (frames, height, width))], causal=bool(is_causal))
+    return Context(layout, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3])
 
 
 def _by_method(
@@ -208,6 +259,21 @@ def _by_method(
     if isinstance(done, Decline):
         raise MethodDoesNotApply(f"`method` {made.name!r} does not apply: {done.reason}")
     return done
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device called `name`; None means `default_device`.
+
+    Raises:
+        ValueError: torch does not know it, or cannot use it here.
+    """
+    try:
+        device = default_device() if name is None else torch.device(name)
+        torch.empty(0, device=device)
+    # Torch raises RuntimeError or AssertionError for a device that it does not know or was not built for.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` must be one that torch can use here, got {name!r}: {error}") from None
+    return device
 
 
 def default_device() -> torch.device:

@@ -118,6 +118,10 @@ class _Attention(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
+# What a backend's `why_not` should not leave unsaid.
+_UNSAID = "it does not say why"
+
+
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot run the call."""
 
@@ -141,13 +145,16 @@ def choose_backend(
         found = BACKENDS.get(backend)
         reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
         if reason is not None:
-            raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason}")
+            raise BackendUnavailable(f"`backend` {backend!r} cannot run this call: {reason or _UNSAID}")
         return backend, found
-    reasons = []
-    for name in auto_order(q.device.type):
+    device, reasons = q.device.type, []
+    tried = auto_order(device)
+    for name in tried:
         found = BACKENDS.get(name)
         reason = found.why_not(pattern, q, k, v, needs_grad, softcap)
         if reason is None:
             return name, found
-        reasons.append(f"{name}: {reason}")
-    raise BackendUnavailable("no backend can run this call: " + "; ".join(reasons))
+        reasons.append(f"{name}: {reason or _UNSAID}")
+    reasons += [f"{name}: not taken by itself on {device}" for name in BACKENDS.names() if name not in tried]
+    reasons += [f"{file}: {why}" for file, why in BACKENDS.missing.items()]
+    raise BackendUnavailable("no backend can run this call: " + ("; ".join(reasons) or "none is registered"))

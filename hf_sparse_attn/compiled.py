@@ -18,9 +18,14 @@ from hf_sparse_attn.pattern.block_pattern import BlockPattern
 _Sizes = tuple[int, int, int, int]
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace runs what runs."""
+    return torch._C._get_tracing_state() is not None
+
+
 def in_program() -> bool:
     """Whether what runs is being made into a program that outlives it: by torch.export (also AOT) or torch.jit."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or is_traced()
 
 
 # What is called while tracing gives a constant, and its errors come out as they are. (Torch leaves it untyped.)

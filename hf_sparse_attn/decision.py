@@ -1,13 +1,14 @@
 """What runs for a call, sparse or dense attention, and why: decided here, by the same rules whatever the host.
 
 In the order in which more is known: what was asked for (`as_before`, `of_call`, `of_sequence`), what holds for every
-call of a shape (`by_shape`), and a `Case`, which is decided before its method is asked and again by its pattern.
+call of a shape (`by_shape`), and a `Case`, which is decided before its method is asked and again by its pattern. All
+of it depends on what the call is and on the table of costs, on no clock and on no call before: what is kept between
+calls is kept to be found faster.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context
-from hf_sparse_attn.cost.judge import PAUSED, Call, Loss
+from hf_sparse_attn.cost.judge import TOO_DENSE, Call, Loss
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 if TYPE_CHECKING:
     from hf_sparse_attn.record import LayerRecord
     from hf_sparse_attn.session import Session
 
+# Density from which on nothing is left out, up to rounding.
+FULL = 1 - 1e-6
 # Shapes of calls that are kept in mind.
 KEPT_SHAPES = 256
 
@@ -42,13 +45,17 @@ class Decision:
     fallback: bool = False
     counted: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reason, str) and not self.reason.strip():
+            raise ValueError(f"`reason` must say why the call is dense, got {self.reason!r}")
+
 
 SPARSE = Decision()
 
 
 def as_before(session: Session) -> Decision:
     """Whether the model runs as without a patch, to the bit: in a pause, not counted, or by method "dense"."""
-    if session.pauses:
+    if session.paused:
         return Decision("paused", counted=False)
     return Decision("method dense") if session.method.name == "dense" else SPARSE
 
@@ -65,41 +72,45 @@ def of_call(session: Session, ctx: Context, device: torch.device) -> Decision:
 
 
 def by_shape(
-    session: Session, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, context: Callable[[], Context]
+    session: Session,
+    record: LayerRecord,
+    q: Tensor,
+    kv_len: int,
+    context: Callable[[], Context],
+    tokens: Hashable = None,
 ) -> Decision:
-    """Whether a call is dense whatever its content, remembered by the record for all calls of the shape.
+    """Whether a call is dense whatever its content, remembered by the record for all calls alike.
 
-    For hosts without steps, whose layout is known by the shape of `q` and the number of keys.
+    For hosts without steps.
 
     Args:
         session, record: of the layer.
-        q, k, v: the call's tensors.
+        q: the call's queries [batch, heads, q_len, dim].
+        kv_len: its keys.
         context: makes the call's context; not asked where the shape is known.
+        tokens: what the layout depends on besides the number of queries and keys.
     """
-    shape, known = (q.shape, k.shape[2], q.dtype), record.by_shape
-    steady = session.steady(q, k, v)
-    decision, left = known.get(shape, (SPARSE, 0))
-    # Pauses, which end, are not for steady calls.
-    if left == math.inf or (left and not steady):
-        known[shape] = decision, left - 1
-        return decision
-    ctx, left = context(), math.inf
-    decision = of_call(session, ctx, q.device)
-    if decision.reason is None:
-        decision = _bound(session, q, ctx)
-    if decision.reason is None and session.policy.min_tokens == "auto" and not steady:
-        left = session.judge.take_pause(record.name, q, ctx) - 1
-        decision = Decision(PAUSED) if left >= 0 else SPARSE
-    if decision.reason is not None:
+    shape, known = (q.shape, kv_len, q.dtype, q.device, tokens), record.by_shape
+    decision = known.get(shape)
+    if decision is None:
+        ctx = context()
+        decision = of_call(session, ctx, q.device)
+        if decision.reason is None:
+            decision = _bound(session, q, ctx)
         if len(known) >= KEPT_SHAPES:
             known.clear()
-        known[shape] = decision, left
+        known[shape] = decision
     return decision
 
 
 def _bound(session: Session, q: Tensor, ctx: Context) -> Decision:
     """Whether no pattern of the method could pay."""
-    return Decision(*session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE
+    if session.policy.min_tokens != "auto":
+        return SPARSE
+    loss, origin = session.judge.bound(q, ctx)
+    if loss is not None and loss.prediction.density >= FULL:
+        session.tell_full(ctx)
+    return Decision(loss, origin)
 
 
 class NotWorth(Exception):
@@ -114,34 +125,28 @@ class Case:
     """One sequence of a call, or a batch of equal ones, on its way through the method.
 
     Args:
-        session, record: of the layer. A record on trial is sparse whatever is predicted, and teaches nothing.
-        q, k, v: its tensors.
+        session, record: of the layer. A record on trial is sparse whatever is predicted.
+        q: its queries.
         ctx: where it is.
         known: whether `by_shape` has said that some pattern could pay.
     """
 
     call: Call
 
-    def __init__(
-        self, session: Session, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
-    ) -> None:
-        self.session, self.name, self.q, self.ctx = session, record.name, q, ctx
+    def __init__(self, session: Session, record: LayerRecord, q: Tensor, ctx: Context, known: bool = False) -> None:
+        self.session, self.q, self.ctx = session, q, ctx
         self.known = known
         self.auto = session.policy.min_tokens == "auto" and not record.on_trial
-        self.learns = not record.on_trial and not session.steady(q, k, v)
 
     def before(self) -> Decision:
-        """Whether the method need not be asked: it cannot pay, or did not lately. Else its clock starts."""
+        """Whether the method need not be asked, for no pattern of it can pay."""
         if self.auto and not self.known:
             # A short sequence that stays dense must pay for no more than this.
             decision = _bound(self.session, self.q, self.ctx)
             if decision.reason is not None:
                 return decision
-        self.call = self.session.judge.call(self.name, self.q, self.ctx)
-        reason = self.call.why_not_ask() if self.auto and self.learns else None
-        if reason is None and self.learns:
-            self.call.start()
-        return Decision(reason, self.call.table.origin)
+        self.call = self.session.judge.call(self.q, self.ctx)
+        return SPARSE
 
     def check(self, pattern: BlockPattern, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Decides again, now that (another) pattern of the method is known.
@@ -151,10 +156,12 @@ class Case:
         """
         prediction = self.call.found(pattern, q, k, v)
         if self.auto and not prediction.pays:
-            raise NotWorth(Decision(self.call.rejected(self.learns), self.call.table.origin))
+            # What is predicted counts half of every tile; a GPU is not waited for.
+            if prediction.density > 0.98 and q.device.type == "cpu":
+                if pattern.density(self.ctx.layout.density_count) >= FULL:
+                    self.session.tell_full(self.ctx)
+            raise NotWorth(Decision(Loss(TOO_DENSE, prediction), self.call.table.origin))
 
-    def done(self) -> float:
-        """The sequence ends sparse; the gain that was predicted for it, or 0."""
-        if self.learns:
-            self.call.done()
+    def gain(self) -> float:
+        """What was predicted for a sequence that ends sparse, or 0."""
         return self.call.dense / self.call.sparse if self.call.sparse else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from threading import Lock
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,6 +15,9 @@ from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.session import Session
 
+# Two threads that patch one model at a time: the second is told so.
+_INSTALLING = Lock()
+
 
 class Family(Protocol):
     """One file in patches/, one class, registered by name. All its functions are static.
@@ -23,7 +27,7 @@ class Family(Protocol):
     with `generic = True` takes what no other family knows. One whose models differ in their layouts has
     `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
     over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
-    where the session's method reads them.
+    where the session's method reads them. One whose models run in no denoising steps has `has_steps = False`.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -83,14 +87,17 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
         ValueError: the model is patched already, or has no self-attention layers.
     """
     name, family, modules = found
-    for module in modules:
-        already = active_patch(module)
-        if already is not None:
-            raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
-    patch = Patch(name, session, modules, model)
+    with _INSTALLING:
+        for module in modules:
+            already = active_patch(module)
+            if already is not None:
+                raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
+        patch = Patch(name, session, modules, model)
+    patch.has_steps = getattr(family, "has_steps", True)
     try:
         family.install(patch)
         recomputation.watch(patch)
+        session.begun = True
         if not session.records:
             raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
     except BaseException:

@@ -22,6 +22,9 @@ Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 # Patterns of static methods.
 _STATIC: RecentValues[BlockPattern | Decline] = RecentValues(64)
 
+# Tokens of a block of which methods look at the mean, about.
+_POOLED = 64
+
 NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
@@ -38,9 +41,17 @@ READS = {
 
 @dataclass(frozen=True)
 class Decline:
-    """A method's answer where it does not apply: the call is dense, and the reason is counted."""
+    """A method's answer where it does not apply: the call is dense, and the reason is counted.
+
+    Raises:
+        ValueError: there is no reason.
+    """
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise ValueError(f"`reason` must say why, got {self.reason!r}")
 
 
 class PartlyDense(tuple[Tensor, Tensor]):
@@ -77,8 +88,9 @@ class Method:
 
     A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
     so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
-    sets its density, where it has one, and what it `reads` besides q, k and v (fields of LayerInputs), which the model
-    family then puts into `ctx.inputs`.
+    sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
+    family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
+    call is then dense where nobody knows how long the run is.
     """
 
     name: ClassVar[str] = ""
@@ -88,6 +100,7 @@ class Method:
     trainable: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
+    by_steps: ClassVar[bool] = False
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
@@ -120,7 +133,8 @@ class Method:
             ctx: where the call is.
 
         Returns:
-            the pattern, or a Decline with the reason.
+            the pattern of the call's queries, or of all tokens of the row as queries, of which those of a call that
+            goes on from a cache are taken; or a Decline with the reason.
         """
         raise TypeError(f"method {self.name!r} must define pattern()")
 
@@ -137,14 +151,14 @@ class Method:
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        return self.static_pattern(ctx, q.device) if self.static else self.pattern(q, k, ctx)
+        return self.static_pattern(ctx, q.device) if self.static else _of_call(self.pattern(q, k, ctx), ctx)
 
     def static_pattern(self, ctx: Context, device: torch.device) -> BlockPattern | Decline:
         """The pattern of a static method on `device`, built once per parameters and layout (the last 64 are kept)."""
 
         def build() -> BlockPattern | Decline:
             with made_on_cpu():
-                found = self.pattern(None, None, ctx)
+                found = _of_call(self.pattern(None, None, ctx), ctx)
             return found if isinstance(found, Decline) else found.to(device)
 
         return _STATIC.get((self, self.cache_key(ctx), device), build)
@@ -183,6 +197,14 @@ class Method:
         density = getattr(self, "density", None)
         return float(density) if isinstance(density, (int, float)) else 0.0
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Logits that a method which is not `static` computes for each head before its pattern is known.
+
+        By it the policy leaves calls dense in which finding a pattern takes longer than the pattern can save. The
+        default is that of methods which look at means of blocks alone.
+        """
+        return ctx.layout.q_len * ctx.layout.kv_len / _POOLED**2
+
     def cache_key(self, ctx: Context) -> tuple[Any, ...]:
         """What a static pattern depends on besides the parameters."""
         return (ctx.layout,)
@@ -210,3 +232,13 @@ class Method:
     def full_budget(cls) -> dict[str, Any] | None:
         """Parameters with which every key is kept, for a few hundred tokens; None where the method has no budget."""
         return None
+
+
+def _of_call(found: BlockPattern | Decline, ctx: Context) -> BlockPattern | Decline:
+    """A method's pattern for the queries of a call, where it was made for all tokens of the row."""
+    layout = ctx.layout
+    if isinstance(found, Decline) or not layout.query_start or found.q_len != layout.kv_len:
+        return found
+    if found.q_order is not None:
+        return Decline(f"the pattern puts all tokens in another order, and only the last {layout.q_len} are queries")
+    return found.last_queries(layout.q_len)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakKeyDictionary
 
-from hf_sparse_attn.hosts import NATIVE_PREFIX
+from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,12 +69,13 @@ def report(model: nn.Module) -> Report:
     """
     from hf_sparse_attn.report import Report
 
-    states = [s for s in (_states().get(m) for m in model.modules()) if s is not None]
+    states = [s for s in (_STATES.get(m) for m in model.modules()) if s is not None]
     if not states:
         raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
     method = states[0].session.method
     layers = [s.record.report(method.params().get("density")) for s in states]
-    return Report(method.name, method.params(), "native", layers)
+    notes = tuple(dict.fromkeys(text for s in states for text in s.session.notes))
+    return Report(method.name, method.params(), "native", layers, notes)
 
 
 def _register_all() -> None:
@@ -79,29 +83,49 @@ def _register_all() -> None:
 
     for name in METHODS.names():
         register(name)
+    _tell_unknown_names()
 
 
-_STATES: Any = None
+def _tell_unknown_names() -> None:
+    """Has transformers say of an unknown "hsa:<name>" which methods there are; all other names go as they did."""
+    file = sys.modules[_AWAITED]
+    owner: Any = file.PreTrainedModel
+    check = getattr(owner, "get_correct_attn_implementation", None)
+    if check is None or hasattr(check, "_hsa"):
+        return
+
+    @wraps(check)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        known = file.ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if str(requested_attention).startswith(NATIVE_PREFIX) and requested_attention not in known:
+            own = sorted(n for n in known if n.startswith(NATIVE_PREFIX) and not n.startswith(PATCHED_PREFIX))
+            raise ValueError(
+                f"`attn_implementation` must be one of {', '.join(own)}, or another one of transformers; "
+                f"got {requested_attention!r}{nearest(requested_attention, own)}"
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    checked._hsa = True  # type: ignore[attr-defined]
+    owner.get_correct_attn_implementation = checked
 
 
-def _states() -> Any:
-    """The state of every attention module that ran natively, or None for those that are no text attention."""
-    global _STATES
-    if _STATES is None:
-        from weakref import WeakKeyDictionary
-
-        _STATES = WeakKeyDictionary()
-    return _STATES
+# The state of every attention module that ran natively, or None for those that are no text attention.
+_STATES: WeakKeyDictionary[nn.Module, LayerState | None] = WeakKeyDictionary()
+_MAKING = RLock()
 
 
 def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
     """Finds the state of a module under the method `name`, made at its first forward."""
 
     def find(module: nn.Module) -> LayerState | None:
-        states = _states()
+        states = _STATES
         state: LayerState | None = states.get(module)
-        if module not in states or (state is not None and state.session.method.name != name):
-            states[module] = state = _make_state(name, module, state)
+        if module in states and (state is None or state.session.method.name == name):
+            return state
+        with _MAKING:
+            state = states.get(module)
+            if module not in states or (state is not None and state.session.method.name != name):
+                states[module] = state = _make_state(name, module, state)
         return state
 
     return find
@@ -141,16 +165,14 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         index = before.record.index
     else:
         # Encoders do not number their layers: by the order in which they run first.
-        index = sum(s is not None and m.config is config for m, s in _states().items())
+        index = sum(s is not None and m.config is config for m, s in _STATES.items())
     layers = getattr(config, "num_hidden_layers", index + 1)
     if not text and "causal" in method.needs and index == 0:
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    session, module_now = Session(method, Policy(), "auto", False), ref(module)
-    session.in_training = lambda: (now := module_now()) is not None and now.training
     dense = default_dense(module)
-    state = LayerState(record, session, layers, dense)
+    state = LayerState(record, Session(method, Policy(), "auto", False), layers, dense)
     return replace(state, compiled=CompiledLayer(state, module, dense_function(dense, module)))
 
 

@@ -11,11 +11,16 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_sparse_attn.at_work import AtWork
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.cost.timing import compare
+from hf_sparse_attn.decision import FULL
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.overlay import ABSENT, Overlay, value_before
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
 
@@ -27,7 +32,6 @@ PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
 _ANSWERED = "__deepcopy__", "__reduce_ex__"
 # What stands there in a deep copy.
 _COPY = "deep copy of a patched module, dense"
-_ABSENT = object()
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -52,10 +56,12 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._removed = self._copied = False
         self._changes: dict[int, _Changes] = {}
         self._on_copy: list[Callable[[dict[int, Any]], object]] = []
+        self.at_work = AtWork()
+        self._model_gain: float | None = None
+        # Whether the model runs in denoising steps; families whose models never do say so.
+        self.has_steps = True
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
-        watched = [ref(module) for module in self.modules]
-        session.in_training = lambda: any(m.training for one in watched if (m := one()) is not None)
 
     @property
     def model(self) -> Any:
@@ -80,11 +86,14 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         """Registers what mends a deep copy of a patched module; given the memo of the copy."""
         self._on_copy.append(call)
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; `remove()` restores the value or the absence it had, a deep copy has it, too."""
+    def set_attribute(self, owner: Any, name: str, value: Any, yields: bool = False) -> None:
+        """Sets an instance attribute; `remove()` restores the value or the absence it had, a deep copy has it, too.
+
+        With `yields`, another value that is set meanwhile is left as it is.
+        """
         if isinstance(owner, nn.Module):
-            self._changed(owner).attributes.setdefault(name, owner.__dict__.get(name, _ABSENT))
-        self._set(owner, name, value)
+            self._changed(owner).attributes.setdefault(name, value_before(owner, name))
+        self._set(owner, name, value, yields)
 
     def hook(self, module: nn.Module, kind: str, call: Callable[..., object], **options: bool) -> RemovableHandle:
         """Registers a hook that `remove()` takes off, and that a deep copy does not have.
@@ -100,9 +109,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self.on_remove(handle.remove)
         return handle
 
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        self.on_remove(restoring(owner, name))
-        owner.__dict__[name] = value
+    def _set(self, owner: Any, name: str, value: Any, yields: bool = False) -> None:
+        self.on_remove(Overlay(owner, name, value, yields).lift)
 
     def _changed(self, module: nn.Module) -> _Changes:
         """What this patch changed of a module; from the first change on copies of it are made without."""
@@ -119,7 +127,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def _shallow_copy(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
         """What a shallow copy is made of; it shares the patch, and is unpatched with the module."""
-        make, args, state, *_ = type(module).__reduce_ex__(module, protocol)
+        made_of: Any = type(module).__reduce_ex__(module, protocol)
+        make, args, state, *_ = made_of
         if self.removed:
             return make, args, changes.undone(state)
         made = make(*args)
@@ -133,7 +142,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         kind = type(module)
         own = getattr(kind, "__deepcopy__", None)
         if own is None:
-            make, args, state, *_ = kind.__reduce_ex__(module, 4)
+            made_of: Any = kind.__reduce_ex__(module, 4)
+            make, args, state, *_ = made_of
             made: nn.Module = make(*args)
             memo[id(module)] = made
             made.__setstate__(copy.deepcopy(changes.undone(state), memo))
@@ -152,7 +162,18 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
-        return Report(session.method.name, session.method.params(), self.family, layers)
+        if any(layer.density is not None and layer.density >= FULL for layer in layers):
+            session.tell_full()
+        return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
+
+    def note(self, text: str) -> None:
+        """Tells something of this patch once: a warning in the log, and a line under the table of `report()`."""
+        self.session.notes.add(text)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was told of this patch so far."""
+        return tuple(self.session.notes)
 
     def measure(self, calls: int = 1) -> None:
         """Has the next sparse calls of each layer measured: the model's own dense attention is run beside them.
@@ -170,24 +191,52 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         for record in self.session.records.values():
             record.to_measure = calls
 
+    def measure_model(self, run: Callable[[], object], rounds: int = 3) -> float:
+        """Wall-clock gain of the whole model: its seconds with its own dense attention over those with the patch.
+
+        Both are run in turns without gradients, `rounds` times after one of each that is not timed; the medians count.
+        `report()` shows the last gain. The runs with the patch are counted in the report like any others.
+
+        Args:
+            run: runs the model once, `lambda: model(**inputs)`, alike each time.
+            rounds: timed runs of each.
+
+        Raises:
+            ValueError, TypeError: `rounds` is not a number from 1 on, or the patch was removed.
+        """
+        check_int("rounds", rounds, 1)
+        if self._removed:
+            raise ValueError("`measure_model` must be called while the patch is on, got one that was removed")
+
+        def dense() -> None:
+            with self.paused():
+                run()
+
+        weight = next((p for module in self.modules for p in module.parameters()), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        sparse, own = compare(run, dense, device, rounds)
+        self._model_gain = own / sparse
+        return self._model_gain
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within it the model runs its own dense attention, to the bit, as if it had no patch; nothing is counted.
 
-        Gradient checkpointing runs layers again in backward: what was run within it that way must have its backward
-        within it, and what was not, outside of it. Else backward raises.
+        Calls of other threads and tasks are not paused. What is run within it with gradient checkpointing must have
+        its backward within it, too.
         """
-        self.session.pauses += 1
-        try:
+        with self.session.pause():
             yield
-        finally:
-            self.session.pauses -= 1
 
     def remove(self) -> None:
-        """Puts back everything that was replaced. A second call does nothing."""
+        """Puts back everything that was replaced. A second call does nothing.
+
+        Forwards that are at work then, in whatever thread, end as they began, and the last of them puts back; those
+        that begin after run as without the patch.
+        """
         if not self._removed:
-            self._removed = True
-            self._undo.close()
+            self._removed = self.session.ended = True
+            self.at_work.close(self._undo.close)
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -199,10 +248,10 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
 def restoring(owner: Any, name: str) -> Callable[[], None]:
     """What gives an instance attribute the value back, or the absence, that it has now."""
-    before = owner.__dict__.get(name, _ABSENT)
+    before = owner.__dict__.get(name, ABSENT)
 
     def restore() -> None:
-        if before is _ABSENT:
+        if before is ABSENT:
             owner.__dict__.pop(name, None)
         else:
             owner.__dict__[name] = before
@@ -224,7 +273,7 @@ class _Changes:
             before[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in self.hooks)
         if PATCH_ATTRIBUTE in self.attributes:
             before[PATCH_ATTRIBUTE] = _COPY
-        return {name: value for name, value in before.items() if value is not _ABSENT and name not in _ANSWERED}
+        return {name: value for name, value in before.items() if value is not ABSENT and name not in _ANSWERED}
 
 
 @dataclass

@@ -19,8 +19,8 @@ class Policy:
 
     Args:
         dense_layers: number of first layers, or the layers themselves; None means none.
-        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares; each that is more
-            than 0 keeps at least one step, so that a 4-step run still starts dense.
+        dense_steps: share of the model evaluations of a denoising run that is kept dense at its start, or (start, end)
+            shares; each that is more than 0 keeps at least one step, so that a 4-step run still starts dense.
         min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay
             (cost/; here only what no pattern can change is looked at).
         min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
@@ -38,7 +38,7 @@ class Policy:
         numbers = layers if isinstance(layers, tuple) else (() if layers is None else (layers,))
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ValueError(f"`dense_layers` must be a number of layers or a list of layer indices, got {layers!r}")
-        for share in self._shares():
+        for share in self.shares:
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(f"`dense_steps` must be shares between 0 and 1, got {self.dense_steps!r}")
         if self.min_tokens != "auto" and (
@@ -46,7 +46,9 @@ class Policy:
         ):
             raise ValueError(f"`min_tokens` must be 'auto' or a number of tokens, got {self.min_tokens!r}")
 
-    def _shares(self) -> tuple[Any, Any]:
+    @property
+    def shares(self) -> tuple[Any, Any]:
+        """Shares of the schedule that are dense, at its start and its end."""
         if self.dense_steps is None:
             return 0.0, 0.0
         if isinstance(self.dense_steps, Sequence) and not isinstance(self.dense_steps, str):
@@ -55,12 +57,17 @@ class Policy:
             return self.dense_steps[0], self.dense_steps[1]
         return self.dense_steps, 0.0
 
+    @property
+    def by_steps(self) -> bool:
+        """Whether some steps of a denoising run are kept dense."""
+        return any(share > 0 for share in self.shares)
+
     def why_dense(self, ctx: Context, device: torch.device) -> str | None:
         """Why this call is dense before the method is asked, or None."""
         layers = self.dense_layers
         if layers is not None and (ctx.layer < layers if isinstance(layers, int) else ctx.layer in layers):
             return "dense_layers"
-        start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self._shares())
+        start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self.shares)
         if ctx.step < start or ctx.step >= ctx.num_steps - end:
             return "dense_steps"
         if ctx.layout.q_len < self.min_queries:

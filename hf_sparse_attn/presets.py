@@ -1,26 +1,32 @@
 """Presets: parameters of a method for a family in one word, each with where its values come from.
 
-Those of this package are the rows of assets/presets.json. There is none for sliding_window on a video: a frame has
-thousands of tokens and how many depends on the size of the video, so that no number of tokens means the same twice,
-and nobody has published one.
+Those of this package are the rows of assets/presets.json. Where a method's authors ran a family with other parameters
+than the method's defaults, those are the defaults of the family: the rows of assets/family_defaults.json.
+
+There is no preset for sliding_window on a video: a frame has thousands of tokens and how many depends on the size of
+the video, so that no number of tokens means the same twice, and nobody has published one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from hf_sparse_attn.family import Family
 
+T = TypeVar("T")
+
 QUALITIES = ("high", "balanced", "fast")
-_TABLE = Path(__file__).parent / "assets" / "presets.json"
+_ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
-            raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {self.quality!r}")
+            raise ValueError(_unknown(self.quality))
 
     def fits(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the patched modules are of its size."""
@@ -62,11 +68,50 @@ def presets_of(name: str, family: type[Family]) -> tuple[Preset, ...]:
 
 @cache
 def _table() -> dict[str, list[Preset]]:
-    found: dict[str, list[Preset]] = {}
-    for row in json.loads(_TABLE.read_text(encoding="utf-8")):
+    return _by_family("presets", Preset)
+
+
+@dataclass(frozen=True)
+class FamilyDefault:
+    """Parameters of a method that a family has in place of the method's own defaults; fields as of Preset."""
+
+    method: str
+    source: str
+    params: Mapping[str, Any]
+    size: str = "all"
+    modules: int | None = None
+
+
+@cache
+def family_defaults() -> dict[str, list[FamilyDefault]]:
+    """By family; of several for one method the first counts that fits."""
+    return _by_family("family_defaults", FamilyDefault)
+
+
+def default_params(family: str, modules: Sequence[nn.Module], method: object) -> dict[str, Any]:
+    """Parameters by which a family's default of a method differs from the method's own.
+
+    Args:
+        family: its name.
+        modules: to patch.
+        method: name of the method; anything else has none.
+    """
+    for row in family_defaults().get(family, ()):
+        if row.method == method and row.modules in (None, len(modules)):
+            return dict(row.params)
+    return {}
+
+
+def _by_family(table: str, kind: Callable[..., T]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for row in json.loads((_ASSETS / f"{table}.json").read_text(encoding="utf-8")):
         for name in row.pop("families"):
-            found.setdefault(name, []).append(Preset(**row))
+            found.setdefault(name, []).append(kind(**row))
     return found
+
+
+def _unknown(quality: object) -> str:
+    return f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}{nearest(quality, QUALITIES)}"
 
 
 def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], method: str, quality: str) -> Preset:
@@ -76,7 +121,7 @@ def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], m
         ValueError: unknown quality, or the family has none for the method.
     """
     if quality not in QUALITIES:
-        raise ValueError(f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}")
+        raise ValueError(_unknown(quality))
     known = presets_of(name, family)
     for preset in known:
         if (preset.method, preset.quality) == (method, quality) and preset.fits(modules):

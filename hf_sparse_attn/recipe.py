@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.extras import EXTRAS, MissingExtra
 from hf_sparse_attn.lazy import lazy_names
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.settings import build_config, read_yaml
 
 # Stood here before.
@@ -271,17 +273,16 @@ def recipe_class(name: object) -> type[Recipe]:
     """
     modules = recipe_modules()
     if name not in modules:
-        raise ValueError(_unknown(f"`recipe` must be one of {', '.join(modules)}; got {name!r}", name))
+        said = f"`recipe` must be one of {', '.join(modules)}; got {name!r}{nearest(name, modules)}"
+        raise ValueError(_unknown(said, name))
     module = modules[str(name)]
     try:
         found: Any = importlib.import_module(module).RECIPE
     except ImportError as error:
-        if error.name is None or error.name.split(".")[0] == "hf_sparse_attn":
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
             raise
-        from hf_sparse_attn.extras import MissingExtra
-
-        package = error.name.split(".")[0]
-        raise MissingExtra(f"recipe {name!r}", package, "diffusers" if package == "diffusers" else "train") from error
+        raise MissingExtra(f"recipe {name!r}", package) from error
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise TypeError(f"`RECIPE` of {module} must be a subclass of Recipe, got {found!r}")
     found.name = str(name)
@@ -300,15 +301,13 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         MissingExtra: a package that the recipe needs is not installed.
     """
     if importlib.util.find_spec("yaml") is None:
-        from hf_sparse_attn.extras import MissingExtra
-
-        raise MissingExtra("a recipe", "PyYAML", "train")
+        raise MissingExtra("a recipe", "PyYAML")
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         shipped = shipped_recipes()
         if str(source) not in shipped:
             said = f"the recipe must be a .yaml file or one of {', '.join(shipped)}; got {str(source)!r}"
-            raise ValueError(_unknown(said, str(source)))
+            raise ValueError(_unknown(said + nearest(source, shipped), str(source)))
         path = shipped[str(source)]
     values = read_yaml(path, overrides)
     kind = recipe_class(values.pop("recipe", None))

@@ -70,7 +70,7 @@ def watch(patch: Patch) -> None:
             return
         _RUNNING.set(running.outer)
         if running.again:
-            check = _check(patch, session.pauses > 0)
+            check = _check(patch, session.paused)
             for node in {t.grad_fn for t in _tensors(output) if t.grad_fn is not None}:
                 node.register_prehook(check)
 
@@ -88,7 +88,7 @@ def _check(patch: Patch, paused: bool) -> Any:
                 "gradient checkpointing runs layers again in backward, but the patch of their forward was removed: "
                 "call backward() before remove() or the end of `with hsa.patch(...)`"
             )
-        if paused != (patch.session.pauses > 0):
+        if paused != (patch.session.paused):
             raise RuntimeError(
                 "gradient checkpointing runs layers again in backward: forward and backward must both be within "
                 "patch.paused(), or both outside of it"

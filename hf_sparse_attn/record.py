@@ -12,19 +12,58 @@ from torch import Tensor
 
 from hf_sparse_attn.cost.judge import Prediction, describe
 from hf_sparse_attn.decision import Decision
-from hf_sparse_attn.report import LayerReport
+from hf_sparse_attn.report import LayerReport, Pairs
 
 # Threads that run one model count in one record, and what they add must not get lost between reading and writing.
 _COUNTING = threading.Lock()
 
 
+class Work(NamedTuple):
+    """What there is to compute in a call.
+
+    Args:
+        pairs: visible pairs of query and key, over batch rows and query heads.
+        decoding: whether there are too few queries for sparse attention, as where text is generated.
+    """
+
+    pairs: int = 0
+    decoding: bool = False
+
+    @classmethod
+    def of(cls, q: Tensor, keys: int, causal: bool, min_queries: int, window: int | None = None) -> Work:
+        """The work of queries `q` [batch, heads, q_len, dim] that are the last of so many keys.
+
+        Args:
+            q, keys: the call.
+            causal: whether a query sees only the keys up to its own.
+            min_queries: fewer are decoding.
+            window: keys that a causal query sees at most.
+        """
+        queries = q.shape[2]
+        pairs = queries * keys
+        if causal:
+            pairs = _seen(keys, window) - _seen(keys - queries, window)
+        return cls(q.shape[0] * q.shape[1] * pairs, queries < min_queries)
+
+
+def _seen(tokens: int, window: int | None) -> int:
+    """Pairs of the first so many tokens with what each of them sees."""
+    tokens = max(0, tokens)
+    near = tokens if window is None else min(tokens, window)
+    return near * (near + 1) // 2 + (tokens - near) * near
+
+
 class Done(NamedTuple):
-    """What one sequence gave: output, log-sum-exp, density and predicted gain."""
+    """What one sequence gave: output, log-sum-exp, density and predicted gain; and what there was to compute.
+
+    Sequences of which that is not told weigh alike.
+    """
 
     out: Tensor
     lse: Tensor
     density: float | Tensor
     gain: float
+    work: Work = Work(1)
 
 
 @dataclass
@@ -38,17 +77,20 @@ class LayerRecord:
     # Reasons for which some heads of a sparse call were dense.
     partly_dense: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
-    # A 0-d tensor on a GPU, for which no call waits.
-    density_sum: float | Tensor = 0.0
+    # Pairs of queries and keys, of prefill and of decoding: all visible ones, those of sparse calls, and those which
+    # were kept of them: a 0-d tensor on a GPU, for which no call waits.
+    visible: list[int] = field(default_factory=lambda: [0, 0])
+    sparse: list[int] = field(default_factory=lambda: [0, 0])
+    kept: list[float | Tensor] = field(default_factory=lambda: [0.0, 0.0])
     gain_sum: float = 0.0
     # Calls that are dense by prediction: number and sums of what was predicted, by kind and origin of the table.
     losses: dict[tuple[str, str], tuple[int, Prediction]] = field(default_factory=dict)
-    # What was decided for all calls of a shape, and for how many more; see decision.by_shape.
-    by_shape: dict[Any, tuple[Decision, float]] = field(default_factory=dict)
+    # What was decided for all calls of a shape; see decision.by_shape.
+    by_shape: dict[Any, Decision] = field(default_factory=dict)
     # Sparse calls that are still to be measured, and what was measured: seconds sparse and dense.
     to_measure: int = 0
     measured: list[tuple[float, float]] = field(default_factory=list)
-    # Of a run that is timed: it is sparse whatever is predicted, and teaches nothing.
+    # Of a run that is timed: it is sparse whatever is predicted.
     on_trial: bool = False
     # A layer whose pattern is the model's own, so that it has nothing to leave out; listed last in reports.
     exact: bool = False
@@ -69,16 +111,25 @@ class LayerRecord:
             self.backends[backend] += runs
 
     def count_sparse(self, done: Sequence[Done]) -> None:
-        """Counts one sparse call; its density and predicted gain are the means over its sequences."""
-        density, gain = (sum(values) / len(done) for values in zip(*((d.density, d.gain) for d in done), strict=True))
+        """Counts one sparse call; its predicted gain is the mean over its sequences."""
+        gain = sum(d.gain for d in done) / len(done)
         with _COUNTING:
             self.sparse_calls += 1
-            self.density_sum = self.density_sum + density
             self.gain_sum += gain
+            for _, _, density, _, (pairs, decoding) in done:
+                self.visible[decoding] += pairs
+                self.sparse[decoding] += pairs
+                self.kept[decoding] = self.kept[decoding] + density * pairs
 
-    def count_dense(self, decision: Decision) -> None:
-        """Counts one dense call; those by prediction are counted together, whatever their numbers."""
+    def count_dense(self, decision: Decision, work: Work | None = None) -> None:
+        """Counts one dense call, whose work is None where it is unknown.
+
+        Those by prediction are counted together, whatever their numbers.
+        """
         reason = decision.reason
+        if work is not None:
+            with _COUNTING:
+                self.visible[work.decoding] += work.pairs
         if isinstance(reason, str):
             self.count(self.dense_reasons, reason)
         elif reason is not None:
@@ -95,6 +146,8 @@ class LayerRecord:
             reasons[describe(kind, Prediction(*(x / n for x in sums)), origin)] = n
         sparse, dense = (sum(times) for times in zip(*self.measured, strict=True)) if self.measured else (0.0, 0.0)
         calls = self.sparse_calls
+        kept = [float(pairs) for pairs in self.kept]
+        computed = [k + visible - sparse for k, visible, sparse in zip(kept, self.visible, self.sparse, strict=True)]
         return LayerReport(
             layer=self.index,
             name=self.name,
@@ -102,11 +155,13 @@ class LayerRecord:
             dense_calls=sum(reasons.values()),
             backends=dict(self.backends),
             requested_density=requested,
-            density=float(self.density_sum) / calls if calls else None,
+            density=sum(kept) / sum(self.sparse) if any(self.sparse) else None,
             predicted_gain=self.gain_sum / calls if calls else None,
             measured_gain=dense / sparse if self.measured else None,
             reasons=reasons,
             exact_calls=self.exact_calls,
             segments=self.segments,
             partly_dense=dict(self.partly_dense),
+            prefill=Pairs(computed[0], self.visible[0]),
+            decode=Pairs(computed[1], self.visible[1]),
         )

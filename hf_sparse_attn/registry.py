@@ -6,14 +6,17 @@ import importlib
 import logging
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from hf_sparse_attn.extras import EXTRAS, install
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.nearest import nearest
 
 if TYPE_CHECKING:
     from hf_sparse_attn.backend import Backend
@@ -44,7 +47,9 @@ class Registry(Generic[T]):
         self._check = check
         self._group = entry_point_group
         self._entries: dict[str, T] = {}
-        self._discovered = False
+        # Reentrant: a file may ask the registry while it is being imported, and gets what is there by then.
+        self._lock = threading.RLock()
+        self._begun = self._discovered = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds an entry under `name`.
@@ -67,15 +72,27 @@ class Registry(Generic[T]):
 
         return add
 
-    def get(self, name: str) -> T:
+    def get(self, name: str, module: str | None = None) -> T:
         """The entry called `name`.
 
+        Args:
+            name: of the entry.
+            module: that registers it, where that is known; it is named if it was not imported.
+
         Raises:
-            ValueError: unknown name; the message lists the known ones.
+            ValueError: unknown name; the message lists the known ones and names the nearest, or tells what its file
+                needs that is not installed.
         """
         self.discover()
         if name not in self._entries:
-            raise ValueError(f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}")
+            lacking = self._lacking().get(name)
+            if lacking is not None:
+                raise ValueError(f"`{self.kind}` {name!r} {lacking}")
+            said = f"`{self.kind}` must be one of {', '.join(self.names())}; got {name!r}"
+            near = nearest(name, self.known())
+            if self._group and (module or not near):
+                near = f" ({to_import(module)})"
+            raise ValueError(said + near)
         return self._entries[name]
 
     def names(self) -> list[str]:
@@ -85,13 +102,26 @@ class Registry(Generic[T]):
 
     def known(self) -> list[str]:
         """All names, those in files whose package is missing here included, read from their text."""
-        found = set(self.names())
+        return sorted({*self.names(), *self._lacking()})
+
+    def why_missing(self, file: str) -> str | None:
+        """What the file of an entry needs that is not installed, and how to install it; None where it is there."""
+        self.discover()
+        reason = self.missing.get(file)
+        package = "" if reason is None else reason.rpartition(" ")[2]
+        return f"{reason} {install(package)}" if package in EXTRAS else reason
+
+    def _lacking(self) -> dict[str, str | None]:
+        """What the entries need that stand in files whose package is missing here."""
+        self.discover()
+        found: dict[str, str | None] = {}
         for file in self.missing:
             spec = find_spec(f"{self.package}.{file}")
             if spec is not None and spec.origin is not None:
+                said = self.why_missing(file)
                 text = Path(spec.origin).read_text(encoding="utf-8")
-                found.update(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M))
-        return sorted(found)
+                found.update(dict.fromkeys(re.findall(r'^@\w+\.register\("(\w+)"\)', text, re.M), said))
+        return found
 
     def items(self) -> Iterator[tuple[str, T]]:
         """(name, entry) pairs, sorted by name."""
@@ -102,11 +132,19 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def discover(self) -> None:
-        """Imports the folder's files and the entry points; once."""
+        """Imports the folder's files and the entry points; once, and whoever comes meanwhile waits."""
         if self._discovered:
             return
-        # Set first: a file may ask the registry while it is being imported.
-        self._discovered = True
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            try:
+                self._import_all()
+            finally:
+                self._discovered = True
+
+    def _import_all(self) -> None:
         folder = importlib.import_module(self.package)
         for file in pkgutil.iter_modules(folder.__path__):
             try:
@@ -120,6 +158,19 @@ class Registry(Generic[T]):
         for point in entry_points(group=self._group) if self._group else ():
             if point.name not in self._entries:
                 self.register(point.name)(point.load())
+
+
+def to_import(module: str | None = None) -> str:
+    """How a method of one's own becomes known.
+
+    Args:
+        module: that registers it, where that is known.
+    """
+    name = "the module that registers it" if module is None else module
+    return (
+        f"a method of your own: import {name} first, on the command line by --import {module or 'MODULE'}, or install "
+        "a package with an entry point for it"
+    )
 
 
 def _origin(entry: object) -> str:
@@ -153,8 +204,12 @@ FAMILIES: Registry[type[Family]] = Registry("family", "hf_sparse_attn.patches", 
 BACKENDS: Registry[type[Backend]] = Registry("backend", "hf_sparse_attn.kernels", _check_backend)
 
 
-def make_method(method: str | Method, params: dict[str, Any]) -> Method:
+def make_method(method: str | Method, params: dict[str, Any], besides: Sequence[str] = ()) -> Method:
     """A Method from its name and parameters, or the Method given.
+
+    Args:
+        method, params: the method.
+        besides: what the caller takes by keyword besides, which an unknown parameter may have been meant for.
 
     Raises:
         TypeError: `method` is neither, or parameters come with a ready Method, or an unknown parameter.
@@ -172,5 +227,6 @@ def make_method(method: str | Method, params: dict[str, Any]) -> Method:
     if unknown:
         raise TypeError(
             f"method {method!r} takes the parameters {', '.join(known) or '(none)'}; got {', '.join(unknown)}"
+            + nearest(unknown, [*known, *besides])
         )
     return cls(**params)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_sparse_attn.tables import table
+
+
+class Pairs(NamedTuple):
+    """Pairs of query and key over batch rows and heads: those which were computed, out of all visible ones."""
+
+    computed: float = 0.0
+    visible: int = 0
+
+
+_NONE = Pairs()
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class LayerReport:
         dense_calls: calls that ran dense.
         backends: kernel runs by backend.
         requested_density: the density asked for, where the method takes one.
-        density: mean density of the sparse calls (of the causal half where causal), or None.
+        density: computed share of the visible pairs of query and key in the sparse calls, or None.
         predicted_gain: dense over sparse seconds of attention as predicted, mean over the sparse calls, or None.
         measured_gain: dense over sparse seconds of the calls that were measured (Patch.measure), pattern building
             counted; None where none was.
@@ -27,6 +38,7 @@ class LayerReport:
         exact_calls: calls that computed all there is to compute, in fewer runs than the model alone would take.
         segments: the separate runs of tokens (frames, windows) in them, each of which would be a run of its own.
         partly_dense: sparse calls in which some heads were dense, by reason.
+        prefill, decode: pairs of all calls but the exact ones, decoding (fewer queries than Policy.min_queries) apart.
     """
 
     layer: int
@@ -42,31 +54,55 @@ class LayerReport:
     exact_calls: int = 0
     segments: int = 0
     partly_dense: dict[str, int] = field(default_factory=dict)
+    prefill: Pairs = _NONE
+    decode: Pairs = _NONE
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a patch did so far; `str()` is a table."""
+    """What a patch did so far; `str()` is a table, with the notes under it.
+
+    Args:
+        method, params: the method in force and its parameters.
+        family: of the model.
+        layers: what each layer did.
+        notes: what is to be known besides: settings without effect, what was guessed.
+        model_gain: dense over sparse seconds of the whole model (Patch.measure_model), or None.
+    """
 
     method: str
     params: dict[str, Any]
     family: str
     layers: list[LayerReport] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    model_gain: float | None = None
 
     @property
     def density(self) -> float:
-        """Mean density over all calls but the exact ones, a dense call counting 1; 1.0 before the first call."""
-        calls = sum(r.sparse_calls + r.dense_calls for r in self.layers)
-        if not calls:
-            return 1.0
-        return sum((r.density or 0.0) * r.sparse_calls + r.dense_calls for r in self.layers) / calls
+        """Computed share of the visible pairs of query and key, over all calls but the exact ones; 1.0 before any.
+
+        Calls count by their work: one that reads a long text weighs more than one that adds a word to it.
+        """
+        found = _share([pairs for r in self.layers for pairs in (r.prefill, r.decode)])
+        return 1.0 if found is None else found
+
+    @property
+    def prefill_density(self) -> float | None:
+        """`density` of the calls that are no decoding, or None where there were none."""
+        return _share([r.prefill for r in self.layers])
+
+    @property
+    def decode_density(self) -> float | None:
+        """`density` of the calls that are decoding, or None where there were none."""
+        return _share([r.decode for r in self.layers])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         plain = (str, int, float, bool, type(None), tuple, list, dict)
         # A parameter may be an object (trained gates), which only its name stands for.
         params = {k: v if isinstance(v, plain) else repr(v) for k, v in self.params.items()}
-        return {**asdict(replace(self, params=params)), "density": self.density}
+        names = ("density", "prefill_density", "decode_density")
+        return {**asdict(replace(self, params=params)), **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
@@ -91,5 +127,16 @@ class Report:
             )
         columns = ["layer", "sparse", "dense", "backend", "requested", "density", "predicted", "measured"]
         columns += ["dense because", *(["exact"] if exact else [])]
-        title = f"{self.method}({params}) on {self.family}: mean density {self.density:.3f}"
-        return table(columns, rows, title, width=140)
+        title = f"{self.method}({params}) on {self.family}: density {self.density:.3f}"
+        if self.prefill_density is not None and self.decode_density is not None:
+            title += f" (prefill {self.prefill_density:.3f}, decoding {self.decode_density:.3f})"
+        if self.model_gain is not None:
+            title += f", whole model {self.model_gain:.2f}x"
+        return "\n".join([table(columns, rows, title, width=140), *(f"note: {text}" for text in self.notes)])
+
+
+def _share(pairs: Iterable[Pairs]) -> float | None:
+    """Computed share of the visible pairs, or None where there are none."""
+    pairs = list(pairs)
+    visible = sum(p.visible for p in pairs)
+    return sum(p.computed for p in pairs) / visible if visible else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,9 +22,10 @@ from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
+from hf_sparse_attn.notes import Notes
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.record import Done, LayerRecord
+from hf_sparse_attn.record import Done, LayerRecord, Work
 from hf_sparse_attn.span import Span
 
 
@@ -36,6 +39,20 @@ Watcher = Callable[[Tensor, Tensor, Tensor, Context, Tensor], object]
 # All that are alive, by number: what a compiled graph can name.
 SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _NUMBERS = itertools.count()
+
+
+# The sessions that are paused in this thread or task.
+_PAUSED: ContextVar[frozenset[int]] = ContextVar("hf_sparse_attn_paused", default=frozenset())
+
+
+class _Pauses:
+    depth = 0
+
+
+class _Thread(threading.local):
+    # An object of its own, for what graphs read of the local storage itself is not kept apart.
+    def __init__(self) -> None:
+        self.pauses = _Pauses()
 
 
 class Uncopied:
@@ -56,35 +73,45 @@ class Session(Uncopied):
         # Fields of LayerInputs that the hooks fill in.
         self.reads: frozenset[str] = method.reads
         self.judge = Judge(method, backend)
-        self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
-        self.pauses = self._steady = 0
         # Whether attention ever ran that backward runs again; see recomputation.
         self.checkpointed = False
+        # Whether the patch is all on, and whether it was removed: a forward is under it that begins in between.
+        self.begun = self.ended = False
+        self._here = _Thread()
         self.records: dict[str, LayerRecord] = {}
+        # What is told besides figures: settings without effect, steps that are guessed.
+        self.notes = Notes()
+        self._told_full = False
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
-    def steady(self, *inputs: Tensor) -> bool:
-        """Whether a call must decide as the same call did before and will again: in training, for recomputation.
-
-        What earlier calls taught is then left aside; prediction by the table is not.
-        """
-        if self._steady > 0 or self.in_training():
-            return True
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    @property
+    def paused(self) -> bool:
+        """Whether calls of this thread or task run as without the patch."""
+        # A graph knows no context variables; one that is traced now outlives a patch that was removed.
+        if torch.compiler.is_compiling():
+            return self._here.pauses.depth > 0 or self.ended
+        return self.number in _PAUSED.get()
 
     @contextmanager
-    def steadily(self, training: bool) -> Iterator[None]:
-        """Within it, with `training`, calls are steady whatever the state of torch."""
-        self._steady += training
+    def pause(self) -> Iterator[None]:
+        """Within it, `paused` holds in this thread or task, and in no other."""
+        here, before = self._here.pauses, _PAUSED.get()
+        here.depth += 1
+        _PAUSED.set(before | {self.number})
         try:
             yield
         finally:
-            self._steady -= training
+            here.depth -= 1
+            _PAUSED.set(before)
 
-    def stays_dense(self, record: LayerRecord, found: Decision) -> bool:
-        """Whether a call is dense by what was decided, which is then counted.
+    def work(self, q: Tensor, layout: TokenLayout) -> Work:
+        """What there is to compute for queries `q` [batch, heads, q_len, dim] over the tokens of a row."""
+        return Work.of(q, layout.kv_len, layout.is_causal, self.policy.min_queries)
+
+    def stays_dense(self, record: LayerRecord, found: Decision, work: Work | None = None) -> bool:
+        """Whether a call is dense by what was decided, which is then counted with its work.
 
         Raises:
             DenseFallback: nobody asked for it, and the patch is strict.
@@ -94,28 +121,37 @@ class Session(Uncopied):
         if found.fallback:
             self._check_strict(record, found.reason)
         if found.counted:
-            record.count_dense(found)
+            record.count_dense(found, work)
         return True
+
+    def tell_full(self, ctx: Context | None = None) -> None:
+        """Notes, once, that the method keeps all keys of a call, or of calls: being sparse saves nothing there."""
+        if self._told_full or self.method.name == "dense":
+            return
+        self._told_full = True
+        params = ", ".join(f"{name}={value}" for name, value in self.method.params().items())
+        where = "of some calls" if ctx is None else f"of a call of {ctx.layout.kv_len} tokens"
+        self.notes.add(f"{self.method.name}({params}) keeps all keys {where}: nothing is saved there")
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         if self.strict:
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
 
-    def as_before(self, record: LayerRecord) -> bool:
+    def as_before(self, record: LayerRecord, work: Work | None = None) -> bool:
         """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""
-        return self.stays_dense(record, decision.as_before(self))
+        return self.stays_dense(record, decision.as_before(self), work)
 
     def record(self, name: str, index: int) -> LayerRecord:
         """The record of the layer called `name`, made at first use."""
         return self.records.setdefault(name, LayerRecord(name, index))
 
-    def give_up(self, record: LayerRecord, reason: str) -> None:
+    def give_up(self, record: LayerRecord, reason: str, work: Work | None = None) -> None:
         """Counts a dense call that was not asked for.
 
         Raises:
             DenseFallback: with strict=True.
         """
-        self.stays_dense(record, Decision(reason, fallback=True))
+        self.stays_dense(record, Decision(reason, fallback=True), work)
 
     def sparse(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
@@ -135,8 +171,10 @@ class Session(Uncopied):
         Returns:
             output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len], or None.
         """
-        if ctx.layout != decided and self.stays_dense(record, decision.of_call(self, ctx, q.device)):
-            return None
+        if ctx.layout != decided:
+            found = decision.of_call(self, ctx, q.device)
+            if self.stays_dense(record, found, self.work(q, ctx.layout)):
+                return None
         own = ctx
         if spans and len(spans) == 1 and spans[0].is_whole(q, k):
             own, spans = replace(ctx, layout=spans[0].layout or ctx.layout), None
@@ -166,24 +204,26 @@ class Session(Uncopied):
         contexts = [span.context(ctx) for span in spans]
         results: list[Done | None] = []
         for span, own in zip(spans, contexts, strict=True):
-            short = self.stays_dense(record, decision.of_sequence(self, own, q.device))
-            results.append(None if short else self._attend(record, *span.cut(q, k, v), own))
+            parts, found = span.cut(q, k, v), decision.of_sequence(self, own, q.device)
+            short = self.stays_dense(record, found, self.work(parts[0], own.layout))
+            results.append(None if short else self._attend(record, *parts, own))
         if not any(results):
             return None
         record.count_sparse([done for done in results if done is not None])
         # One by one: dense outputs are not kept beside one another.
-        parts = (
+        outputs = (
             dense_attention(*span.cut(q, k, v), own) if done is None else done[:2]
             for span, own, done in zip(spans, contexts, results, strict=True)
         )
-        return gathered(q, v, spans, parts)
+        return gathered(q, v, spans, outputs)
 
     def _attend(
         self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
     ) -> Done | None:
         """The method on one sequence or a batch of equal ones; None where it is dense, with the reason counted."""
-        case = Case(self, record, q, k, v, ctx, known)
-        if self.stays_dense(record, case.before()):
+        case = Case(self, record, q, ctx, known)
+        work = self.work(q, ctx.layout)
+        if self.stays_dense(record, case.before(), work):
             return None
         densities: list[float | Tensor] = []
 
@@ -199,19 +239,23 @@ class Session(Uncopied):
         try:
             done = self.method.attention(q, k, v, ctx, run)
         except NotWorth as lost:
-            record.count_dense(lost.decision)
+            record.count_dense(lost.decision, work)
             return None
         if isinstance(done, Decline):
-            self.give_up(record, done.reason)
+            self.give_up(record, done.reason, work)
             return None
         for reason in done.reasons if isinstance(done, PartlyDense) else ():
             self._check_strict(record, reason)
             record.count(record.partly_dense, reason)
-        gain = case.done()
+        gain = case.gain()
         if self.watcher is not None and not record.on_trial:
             self.watcher(q, k, v, ctx, done[0])
         # Several passes of one method read disjoint keys, so that their densities add up.
-        return Done(*done, sum(densities), gain)
+        density = sum(densities)
+        # A GPU is not waited for: there the report finds out.
+        if isinstance(density, float) and density >= decision.FULL:
+            self.tell_full(ctx)
+        return Done(*done, density, gain, work)
 
 
 def gathered(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from hf_sparse_attn.nearest import nearest
 
 _Built = TypeVar("_Built")
 
@@ -65,8 +66,7 @@ def build_config(kind: type[_Built], values: object, where: str = "config") -> _
     needed = {name for name, field in known.items() if _has_no_default(field)}
     unknown, missing = sorted(set(values) - set(known), key=str), sorted(needed - set(values))
     if unknown or missing:
-        near = {close for name in unknown for close in difflib.get_close_matches(str(name), known, n=1)}
-        said = [f"unknown {unknown}" + (f" (nearest: {', '.join(sorted(near))})" if near else "")] if unknown else []
+        said = [f"unknown {unknown}{nearest(unknown, known)}"] if unknown else []
         said += [f"no {missing}"] if missing else []
         raise ValueError(f"`{where}` must have keys out of {sorted(known)}, got {', '.join(said)}")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
@@ -120,7 +120,9 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return _first_that_fits(inner, value, where)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in inner):
-            raise ValueError(f"`{where}` must be one of {', '.join(map(str, inner))}, got {value!r}")
+            raise ValueError(
+                f"`{where}` must be one of {', '.join(map(str, inner))}, got {value!r}{nearest(value, inner)}"
+            )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build_config(hint, value, where)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -31,6 +32,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-strict-alia
 _DIGEST = hashlib.sha256().digest_size
 # A compiler that takes longer is taken for stuck.
 _SECONDS = 300
+_BUILDING = Lock()
 
 
 class CannotBuild(RuntimeError):
@@ -54,7 +56,9 @@ def library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
     Raises:
         CannotBuild: no compiler, or it failed; asked again it is not tried again.
     """
-    found = _library(dtype, backward)
+    # Threads that come together wait for one of them.
+    with _BUILDING:
+        found = _library(dtype, backward)
     if isinstance(found, str):
         raise CannotBuild(found)
     return found

@@ -6,12 +6,14 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.extras import install
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -24,6 +26,7 @@ _MAX_GRAPHS = 256
 # Logits held at a time while the log-sum-exp is computed beside FlexAttention.
 _LOGITS_AT_A_TIME = 1 << 24
 
+_LOCK = Lock()
 # FlexAttention's block tables are dense over blocks and slow to build: kept as long as their pattern lives.
 _MASKS: WeakKeyDictionary[BlockPattern, BlockMask] = WeakKeyDictionary()
 
@@ -100,7 +103,7 @@ def _why_not_cpu(device: torch.device, needs_grad: bool) -> str | None:
 
 def _why_not_gpu(pattern: BlockPattern | None, q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "needs the package triton on a GPU"
+        return f"needs the package triton on a GPU {install('triton')}"
     for name, size in (("dim", q.shape[3]), ("value dim", v.shape[3])):
         if size < 16:
             return f"needs a {name} of at least 16 on a GPU, got {size}"
@@ -158,7 +161,8 @@ def _run(
     else:
         # The CPU path refuses tensors that require a gradient even where none is recorded.
         q, k, v = q.detach(), k.detach(), v.detach()
-    with config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=4 * _MAX_GRAPHS):
+    # The settings of the compiler are those of all threads.
+    with _LOCK, config.patch(recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=4 * _MAX_GRAPHS):
         found = _compiled()(q, k, v, mask, scale, options, with_lse)
     return (found[0], found[1].lse) if with_lse else (found, None)
 

@@ -13,6 +13,9 @@ from hf_sparse_attn.hosts.diffusers_model import (
     DiffusersFamily,
     Place,
     Tokens,
+    names_of,
+    networks,
+    outermost_models,
     self_attentions,
     transformers_of_diffusers,
 )
@@ -64,6 +67,9 @@ def _video_then_text(config: Any, inputs: Inputs) -> Tokens:
 
 def _image_then_text(config: Any, inputs: Inputs) -> Tokens:
     """SD3: the image in patches, then text; blocks with a second attention run it on the image alone."""
+    if inputs["hidden_states"].ndim != 4:
+        # A ControlNet may be given what the transformer has embedded.
+        return _UNKNOWN
     height, width = inputs["hidden_states"].shape[2:]
     return Tokens((1, height // config.patch_size, width // config.patch_size), after=None)
 
@@ -119,6 +125,12 @@ TOKENS: dict[str, Callable[[Any, Inputs], Tokens]] = {
     "WanAnimateTransformer3DModel": _video,
 }
 
+# The same of what takes part besides.
+_OTHERS: dict[str, Callable[[Any, Inputs], Tokens]] = {
+    "FluxControlNetModel": _flux,
+    "QwenImageControlNetModel": _qwen_image,
+    "SD3ControlNetModel": _image_then_text,
+}
 
 # Attention that is none of one sequence among itself, though it is reached.
 _REFUSED = {
@@ -165,7 +177,9 @@ class Diffusers(DiffusersFamily):
             reason = why_not(transformer)
             if reason is not None:
                 return Decline(reason)
-        return found
+        # What takes part besides is patched where it can be; what cannot is told by diffusers_pipeline.watch.
+        others = [] if isinstance(model, nn.Module) else outermost_models(networks(model).values())
+        return list(dict.fromkeys([*found, *(other for other in others if why_not(other) is None)]))
 
     @staticmethod
     def install(patch: Patch) -> None:
@@ -174,12 +188,12 @@ class Diffusers(DiffusersFamily):
         Raises:
             MethodDoesNotApply: the method needs a grid and the order of the model's tokens is not known.
         """
-        for transformer in patch.modules:
-            kind = type(transformer).__name__
-            if "video grid" in patch.method.needs and kind not in TOKENS:
+        main = transformers_of_diffusers(patch.model)
+        for transformer in [] if isinstance(main, Decline) else main:
+            if "video grid" in patch.method.needs and _tokens_of(transformer) is None:
                 raise MethodDoesNotApply(
                     f"`method` {patch.method.name!r} needs {NEEDS['video grid']}; "
-                    f"the order of tokens in {kind} is not known"
+                    f"the order of tokens in {type(transformer).__name__} is not known"
                 )
         diffusers_install.install(patch, Diffusers)
 
@@ -193,7 +207,7 @@ class Diffusers(DiffusersFamily):
     @staticmethod
     def tokens(transformer: Any, inputs: Inputs) -> Tokens:
         """See DiffusersFamily."""
-        known = TOKENS.get(type(transformer).__name__)
+        known = _tokens_of(transformer)
         return _UNKNOWN if known is None else known(transformer.config, inputs)
 
     @staticmethod
@@ -230,11 +244,21 @@ class Diffusers(DiffusersFamily):
         return model.eval(), inputs
 
 
+def _tokens_of(transformer: object) -> Callable[[Any, Inputs], Tokens] | None:
+    name = type(transformer).__name__
+    known = TOKENS.get(name) or _OTHERS.get(name)
+    # A graph cannot ask what a class is made from.
+    if known is None and not torch.compiler.is_compiling():
+        known = next((TOKENS[base] for base in names_of(transformer) if base in TOKENS), None)
+    return known
+
+
 def why_not(transformer: nn.Module) -> str | None:
     """Why a transformer cannot be patched, or None."""
     kind = type(transformer).__name__
-    if kind in _REFUSED:
-        return f"{kind}: {_REFUSED[kind]}"
+    refused = next((name for name in names_of(transformer) if name in _REFUSED), None)
+    if refused is not None:
+        return f"{kind}: {_REFUSED[refused]}"
     found = self_attentions(transformer)
     if not found:
         return f"{kind} has no self-attention with a processor"

@@ -31,6 +31,7 @@ class Encoder:
 
     # What another family knows goes before.
     generic: ClassVar[bool] = True
+    has_steps: ClassVar[bool] = False
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "causal", "video grid"})
     models: ClassVar[str] = (
         "transformers encoders and encoder-decoders on the attention interface (BERT, ModernBERT, ViT, CLIP, Whisper, "

@@ -91,7 +91,7 @@ class HunyuanVideo(DiffusersFamily):
         return _no_square_mask()(processor, backend, session)
 
     @staticmethod
-    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
         """See DiffusersFamily; a mask [batch, text] is that of the text at the end."""
         return _of_text(mask, tokens) if mask.ndim == 2 else key_padding(mask, batch, tokens)
 
@@ -177,7 +177,7 @@ def _no_square_mask() -> type[Any]:
             image_rotary_emb: Any = None,
         ) -> Any:
             given = hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            if self._attention_backend is self.member and self.session.pauses:
+            if self._attention_backend is self.member and self.session.paused:
                 return self.original(attn, *given)
             if self._attention_backend is self.member:
                 return super().__call__(attn, *given)

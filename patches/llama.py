@@ -36,6 +36,7 @@ _OF_QWEN_VL = frozenset({"Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel", "Qwe
 class Llama:
     """Llama, Mistral, Qwen, Gemma, Phi, gpt_oss and their like; in a model of images and text, its text decoder."""
 
+    has_steps: ClassVar[bool] = False
     provides: ClassVar[frozenset[str]] = frozenset({"causal"})
     reads: ClassVar[frozenset[str]] = frozenset({"hidden", "q", "k"})
     models: ClassVar[str] = "transformers decoders on the attention interface (Llama, Mistral, Qwen2/3, Gemma2/3, ...)"

@@ -53,6 +53,7 @@ class QwenVL:
     the report counts these calls as exact. With method "dense" the tower is untouched.
     """
 
+    has_steps: ClassVar[bool] = False
     provides: ClassVar[frozenset[str]] = frozenset({"causal", "video grid"})
     models: ClassVar[str] = "transformers: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE; vision tower in fewer calls"
 
@@ -75,14 +76,16 @@ class QwenVL:
 
         models: list[Any] = [m for m in patch.modules if has_class(m, _MODELS)]
         prefixes = [f"{number}." if len(models) > 1 else "" for number in range(len(models))]
-        install_text(patch, [(prefix, m.language_model) for prefix, m in zip(prefixes, models, strict=True)])
-        if patch.method.name == "dense":
-            return
-        for prefix, model in zip(prefixes, models, strict=True):
-            patch.hook(model, "register_forward_pre_hook", _learn, with_kwargs=True)
+        exact = patch.method.name == "dense"
+        # Before install_text, for the hook that ends a forward must be the last.
+        for model in [] if exact else models:
+            learn = _learner(patch.session)
+            patch.hook(model, "register_forward_pre_hook", learn, with_kwargs=True)
             patch.hook(model, "register_forward_hook", _keep, with_kwargs=True)
             patch.hook(model.visual, "register_forward_pre_hook", _without_tokens, with_kwargs=True)
             patch.hook(model.visual, "register_forward_hook", _keep_grid, with_kwargs=True)
+        install_text(patch, [(prefix, m.language_model) for prefix, m in zip(prefixes, models, strict=True)])
+        for prefix, model in [] if exact else zip(prefixes, models, strict=True):
             _install_vision(patch, model.visual, f"{prefix}visual.")
 
     @staticmethod
@@ -131,30 +134,34 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
 
 
-def _learn(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Before a forward: adds what the tokens are to its arguments, from where they reach every text attention."""
+def _learner(session: Session) -> Callable[..., Any]:
+    """A pre-hook that adds what the tokens are to a forward's arguments, which reach every text attention."""
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    # Reading ids would break the graph.
-    if torch.compiler.is_compiling():
-        return None
-    return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
+    def learn(model: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+        # Reading ids would break the graph. In a pause what the cache holds must be known all the same.
+        # Without keyword arguments torch calls a hook that another thread is just taking off.
+        if torch.compiler.is_compiling() or session.ended or kwargs is None:
+            return None
+        return args, {**kwargs, TOKENS: _tokens(model, _by_name(model, args, kwargs))}
+
+    return learn
 
 
-def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _without_tokens(visual: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
     """The vision tower gets all arguments of the model and has no use for this one."""
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    return args, {name: value for name, value in kwargs.items() if name != TOKENS}
+    return None if kwargs is None else (args, {name: value for name, value in kwargs.items() if name != TOKENS})
 
 
-def _keep(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _keep(model: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
     """After a forward: leaves what the tokens are with the cache, where the next forward finds it."""
     from transformers import Cache
 
     from hf_sparse_attn.hosts.transformers_hook import TOKENS
 
-    tokens = kwargs.get(TOKENS)
+    tokens = None if output is None else kwargs.get(TOKENS)
     if tokens is None:
         return
     for value in output.values() if isinstance(output, dict) else output:
@@ -162,7 +169,7 @@ def _keep(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             setattr(value, _CACHE_ATTRIBUTE, tokens)
 
 
-def _keep_grid(visual: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _keep_grid(visual: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
     """After the vision tower: leaves the grids with the features, for generate() encodes ahead and then drops them."""
     if isinstance(output, dict) and not torch.compiler.is_compiling():
         setattr(output, _GRID_ATTRIBUTE, _by_name(visual, args, kwargs).get("grid_thw"))
@@ -223,6 +230,7 @@ def _new_tokens(config: Any, given: dict[str, Any]) -> Tokens:
 
 def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
     """Lets every attention of a tower run its segments together, where transformers runs them one by one."""
+    from hf_sparse_attn.hosts.transformers_forward import bind
     from hf_sparse_attn.hosts.transformers_hook import is_segment_attention
     from hf_sparse_attn.hosts.transformers_install import dense_name, switch
 
@@ -234,6 +242,7 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
         # Flash attention takes all segments in one call anyhow; eager is for those who want the weights.
         log.info("vision tower left as it is: its attention is %s, not sdpa", " and ".join(sorted(names)) or "unknown")
         return
+    bind(patch, [visual])
     for index, (name, module) in enumerate(found):
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
@@ -246,15 +255,23 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
 
 def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
     """A pre-hook for an attention of the tower: transformers cuts nothing, the hook is told where to."""
+    from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
-    from hf_sparse_attn.hosts.transformers_install import is_switched
+    from hf_sparse_attn.hosts.transformers_switch import is_switched
 
-    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or in_program() or session.pauses or not is_switched(module.config):
+    def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+        if (
+            kwargs is None
+            or torch.compiler.is_compiling()
+            or in_program()
+            or sleeps(session)
+            or not is_switched(module.config)
+        ):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
-        if edges is None:
+        # Of a patch before, whose forward is still at work, there may be others.
+        if edges is None or SEGMENTS in given:
             return None
         if edges not in cuts:
             cuts[edges] = Cut.at(edges)

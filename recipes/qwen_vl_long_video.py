@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.recipes.qwen_vl_long_video_data import NO_LABEL, SECONDS, QuestionData, QuestionSettings, Sample
+from hf_sparse_attn.sharing.hub import loading
 from hf_sparse_attn.training.adapter_task import AdapterRecipe, AdapterTask
 from hf_sparse_attn.training.text.data import sample_order
 
@@ -62,7 +63,8 @@ class QwenVLTask(AdapterTask):
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         # Data and kind of model first: loading takes longest.
-        config = AutoConfig.from_pretrained(recipe.model)
+        with loading(recipe.model):
+            config = AutoConfig.from_pretrained(recipe.model)
         if config.model_type not in _KINDS:
             raise ValueError(f"`model` must be of the kinds {', '.join(_KINDS)}, got {config.model_type}")
         self.data = QuestionData(recipe.data, recipe.model, config, processor)
@@ -77,7 +79,8 @@ class QwenVLTask(AdapterTask):
                 f"`evaluation_samples` must be less than the {len(self.held_out)} questions, "
                 f"got {recipe.evaluation_samples}"
             )
-        model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=recipe.torch_dtype)
+        with loading(recipe.model):
+            model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=recipe.torch_dtype)
         super().__init__(recipe, run, model.eval().to(run.device), base_model=recipe.model)
 
     def batch(self, step: int, samples: Sequence[int]) -> list[Sample]:

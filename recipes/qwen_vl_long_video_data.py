@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.training.video.source import Clip, read_clip
 
 # Label of a token that is no part of an answer.
@@ -239,12 +240,8 @@ def _rows(settings: QuestionSettings) -> Sequence[Mapping[str, Any]]:
 
 
 def _data_set(settings: QuestionSettings, path: Path) -> Any:
-    try:
+    with needing("questions from a data set"):
         import datasets
-    except ImportError as error:
-        from hf_sparse_attn.extras import MissingExtra
-
-        raise MissingExtra("questions from a data set", "datasets", "train") from error
     if not path.is_dir():
         return datasets.load_dataset(settings.source, settings.name, split=settings.split)
     found = datasets.load_from_disk(str(path))

@@ -29,6 +29,10 @@ GUARDS = "tests/core/test_guards.py"
 BUDGET = "tests/profiling/test_budget.py"
 COST = "tests/cost/test_cost.py"
 DECIDED = "tests/core/test_decision.py"
+READERS = "tests/profiles/test_published_readers.py tests/profiles/test_published_profiles.py"
+REACHED, REMOVED = "tests/training/test_lora_reach.py", "tests/training/test_bundle_removal.py"
+EXPRESSIONS, MOVING = "tests/training/test_lora_pattern.py", "tests/training/test_moving_pictures.py"
+ON_DISK, RAGGED = "tests/sharing/test_files.py", "tests/methods/test_vsa_ragged.py"
 
 
 class Mutant(NamedTuple):
@@ -45,9 +49,42 @@ POLICY, METHOD, DISPATCH = "hf_sparse_attn/policy.py", "hf_sparse_attn/method.py
 BACKEND = "hf_sparse_attn/backend.py"
 REGISTRY, CHOICE = "hf_sparse_attn/registry.py", "hf_sparse_attn/profiling/budget.py"
 JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
+LOOP, CLOCK = "hf_sparse_attn/hosts/diffusers_loop.py", "hf_sparse_attn/hosts/diffusers_clock.py"
+STEPS = "tests/hosts/test_diffusers_steps.py"
 SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
+HOOK, PADDING = "hf_sparse_attn/hosts/sdpa_hook.py", "hf_sparse_attn/hosts/padding.py"
+CHANGED, PADDED = "tests/hosts/test_changes.py", "tests/hosts/test_padding.py"
+PUBLISHED, TILES = "hf_sparse_attn/profiles/published.py", "hf_sparse_attn/pattern/video_tiles.py"
+REACH, ADAPTER = "hf_sparse_attn/training/lora/reach.py", "hf_sparse_attn/training/lora/adapter.py"
+BUNDLE, PATTERN = "hf_sparse_attn/training/bundle/bundle.py", "hf_sparse_attn/training/lora/pattern.py"
+FILES, LOCKS = "hf_sparse_attn/sharing/files.py", "hf_sparse_attn/training/files.py"
+CLIPS, LATENTS = "hf_sparse_attn/training/video/source.py", "hf_sparse_attn/training/video/latents.py"
 
 MUTANTS = [
+    Mutant(
+        "modes, none",
+        HOOK,
+        "for mode in torch.overrides._get_current_function_mode_stack():",
+        "for mode in ():",
+        CHANGED,
+    ),
+    Mutant("modes, those of torch too", HOOK, ' and kind.__module__.partition(".")[0] != "torch"', "", CHANGED),
+    Mutant("replaced function, unseen", HOOK, "if now is SDPA:", "if True:", CHANGED),
+    Mutant(
+        "scoped classes, not found",
+        HOOK,
+        "return other is cls or other is cls.__base__",
+        "return other is cls",
+        CHANGED,
+    ),
+    Mutant("replaced implementation, unseen", RULES, "if _BY_TRANSFORMERS.fullmatch(name):", "if False:", CHANGED),
+    Mutant("ring attention, unseen", RULES, "if is_context_parallel():", "if False:", CHANGED),
+    Mutant("masks, any weight", PADDING, "(visible | (below <= _HIDDEN)).all()", "visible.any()", PADDED),
+    Mutant("masks, learnt", PADDING, "mask.requires_grad or not bool", "not bool", PADDED),
+    Mutant("masks, one constant", PADDING, "(least == most) & (least > _NOTHING)", "least > most", PADDED),
+    Mutant("masks, by query", PADDING, "if bool(alike.all()):", "if True:", PADDED),
+    Mutant("masks, groups that overlap", PADDING, "((visible != same) & seen", "((visible & ~visible) & seen", PADDED),
+    Mutant("masks, many groups", PADDING, "if len(names) > _MOST_GROUPS:", "if False:", PADDED),
     Mutant("queries, one more", POLICY, "ctx.layout.q_len < self.min_queries", "ctx.layout.q_len <= self.min_queries"),
     Mutant("queries, one fewer by default", POLICY, "min_queries: int = 16", "min_queries: int = 15"),
     Mutant("queries, never", POLICY, "if ctx.layout.q_len < self.min_queries:", "if False:"),
@@ -137,8 +174,6 @@ MUTANTS = [
     ),
     Mutant("time of 0 seconds", CHOICE, "if not time_limit > 0:", "if not time_limit >= 0:", BUDGET),
     Mutant("no plans in a layer", CHOICE, "np.integer)) or most < 1:", "np.integer)) or most < 0:", BUDGET),
-    Mutant("losses, one more", JUDGE, "if self.losses >= LOSSES:", "if self.losses > LOSSES:", COST),
-    Mutant("losses, never", JUDGE, "            return PAUSED\n", "            pass\n", COST),
     Mutant(
         "pays, without a margin",
         JUDGE,
@@ -146,23 +181,15 @@ MUTANTS = [
         "self.sparse < 9 * self.dense\n",
         COST,
     ),
-    Mutant("own time, not counted", JUDGE, "if not with_own.pays:", "if False:", COST),
-    Mutant("pauses, not heeded", DECISION, "    if session.pauses:", "    if False:", DECIDED),
+    Mutant(
+        "own time, not counted",
+        JUDGE,
+        "found.pays else Loss(OWN_TIME",
+        "True else Loss(OWN_TIME",
+        COST,
+    ),
+    Mutant("pauses, not heeded", DECISION, "    if session.paused:", "    if False:", DECIDED),
     Mutant("pauses, counted", DECISION, 'Decision("paused", counted=False)', 'Decision("paused")', DECIDED),
-    Mutant(
-        "shapes, pauses of steady calls",
-        DECISION,
-        "if left == math.inf or (left and not steady)",
-        "if left == math.inf or left",
-        DECIDED,
-    ),
-    Mutant(
-        "shapes, pauses that do not end",
-        DECISION,
-        "known[shape] = decision, left - 1",
-        "known[shape] = decision, left",
-        DECIDED,
-    ),
     Mutant(
         "shapes, without policy and method",
         DECISION,
@@ -170,10 +197,6 @@ MUTANTS = [
         "decision = SPARSE",
         DECIDED,
     ),
-    Mutant(
-        "shapes, steady calls learn", DECISION, "and not steady:\n        left", "and True:\n        left", DECIDED
-    ),
-    Mutant("shapes, one pause fewer", DECISION, "if left >= 0 else SPARSE", "if left > 0 else SPARSE", DECIDED),
     Mutant(
         "the word of a method",
         DECISION,
@@ -189,8 +212,6 @@ MUTANTS = [
         DECIDED,
     ),
     Mutant("trials that are judged", DECISION, '"auto" and not record.on_trial', '"auto"', DECIDED),
-    Mutant("trials that teach", DECISION, "self.learns = not record.on_trial and", "self.learns =", DECIDED),
-    Mutant("steady calls that teach", DECISION, "and not session.steady(q, k, v)", "and True", DECIDED),
     Mutant("not worth it, not asked before", DECISION, "if self.auto and not self.known:", "if False:", DECIDED),
     Mutant("not worth it, run all the same", DECISION, "if self.auto and not prediction.pays", "if False", DECIDED),
     Mutant(
@@ -220,6 +241,91 @@ MUTANTS = [
     Mutant(
         "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
     ),
+    Mutant("loop, one that has ended", LOOP, "if loop.begin <= frame.f_lasti < loop.end", "if True", STEPS),
+    Mutant("loop, over anything", LOOP, "if of_scheduler or library or owner is not None else None", "", STEPS),
+    Mutant(
+        "loop, a part of the schedule",
+        LOOP,
+        "start = 0 if number is None or number > at else at - number",
+        "start = 0",
+        STEPS,
+    ),
+    Mutant("loop, variables kept", LOOP, "found.clear()", "pass", STEPS),
+    Mutant("loop, a user's copy of them", LOOP, "(_is_library(frame) or not _may_hold(frame.f_code))", "True", STEPS),
+    Mutant("steps, announced by the user", CLOCK, "if announced.step is not None:", "if False:", STEPS),
+    Mutant("steps, first way alone", CLOCK, "now.way in (0, way)", "way < 0", STEPS),
+    Mutant("steps, largest time", CLOCK, "time.double().mean()", "time.max()", STEPS),
+    Mutant(
+        "steps, a share of an unknown run",
+        "hf_sparse_attn/hosts/diffusers_run.py",
+        "self.needs_schedule and call.num_steps is None",
+        "False",
+        STEPS,
+    ),
+    Mutant(
+        "steps, a guess not told",
+        "hf_sparse_attn/hosts/diffusers_state.py",
+        "self.session.notes.add(GUESSED)",
+        "pass",
+        STEPS,
+    ),
+    Mutant("published, gates as they are", PUBLISHED, "return gates.clip(0, 1)", "return gates", READERS),
+    Mutant("published, gates that are none", PUBLISHED, "if np.isnan(gates).any():", "if False:", READERS),
+    Mutant(
+        "published, shares rounded",
+        PUBLISHED,
+        "math.ceil(share * (gates.size - 1) - 1e-9)",
+        "round(share * gates.size)",
+        READERS,
+    ),
+    Mutant("published, quantile alone", PUBLISHED, "return max(ranked, int(", "return min(ranked, int(", READERS),
+    Mutant("published, heads beyond", PUBLISHED, "if beyond and not partial:", "if False:", READERS),
+    Mutant("published, layers short", PUBLISHED, "(len(value) != found.layers and not partial)", "False", READERS),
+    Mutant("fused, never", REACH, 'if not getattr(attention, "fused_projections", False) or', "if True or", REACHED),
+    Mutant("fused, by the flag alone", REACH, "or not _asks_for_fused(attention):", "or False:", REACHED),
+    Mutant("fused, later", REACH, "    if lost:\n", "    if False:\n", REACHED),
+    Mutant("fused, merged or not", REACH, "(unfuses or not part.merged)", "True", REACHED),
+    Mutant("fused, queries of text", REACH, '"to_kv" if getattr', '"to_qkv" if getattr', REACHED),
+    Mutant("reached, not told", REACH, "        if self._missing:\n", "        if False:\n", REACHED),
+    Mutant("reached, told of all", REACH, "self._missing.discard(name)", "None", REACHED),
+    Mutant("merged, taken off", ADAPTER, "        if merged:\n", "        if False:\n", REACHED),
+    Mutant(
+        "bundle, half of it", BUNDLE, "for check in self._checks if self._undo else ():", "for check in ():", REMOVED
+    ),
+    Mutant(
+        "expression, to peft",
+        ADAPTER,
+        '"|".join(map(re.escape, find_targets(self.model, settings)))',
+        "settings.pattern",
+        EXPRESSIONS,
+    ),
+    Mutant("expression, any depth", PATTERN, "and depth < _DEEPEST", "and True", EXPRESSIONS),
+    Mutant("expression, any length", PATTERN, "if len(text) > _LONGEST:", "if False:", EXPRESSIONS),
+    Mutant("expression, flags", PATTERN, "if parsed.state.flags & ~re.UNICODE:", "if False:", EXPRESSIONS),
+    Mutant("expression, once more", PATTERN, "tries < most - least", "tries <= most - least", EXPRESSIONS),
+    Mutant("expression, words", PATTERN, "(sides[0] != sides[1])", "(sides[0] == sides[1])", EXPRESSIONS),
+    Mutant("files, never again", FILES, 'if sys.platform != "win32" or target.is_dir():', "if True:", ON_DISK),
+    Mutant("files, again for folders", FILES, " or target.is_dir():", ":", ON_DISK),
+    Mutant("files, again anywhere", FILES, 'sys.platform != "win32" or ', "", ON_DISK),
+    Mutant("files, of all threads", FILES, "-{threading.get_ident()}", "", ON_DISK),
+    Mutant("files, long names", FILES, "path.name[:_LONGEST]", "path.name", ON_DISK),
+    Mutant("files, ends of lines", FILES, ', newline="\\n"', "", ON_DISK),
+    Mutant("files, of nobody else", FILES, "made.mkdir()", "made.mkdir(0o700)", ON_DISK),
+    Mutant("lock, at any place", LOCKS, "        file.seek(0)\n", "", ON_DISK),
+    Mutant("lock, not let go", LOCKS, "        _lock(file, hold=False)\n", "", ON_DISK),
+    Mutant(
+        "lock, of a file that is gone",
+        LOCKS,
+        "if os.path.samestat(os.fstat(file.fileno()), path.stat()):",
+        "if True:",
+        ON_DISK,
+    ),
+    Mutant("lock, any error", LOCKS, "not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)", "not in ()", ON_DISK),
+    Mutant("shards, of other drives", LATENTS, r'r"[^/\\:]+', r'r"[^/\\]+', ON_DISK),
+    Mutant("pictures, at one rate", CLIPS, "(_shown if shown else _at_rate)", "_at_rate", MOVING),
+    Mutant("pictures, against the captions", CLIPS, "shown = clip.fps is None and", "shown =", MOVING),
+    Mutant("tiles, blocks of one length", TILES, "block // 2) if ragged else block", "block)", RAGGED),
+    Mutant("tiles, always short blocks", TILES, "ragged = largest > int(counts[-1])", "ragged = True", RAGGED),
 ]
 
 

@@ -23,7 +23,7 @@ from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.cost.timing import clock
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
-from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.files import make_folder, replace_file
 from hf_sparse_attn.tables import table
 
 log = logging.getLogger(__name__)
@@ -247,11 +247,10 @@ def _least_squares(features: Any, seconds: Any, weight: Any) -> Any:
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """Checks a table and writes it at once or not at all."""
+    """Checks a table and writes it at once or not at all; for processes that begin later, see cost.table_for."""
     cost.Table(found, "measured")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     replace_file(path, lambda file: file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"))
-    cost.forget()
 
 
 def render(found: dict[str, Any], width: int = 110) -> str:
@@ -268,9 +267,7 @@ def render(found: dict[str, Any], width: int = 110) -> str:
         dense = made.dense[s["dtype"]][s["dim"]]["full"][-1][1]
         overheads = (s["call"], s["head"], s["row"], s["plan_call"] + s["plan_head"], s["plan_row"])
         rates = (s[n] / dense for n in ("pair", "tile_pair", "column_pair"))
-        fewest = (
-            made.fewest_keys((s["backend"],), 8, s["dim"], causal, torch.get_num_threads()) for causal in (True, False)
-        )
+        fewest = (made.fewest_keys((s["backend"],), 8, s["dim"], causal) for causal in (True, False))
         rows.append(
             (
                 f"{s['backend']}, {s['dtype']}, {s['dim']}",

@@ -115,7 +115,7 @@ def kernel_point(
         achieved[density] = pattern.density("causal" if options.causal else "full")
         for name in names:
             if name in BACKENDS.missing or name not in BACKENDS:
-                reasons[name, density] = BACKENDS.missing.get(name, "not registered in this version")
+                reasons[name, density] = BACKENDS.why_missing(name) or "not registered in this version"
                 continue
             reason = BACKENDS.get(name).why_not(pattern, q, k, v, backward)
             if reason is None:

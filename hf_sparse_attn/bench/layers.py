@@ -16,18 +16,15 @@ from tqdm import tqdm
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.bench.options import Options
 from hf_sparse_attn.bench.patterns import scaled, video_grid
-from hf_sparse_attn.cost.judge import LOSSES
 from hf_sparse_attn.cost.timing import FEWEST_ROUNDS, clock, failure, summary
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import METHODS
 
 _LONG = 8192
 UNPATCHED = "unpatched"
 # What the dispatcher may cost where it chooses, in units of dense attention.
 AUTO_LIMIT = 1.02
-# Calls before those that count where the dispatcher chooses: by then a method that does not pay is left alone.
-_LEARNING = 6
 
 
 class Built(NamedTuple):
@@ -43,7 +40,7 @@ def layers(options: Options) -> list[dict[str, Any]]:
     """One attention layer with its projections in a tiny random model, unpatched against every method.
 
     Methods are as sparse as `options.min_tokens` allows, their parameters that count tokens scaled to the length. With
-    "auto" the dispatcher chooses, after some calls from which it learns, and every method has its defaults.
+    "auto" the dispatcher chooses, and every method has its defaults.
 
     What counts is `ratio`, the median over the rounds of patched over unpatched seconds in the same round; `within`
     says whether it is at most 1.02, `forward_ratio` is that of the whole model. The method "dense" among them shows
@@ -54,15 +51,13 @@ def layers(options: Options) -> list[dict[str, Any]]:
 
 
 class _Contestant:
-    """One method on one model: its patch is on only while it runs, and keeps what it has learned."""
+    """One method on one model: its patch is on only while it runs."""
 
     def __init__(self, built: Built, method: Method | None, options: Options) -> None:
         self.built, self.method, self.options = built, method, options
-        # Seconds of the attention layer and of the whole forward: of the calls before those that count, and of those.
-        self.first: list[tuple[float, float]] = []
+        # Seconds of the attention layer and of the whole forward; the first run does not count.
         self.runs: list[tuple[float, float]] = []
         self.ratios: list[tuple[float, float]] = []
-        self.before: Patch | None = None
         self.report: Any = None
 
     def run(self) -> tuple[float, float]:
@@ -70,21 +65,9 @@ class _Contestant:
         if self.method is None:
             return self._forward()
         with patch(self.built.module, self.method, min_tokens=self.options.min_tokens) as made:
-            if self.before is not None:
-                known = self.before.session
-                made.session.judge = known.judge
-                for name, record in made.session.records.items():
-                    record.by_shape = known.records[name].by_shape
-            self.before = made
             seconds = self._forward()
             self.report = made.report()
         return seconds
-
-    def learn(self) -> None:
-        """The calls before those that count."""
-        calls = LOSSES if self.built.tokens > _LONG else _LEARNING
-        chooses = self.method is not None and self.options.min_tokens == "auto"
-        self.first = [self.run() for _ in range(calls if chooses else 1)]
 
     def _forward(self) -> tuple[float, float]:
         now = clock(self.options.where)
@@ -96,9 +79,8 @@ class _Contestant:
 
     def record(self) -> dict[str, Any]:
         """What a record has beside the point."""
-        counted = self.runs[len(self.first) :]
-        seconds = [attention for attention, _ in counted]
-        found = {"reason": None, "seconds": seconds, **summary(seconds), "warmup_seconds": self.first[0][0]}
+        first, *seconds = (attention for attention, _ in self.runs)
+        found = {"reason": None, "seconds": seconds, **summary(seconds), "warmup_seconds": first}
         if self.method is None:
             return found
         ratios, whole = (sorted(part) for part in zip(*self.ratios, strict=True))
@@ -118,7 +100,6 @@ class _Contestant:
             "forward_ratio": median(whole),
             "speedup": 1 / median(ratios),
             "within": median(ratios) <= AUTO_LIMIT,
-            "learning": [attention for attention, _ in self.first],
             "sparse_last": any(layer.sparse_calls for layer in layers),
         }
 
@@ -147,7 +128,7 @@ def _point(options: Options, tokens: int, model: str) -> Iterator[dict[str, Any]
             reasons[name] = str(error)
     for name, contestant in list(contestants.items()):
         try:
-            contestant.learn()
+            contestant.run()
         # A method that breaks must not take the others' numbers with it.
         except Exception as error:
             reasons[name] = failure(error)
@@ -207,7 +188,7 @@ def _llama(options: Options, tokens: int, num_layers: int) -> Built | str:
 
 def _wan(options: Options, tokens: int, num_layers: int) -> Built | str:
     if find_spec("diffusers") is None:
-        return "needs the package diffusers"
+        return need("diffusers")
     from diffusers import WanTransformer3DModel
 
     frames, height, width = video_grid(tokens)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from hf_sparse_attn.api import default_device
+from hf_sparse_attn.api import check_device, default_device
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.registry import BACKENDS
 from hf_sparse_attn.selection import check_block_size, check_share
@@ -108,11 +109,7 @@ class Options:
         for name in self.backends or ():
             if name not in BACKENDS.missing:
                 BACKENDS.get(name)
-        try:
-            torch.empty(0, device=self.where)
-        # Torch raises RuntimeError or AssertionError for a device that it does not know or was not built for.
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"`device` must be one that torch can use here, got {self.device!r}: {error}") from None
+        check_device(self.device)
         if self.suite == "gpu" and self.device is None and self.where.type != "cuda":
             raise ValueError(
                 "`suite` 'gpu' needs a CUDA device, none was found; --device cpu --tokens 256 tries it out"
@@ -144,4 +141,4 @@ def _check_suite(name: str) -> None:
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}{nearest(value, known)}")

@@ -9,6 +9,8 @@ from typing import Any
 
 from hf_sparse_attn.bench.kernels import DENSE, NEW
 from hf_sparse_attn.bench.tables import NOTES, TITLES, tables
+from hf_sparse_attn.extras import need
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import markdown, table
 
 
@@ -55,7 +57,7 @@ def write(result: dict[str, Any], directory: str | Path) -> list[str]:
         one line about each file, or why it is not there.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "bench.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
     (folder / "bench.md").write_text(as_markdown(result), encoding="utf-8")
     notes = [f"wrote {folder / name}" for name in ("bench.json", "bench.md")]
@@ -70,7 +72,7 @@ def plot(result: dict[str, Any], path: Path) -> str:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no speedup.png: it needs matplotlib (pip install 'hf-sparse-attn[report]')"
+        return f"no speedup.png: it {need('matplotlib')}"
     measured = [r for r in result["kernels"] if "speedup" in r and not r["contestant"].startswith((DENSE, *NEW))]
     if not measured:
         return "no speedup.png: no sparse contestant ran"

@@ -27,8 +27,8 @@ NOTES = {
     "layers": "Ratio: median over the rounds of patched over unpatched time in the same round, with the spread, and "
     "that of the whole model; parameters that count tokens are scaled to the length; density is over all calls, a "
     "dense one counts 1.",
-    "auto": "Median over the rounds of patched over unpatched time in the same round (lowest..highest), after 6 calls "
-    "from which the dispatcher learns, and what it chose at last; every method with its defaults. MISSED: above 1.02.",
+    "auto": "Median over the rounds of patched over unpatched time in the same round (lowest..highest), and what "
+    "the dispatcher chose; every method with its defaults. MISSED: above 1.02.",
     "targets": "Every point is listed; what could not be measured says why.",
 }
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hf_sparse_attn import __version__
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.shipped import SHIPPED
 
 PROGRAM = "hf-sparse-attn"
@@ -34,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
         try:
             args = _parsed(argv)
-            status = int(args.run(args))
+            with _importing(args.imports or ()):
+                status = int(args.run(args))
             sys.stdout.flush()
             return status
         except BrokenPipeError:
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if "--debug" in argv or not isinstance(error, _user_errors()):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(_said(error).split()) or type(error).__name__
             print(f"{PROGRAM}: error: {message}", file=sys.stderr)
             return 2
 
@@ -58,6 +61,32 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
 
 
+def _said(error: Exception) -> str:
+    """What an error says; of an optional package that is missing, which extra brings it."""
+    from hf_sparse_attn.extras import MissingExtra, absent
+
+    package = None if isinstance(error, MissingExtra) else absent(error)
+    return str(error) if package is None else str(MissingExtra("the command", package))
+
+
+@contextmanager
+def _importing(modules: Sequence[str]) -> Iterator[None]:
+    """Within it modules are there that were asked for, also such as lie in the folder where the command was given."""
+    before = list(sys.path)
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    try:
+        for name in modules:
+            try:
+                import_module(name)
+            # Whatever a file raises that is somebody's own.
+            except Exception as error:
+                raise ValueError(f"--import must name a module that can be imported, got {name!r}: {error}") from error
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
@@ -66,7 +95,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.settings]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+        options = [text.partition("=")[0] for text in rest if text.startswith("-")]
+        said = nearest(options, known[args.command]._option_string_actions)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{said}")
     return args
 
 
@@ -74,12 +106,18 @@ class _Parser(argparse.ArgumentParser):
     """Errors are raised: argparse itself would print the usage and leave the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        choice = re.search(r"invalid choice: (.+?) \(choose from (.*)\)", message)
+        known = [name.strip(" '") for name in choice[2].split(",")] if choice else []
+        raise ValueError(message + (nearest(choice[1].strip("'"), known) if choice else ""))
 
 
 def _parser() -> _Parser:
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    common.add_argument(
+        "--import", action="append", dest="imports", default=None, metavar="MODULE",
+        help="a module that registers methods of your own, imported first; may be given more than once",
+    )  # fmt: skip
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
     parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -160,7 +198,10 @@ def _parser() -> _Parser:
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(
-        "--steps", metavar="X,X", help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6"
+        "--steps",
+        type=_list(float),
+        metavar="X,X",
+        help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6",
     )
     profiled.add_argument(
         "--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}'
@@ -256,8 +297,12 @@ def _coverage(args: argparse.Namespace) -> int:
     from hf_sparse_attn.coverage import page as coverage_page
     from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
     from hf_sparse_attn.coverage.run import coverage_of, versions
+    from hf_sparse_attn.sharing.files import make_folder
     from hf_sparse_attn.tables import table
 
+    if args.output is not None:
+        # A folder that cannot be made must not cost the list.
+        make_folder(args.output)
     found = coverage_of(args.library)
     used = versions(found)
     document = coverage_page.document(found, used)
@@ -284,15 +329,16 @@ def _bench(args: argparse.Namespace) -> int:
     from hf_sparse_attn.bench import harness as bench
     from hf_sparse_attn.bench import plot as bench_plot
     from hf_sparse_attn.bench.options import make_options
+    from hf_sparse_attn.sharing.files import make_folder
 
     if args.calibrate:
         return _calibrate(args)
-    apart = ("run", "command", "json", "debug", "output", "calibrate")
+    apart = ("run", "command", "imports", "json", "debug", "output", "calibrate")
     given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
     options = make_options(**given)
     if args.output is not None:
         # A folder that cannot be made must not cost a result of many minutes.
-        Path(args.output).mkdir(parents=True, exist_ok=True)
+        make_folder(args.output)
     result = bench.run(options)
     # Files before tables, for a reader that has gone.
     notes = [] if args.output is None else bench_plot.write(result, args.output)
@@ -314,15 +360,16 @@ def _calibrate(args: argparse.Namespace) -> int:
     from hf_sparse_attn.bench.options import Options
     from hf_sparse_attn.cost import table as cost
     from hf_sparse_attn.cost.timing import threads
+    from hf_sparse_attn.sharing.files import make_folder
 
-    own = ("suite", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
+    own = ("suite", "imports", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
     other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
     if other:
         raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
     device = Options(threads=args.threads, device=args.device).where
     # With --output for the package or another machine, else for this user.
     path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with threads(args.threads):
         found = calibrate.measure(device)
     calibrate.write(found, path)
@@ -337,7 +384,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _docs(args: argparse.Namespace) -> int:
     from hf_sparse_attn.documents import pages
+    from hf_sparse_attn.sharing.files import make_folder
 
+    if not args.check:
+        make_folder(args.output)
     wanted = pages.pages(Path(args.output), _parser())
     changed = [str(path) for path in (pages.stale if args.check else pages.write)(wanted)]
     key, did = ("stale", "not current:") if args.check else ("written", "wrote")

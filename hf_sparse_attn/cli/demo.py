@@ -16,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.context import check_int
 from hf_sparse_attn.evaluation.fidelity import Reference
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.profiling.head_maps import pooled_attention
+from hf_sparse_attn.profiling.head_maps import extent, pooled_attention
 from hf_sparse_attn.profiling.observe import Call, capture
 from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.shipped.byte_llama import load_model, settings
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 from hf_sparse_attn.tables import table
 
 # Sixteen needles and their questions leave room for code from here on.
 _SHORTEST = 576
+# Squares along each side of an attention map.
+_CELLS = 192
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,9 @@ def main(args: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(check_int("threads", args.threads, 1))
+    # A folder that cannot be made must not cost what comes before the pictures.
+    folder = make_folder(args.output)
     model = load_model()
     most = model.config.max_position_embeddings
     if not _SHORTEST <= args.length <= most:
@@ -138,7 +145,7 @@ def main(args: argparse.Namespace) -> str:
     chosen, rounds = settings(args.length), 3
     with tqdm(total=(rounds + 1) * (len(chosen) + 1), desc="forward passes", unit="pass", leave=False) as bar:
         rows = compare(model, document, chosen, rounds, bar.update)
-    pictures = draw(model, document, Path(args.output))
+    pictures = draw(model, document, folder)
     if args.json:
         return json.dumps({"document": document.module, "length": len(document), "rows": [asdict(r) for r in rows],
                            "pictures": [str(p) for p in pictures]}, indent=2)  # fmt: skip
@@ -147,7 +154,7 @@ def main(args: argparse.Namespace) -> str:
         "loss: nats per byte on the code. needles: keys asked for at the end whose four digits all come first.\n"
         f"time ratio: whole forward pass, median of {rounds}, dense = 1; {torch.get_num_threads()} threads."
     )
-    drawn = "\n".join(f"attention maps: {p}" for p in pictures) or "no picture: matplotlib is not installed"
+    drawn = "\n".join(f"attention maps: {p}" for p in pictures) or f"no picture: it {need('matplotlib')}"
     return f"{comparison_table(rows, document)}\n\n{note}\n{drawn}"
 
 
@@ -177,20 +184,24 @@ def draw(model: nn.Module, document: NeedleDocument, folder: Path) -> list[Path]
             density = pattern.density("causal")
             ax.set_title(f"layer {layer}, head {head}: {what}\n{method.name}, density {density:.2f}", fontsize=10)
     figure.suptitle("attention (dark: much) and what the method keeps (orange)", fontsize=12)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "attention_maps.png"
+    file = make_folder(folder) / "attention_maps.png"
     figure.savefig(file, dpi=110)
     return [file]
 
 
 def _draw_head(ax: Any, q: Tensor, k: Tensor, scale: float, pattern: BlockPattern) -> None:
     n = len(q)
-    weights = pooled_attention(q, k, scale, 192).clamp(min=1e-4).log10()
-    ax.imshow(weights, cmap="Greys", vmin=-3.5, vmax=0, extent=(0, n, n, 0), interpolation="nearest")
+    weights = pooled_attention(q, k, scale, _CELLS).clamp(min=1e-4).log10()
+    place = extent(n, _CELLS)
+    ax.imshow(weights, cmap="Greys", vmin=-3.5, vmax=0, extent=place, interpolation="nearest")
     kept = pattern.reblock(pattern.block_q, 16).block_map()[0, 0].float()
     over = torch.zeros(*kept.shape, 4)
     over[..., 0], over[..., 1], over[..., 3] = 1.0, 0.5, 0.38 * kept
-    ax.imshow(over, extent=(0, n, n, 0), interpolation="nearest")
+    rows, columns = len(kept) * pattern.block_q, kept.shape[1] * 16
+    ax.imshow(over, extent=(0, columns, rows, 0), interpolation="nearest")
+    # Whole cells and blocks reach beyond the last token.
+    ax.set_xlim(0, n)
+    ax.set_ylim(n, 0)
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     ax.tick_params(labelsize=8)

@@ -102,7 +102,7 @@ def _try_backend(name: str, device: torch.device) -> list[dict[str, Any]]:
                 "dtype": str(dtype).removeprefix("torch."),
                 "pass": "backward" if backward else "forward",
                 "runs": False,
-                "reason": BACKENDS.missing.get(name),
+                "reason": BACKENDS.why_missing(name),
                 **dict.fromkeys(("error", "allowed", "agrees", "seconds")),
             }
             records.append(record)

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.api import default_device
+from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.profiling.run import profile
+from hf_sparse_attn.extras import needing
+from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.profiling.run import check_settings, profile
 from hf_sparse_attn.profiling.view.report import render, summary
+from hf_sparse_attn.sharing.files import make_folder
+from hf_sparse_attn.sharing.hub import loading
 from hf_sparse_attn.shipped import SHIPPED
 from hf_sparse_attn.shipped.byte_llama import default_metric
 
@@ -40,25 +44,29 @@ def main(args: argparse.Namespace, width: int) -> str:
         ValueError: an option that does not fit the model, or a file that is none of what it should be.
         OSError: a file or model that is not there.
     """
+    # What can be refused is refused before a model is loaded, a folder that cannot be made as well.
     check_int("batches", args.batches, 1)
-    device = default_device() if args.device is None else torch.device(args.device)
-    candidates = None if args.candidates is None else _candidates(Path(args.candidates))
-    # A folder that cannot be made must not cost a result of many minutes.
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    model, batches, source = _load(args, device)
+    check_int("seed", args.seed, 0)
+    device = check_device(args.device)
     metric = args.metric or default_metric(args.model)
-    edges = [] if args.steps is None else [float(x) for x in args.steps.split(",")]
+    steps = list(pairwise([0.0, *args.steps, 1.0])) if args.steps else None
+    chosen: dict[str, Any] = {"per": args.per, "passes": args.passes, "steps": steps}
+    chosen["max_plans_per_layer"] = args.max_plans_per_layer
+    check_settings(args.budget, metric, **chosen)
+    if args.query_blocks is not None:
+        check_int("query_blocks", args.query_blocks, 1)
+    _dtype(args.dtype)
+    candidates = None if args.candidates is None else _candidates(Path(args.candidates))
+    make_folder(args.output)
+    model, batches, source = _load(args, device)
     found = profile(
         model,
         batches,
         candidates,
         args.budget,
         metric,
-        per=args.per,
+        **chosen,
         same_in_group=args.same_in_group,
-        max_plans_per_layer=args.max_plans_per_layer,
-        passes=args.passes,
-        steps=list(pairwise([0.0, *edges, 1.0])) if edges else None,
         query_blocks=args.query_blocks,
         state=args.state,
         seed=args.seed,
@@ -77,7 +85,9 @@ def _candidates(path: Path) -> list[Any]:
 
     try:
         return list(methods_of(json.loads(path.read_text(encoding="utf-8"))))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise type(error)(f"`candidates` must be a file that can be read, got {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`candidates` must be a JSON list of methods with params, got {path}: {error}") from error
 
 
@@ -90,26 +100,34 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any
     if args.model == "byte_llama":
         from hf_sparse_attn.shipped.byte_llama import load_model
 
-        _refuse(args, "data", "call")
+        _refuse(args, "data", "call", "dtype")
+        # Documents first, for a length that they cannot have.
+        documents = _documents(lengths, args.batches, args.seed)
         shipped: Any = load_model()
-        return shipped.to(device), _documents(lengths, args.batches, args.seed), "standard library, needles"
+        return shipped.to(device), documents, "standard library, needles"
     if args.model == "moving_wan":
-        _refuse(args, "data", "length", "call")
+        _refuse(args, "data", "length", "call", "dtype")
         return *_moving(args.batches, args.seed, device), "synthetic moving scenes"
-    if _file_of(args.model, "model_index.json") is not None:
+    with loading(args.model, besides=SHIPPED):
+        is_pipeline = _file_of(args.model, "model_index.json") is not None
+        config = _file_of(args.model, "config.json")
+        if config is None and not is_pipeline:
+            raise ValueError("it holds neither config.json nor model_index.json")
+        keys = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    if is_pipeline:
         _refuse(args, "length")
         return *_pipeline(args, device), "prompts"
     _refuse(args, "call")
-    config = _file_of(args.model, "config.json")
-    if config is not None and "_class_name" in json.loads(config.read_text(encoding="utf-8")):
+    if "_class_name" in keys:
         raise ValueError(
             "`model` must be a whole pipeline, for a transformer alone does not tell what to run it on; "
             f"got {args.model}"
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype))
+    with loading(args.model, besides=SHIPPED):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=_dtype(args.dtype))
     model = model.to(device).eval()
     said = "standard library" if args.data is None else Path(args.data).name
     return model, _texts(tokenizer, args.data, lengths, args.batches), said
@@ -117,7 +135,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any
 
 def _refuse(args: argparse.Namespace, *names: str) -> None:
     """Options that would be ignored."""
-    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    given = [f"--{name}" for name in names if getattr(args, name) not in (None, "auto")]
     if given:
         raise ValueError(f"{' and '.join(given)} must be left out for {args.model}")
 
@@ -125,7 +143,7 @@ def _refuse(args: argparse.Namespace, *names: str) -> None:
 def _dtype(name: str) -> Any:
     known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise ValueError(f"`dtype` must be one of {', '.join(known)}, got {name!r}")
+        raise ValueError(f"`dtype` must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     return known[name]
 
 
@@ -135,15 +153,14 @@ def _file_of(model: str, name: str) -> Path | None:
         path = Path(model) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name))
-    except HFValidationError as error:
-        raise ValueError(
-            f"`model` must be a folder, a Hub id or one of {', '.join(SHIPPED)}; got {model!r}"
-        ) from error
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:
+        # Without a network only what was loaded before is known.
         return None
 
 
@@ -160,6 +177,15 @@ def _documents(lengths: Sequence[int], batches: int, seed: int) -> list[dict[str
     return made
 
 
+def _read(data: str) -> str:
+    try:
+        return Path(data).read_text(encoding="utf-8")
+    except OSError as error:
+        raise type(error)(f"`data` must be a file that can be read, got {data}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`data` must be a text in UTF-8, got {data}: {error}") from error
+
+
 def _texts(tokenizer: Any, data: str | None, lengths: Sequence[int], batches: int) -> list[dict[str, Tensor]]:
     """Runs of tokens from the start of a text, each of its own."""
     if data is None:
@@ -167,7 +193,7 @@ def _texts(tokenizer: Any, data: str | None, lengths: Sequence[int], batches: in
 
         text = "\n".join(part.decode("utf-8", "replace") for _, part in standard_library_text("train")[:200])
     else:
-        text = Path(data).read_text(encoding="utf-8")
+        text = _read(data)
     wanted = sum(lengths) * batches
     # Far more characters than that make no difference and take long to tokenise.
     ids = tokenizer(text[: 16 * wanted], return_tensors="pt").input_ids
@@ -185,15 +211,20 @@ def _texts(tokenizer: Any, data: str | None, lengths: Sequence[int], batches: in
 
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[Any, list[Any]]:
-    from diffusers import DiffusionPipeline
+    with needing("a pipeline"):
+        from diffusers import DiffusionPipeline
 
     dtype = _dtype(args.dtype)
-    pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=None if dtype == "auto" else dtype)
-    pipe = pipe.to(device)
-    call = json.loads(args.call) if args.call else {}
+    try:
+        call = json.loads(args.call) if args.call else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`call` must be a JSON object, got {args.call}: {error}") from error
     if not isinstance(call, dict):
         raise ValueError(f"`call` must be a JSON object, got {args.call}")
-    lines = _PROMPTS if args.data is None else Path(args.data).read_text(encoding="utf-8").splitlines()
+    with loading(args.model, besides=SHIPPED):
+        pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=None if dtype == "auto" else dtype)
+    pipe = pipe.to(device)
+    lines = _PROMPTS if args.data is None else _read(args.data).splitlines()
     prompts = [line.strip() for line in lines if line.strip()][: args.batches]
     if not prompts:
         raise ValueError(f"`data` must hold one prompt per line, got none in {args.data}")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ _UNMEASURED_CALL = 5e-4
 # Seconds that a patched layer spends around the backend (mask, policy, report) in a model, where no code is in the
 # cache when it is needed. On a GPU they pass while it works.
 _AROUND = {"cpu": 3e-4}
+# Seconds that a method which looks at the queries and keys takes besides reading them, for its many small operators;
+# what it computes then, in dense seconds per pair: the block means of a token, and each logit that it looks at.
+_CHOOSING = {"cpu": 8e-4}
+_CHOOSING_ELSEWHERE = 2e-4
+_PAIRS_PER_TOKEN, _PAIRS_PER_LOGIT = 15.0, 1.5
 # The least that a sparse call does: one block of this size in each row.
 _BLOCK = 128
 _LONGEST = 1 << 22
@@ -169,6 +175,9 @@ class Table:
             for dim, masks in found.items():
                 if set(masks) != set(CAUSAL.values()):
                     raise ValueError(f"`dense` must hold causal and full times of dim {dim}, got {sorted(masks)}")
+        # Seconds here per second of the table, for what more threads make faster: all but Python and launches. Of the
+        # threads there are now, for what is predicted must not change while a process runs.
+        self._speed = 1.0 if self.threads is None else self.threads / torch.get_num_threads()
         # The costs of a table do not change: each shape is worked out once.
         self._dense_seconds = lru_cache(4096)(self._find_dense)
         self._costs = lru_cache(1024)(self._find_costs)
@@ -176,7 +185,7 @@ class Table:
 
     def dense_seconds(self, shape: Shape) -> float:
         """Predicted seconds of dense attention."""
-        return self._dense_seconds(shape) * self._speed()
+        return self._dense_seconds(shape) * self._speed
 
     def sparse_seconds(self, backend: str, work: Work, shape: Shape, new: bool) -> float:
         """Predicted seconds of sparse attention, with the planning for a pattern that is `new` to the backend."""
@@ -187,11 +196,13 @@ class Table:
         if new:
             seconds += c["plan_call"] + work.heads * c["plan_head"] + work.rows * c["plan_row"]
             seconds += work.blocks * c["plan_block"] + work.columns * c["plan_column"]
-        return seconds + parallel * self._speed()
+        return seconds + parallel * self._speed
 
-    def _speed(self) -> float:
-        """Seconds here per second of the table, for what more threads make faster: all but Python and launches."""
-        return 1.0 if self.threads is None else self.threads / torch.get_num_threads()
+    def choosing_seconds(self, shape: Shape, pairs: float) -> float:
+        """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs for `pairs`."""
+        whole = self._dense_seconds(shape._replace(causal=False)) / (shape.q_len * shape.kv_len)
+        read = _PAIRS_PER_TOKEN * (shape.q_len + shape.kv_len) + _PAIRS_PER_LOGIT * pairs
+        return _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
 
     def _find_dense(self, shape: Shape) -> float:
         own, before = shape.q_len, shape.kv_len - shape.q_len
@@ -214,7 +225,7 @@ class Table:
         costs = dict.fromkeys(RUN_COSTS + PLAN_COSTS, 0.0)
         return {**costs, "call": _UNMEASURED_CALL, **{name: rate * f for name, f in _UNMEASURED_PAIRS.items()}}
 
-    def _find_fewest(self, backends: tuple[str, ...], heads: int, dim: int, causal: bool, threads: int) -> int:
+    def _find_fewest(self, backends: tuple[str, ...], heads: int, dim: int, causal: bool) -> int:
         """Fewest keys with which any sparse call could pay: one block in each row, nothing to plan, any dtype."""
         n = 64
         while n < _LONGEST:
@@ -261,19 +272,26 @@ def _at_length(points: list[tuple[int, float]], n: float) -> float:
 
 
 _TABLES: dict[tuple[str, int | None], Table] = {}
+_LOADING = Lock()
 
 
 def table_for(device: torch.device) -> Table:
-    """The table of a device: the user's own, else the shipped one of this device, else that of its kind."""
+    """The table of a device: the user's own, else the shipped one of this device, else that of its kind.
+
+    Read once in a process, whatever is written since: what is sparse must not change between equal calls.
+    """
     key = (device.type, device.index)
     found = _TABLES.get(key)
     if found is None:
-        found = _TABLES[key] = _load(device)
+        with _LOADING:
+            found = _TABLES.get(key)
+            if found is None:
+                found = _TABLES[key] = _load(device)
     return found
 
 
 def forget() -> None:
-    """Has all tables read anew, after one was written."""
+    """Has all tables read anew, for who asks for one that was written since."""
     _TABLES.clear()
 
 

@@ -16,8 +16,9 @@ from hf_sparse_attn.sharing.files import write_text
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-# Contents by path and time of change: a call that looks up every time reads the file once.
-_READ: dict[Path, tuple[int, dict[str, Any]]] = {}
+# Contents by path, read once in a process whatever other processes write: another launch adds in another order, and
+# equal calls must give equal outputs.
+_READ: dict[Path, dict[str, Any]] = {}
 
 
 def path() -> Path:
@@ -66,14 +67,9 @@ def store(device: str, software: str, kernel: str, shape: str, launch: Mapping[s
 def _load() -> dict[str, Any]:
     """Launches by device and versions, kernel, shape; none where the file is not there or broken."""
     file = path()
-    try:
-        changed = file.stat().st_mtime_ns
-    except OSError:
-        return {}
-    known = _READ.get(file)
-    if known is None or known[0] != changed:
-        _READ[file] = known = changed, _parse(file)
-    return known[1]
+    if file not in _READ:
+        _READ.setdefault(file, _parse(file) if file.is_file() else {})
+    return _READ[file]
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.coverage.listing import Coverage, Progress, Way, short
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.family import ask_families
 from hf_sparse_attn.hosts.diffusers_model import self_attentions
 
@@ -39,7 +40,7 @@ def diffusers_classes(
         sizes: of a class: arguments of its constructor to try before its own.
 
     Raises:
-        ImportError: diffusers is not installed.
+        MissingExtra: diffusers is not installed.
         ValueError: a name that diffusers does not have.
     """
     kinds = diffusers_kinds()
@@ -57,7 +58,8 @@ def diffusers_kinds() -> dict[str, type[Any]]:
 
 
 def _classes() -> Iterator[type[Any]]:
-    folder = importlib.import_module("diffusers.models.transformers")
+    with needing("the list of diffusers' classes"):
+        folder = importlib.import_module("diffusers.models.transformers")
     base: Any = importlib.import_module("diffusers.models.modeling_utils").ModelMixin
     for file in pkgutil.iter_modules(folder.__path__):
         try:

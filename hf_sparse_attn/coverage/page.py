@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.coverage.listing import Coverage, coverage_counts, coverage_summary, coverage_table
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import markdown
 
 Document = Mapping[str, Any]
@@ -69,7 +70,7 @@ def write(document: Document, folder: str | Path) -> list[Path]:
     classes = ",\n".join(f"  {json.dumps(c)}" for c in document["classes"])
     head = json.dumps({k: v for k, v in document.items() if k != "classes"}, indent=1)
     texts = {"coverage.json": f'{head[:-2]},\n "classes": [\n{classes}\n ]\n}}\n', "coverage.md": page(document)}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, text in texts.items():
         (Path(folder) / name).write_text(text)
     return [Path(folder) / name for name in texts]

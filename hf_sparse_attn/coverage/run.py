@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hf_sparse_attn.coverage.listing import Coverage, Progress
 from hf_sparse_attn.coverage.of_diffusers import diffusers_classes
 from hf_sparse_attn.coverage.of_transformers import transformers_classes
+from hf_sparse_attn.extras import need
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ def coverage_of(library: Library = "all") -> list[Coverage]:
         if find_spec(name) is not None:
             found += LISTS[name](progress=progress(name))
         elif library == name:
-            raise ValueError(f"`library` must be installed, got {name!r}")
+            raise ValueError(f"`library` must be installed, got {name!r}: the list of its classes {need(name)}")
         else:
-            log.warning("%s is not installed: its classes are not listed", name)
+            log.warning("%s is not installed: the list of its classes %s", name, need(name))
     return found
 
 

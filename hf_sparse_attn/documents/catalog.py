@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.presets import QUALITIES, presets_of
+from hf_sparse_attn.presets import QUALITIES, family_defaults, presets_of
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.tables import Table
+
+# Where the table of presets tells what is in force without one.
+DEFAULT = "(none given)"
 
 
 def methods(third_party: bool = True) -> list[dict[str, Any]]:
@@ -95,7 +98,10 @@ def backends_table() -> Table:
 
 
 def presets_table() -> Table:
-    """Columns and rows of the presets, by family and method; families with the same presets share their rows."""
+    """Columns and rows of the presets, and of what a family has without one where that is not the method's default.
+
+    By family and method; families with the same values share their rows.
+    """
     columns = ("family", "method", "quality", "models", "values", "source")
     found: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
@@ -104,8 +110,12 @@ def presets_table() -> Table:
             values += [f"dense_layers={p.dense_layers}"] if p.dense_layers is not None else []
             values += [f"dense_steps={p.dense_steps:.3g}"] if p.dense_steps is not None else []
             found.setdefault((p.method, p.quality, p.size, ", ".join(values), p.source), []).append(name)
+        for d in family_defaults().get(name, ()) if is_own(family) else ():
+            said = ", ".join(f"{key}={value}" for key, value in d.params.items())
+            found.setdefault((d.method, DEFAULT, d.size, said, d.source), []).append(name)
     rows = [(", ".join(names), *row) for row, names in found.items()]
-    return columns, sorted(rows, key=lambda r: (r[0], r[1], r[3], QUALITIES.index(r[2])))
+    order = (*QUALITIES, DEFAULT)
+    return columns, sorted(rows, key=lambda r: (r[0], r[1], r[3], order.index(r[2])))
 
 
 def recipes() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from hf_sparse_attn.documents.figures import read as read_figures
 from hf_sparse_attn.documents.method_page import linked, page
 from hf_sparse_attn.documents.settings_page import commands, recipe_keys
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
+from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import Table, markdown
 
 _BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?\n<!-- end -->", re.S)
@@ -62,7 +63,7 @@ def write(wanted: dict[Path, str]) -> list[Path]:
     """Writes the pages that are not as they should be, and returns their paths."""
     changed = stale(wanted)
     for path in changed:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         path.write_text(wanted[path], encoding="utf-8")
     return changed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.shipped.moving import frames_to_image
 
 
@@ -19,8 +20,9 @@ def draw_clips(rows: Sequence[tuple[str, str, Tensor]], file: Path, height: floa
         height: of the sheet, in inches.
         fontsize: of the names, in points.
     """
-    from matplotlib.figure import Figure
-    from PIL import Image
+    with needing("a sheet of frames"):
+        from matplotlib.figure import Figure
+        from PIL import Image
 
     figure = Figure(figsize=(8.2, height), layout="constrained")
     for ax, (title, name, clips) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from datetime import date
@@ -13,7 +14,10 @@ import torch
 
 from hf_sparse_attn.cost.table import device_name
 from hf_sparse_attn.evaluation.result import PROFILED, Result
+from hf_sparse_attn.extras import need
 from hf_sparse_attn.profiling.run import library_versions
+
+log = logging.getLogger(__name__)
 
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.
 _COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #8C6D1F #7F7F7F #332288 #44AA99".split()
@@ -44,10 +48,11 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def draw(result: Result, folder: Path) -> Path | None:
-    """Fidelity against density, a panel for each figure; None where matplotlib is not installed."""
+    """Fidelity against density, a panel for each figure; None, told in the log, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        log.warning("the plot of fidelity %s", need("matplotlib"))
         return None
     plots = type(result.rows[0]).plots
     names = list(dict.fromkeys(row.name for row in result.rows if row.wanted is not None))

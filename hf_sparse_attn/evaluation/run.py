@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_sparse_attn.bench.patterns import scaled
-from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.cost.timing import threads
 from hf_sparse_attn.evaluation.equal_density import fit_density
 from hf_sparse_attn.evaluation.fidelity import Reference
@@ -26,6 +26,8 @@ from hf_sparse_attn.profiling.candidates import block_for, tile_for
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.profiling.run import from_measurements, profile
 from hf_sparse_attn.registry import METHODS
+from hf_sparse_attn.selection import check_share
+from hf_sparse_attn.sharing.files import make_folder
 
 
 def base_method(name: str, layout: TokenLayout) -> Method:
@@ -140,10 +142,15 @@ def main(args: argparse.Namespace) -> str:
     from hf_sparse_attn.evaluation import plot as evaluate_plot
 
     densities = args.densities or (0.0625, 0.125, 0.25)
+    # What can be refused is refused before anything is measured.
+    for density in densities:
+        check_share("density", density)
+    for name in ("documents", "clips", "tokens"):
+        check_int(name, getattr(args, name), 1)
     output = None if args.output is None else Path(args.output)
     if output is not None:
         # A folder that cannot be made must not cost a result of many minutes.
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     names = turnable_methods(args.methods)
     with threads(args.threads):
         results = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +17,14 @@ from hf_sparse_attn.evaluation.contact_sheet import draw_clips
 from hf_sparse_attn.evaluation.fidelity import Reference, psnr, ssim
 from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
 from hf_sparse_attn.evaluation.run import common_figures, dense_figures, fitted, profiles_within
+from hf_sparse_attn.extras import MissingExtra
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.observe import Call, Seen, observing
 from hf_sparse_attn.shipped.moving import check_motion, load_moving_wan, sample
 from hf_sparse_attn.shipped.moving_scenes import SceneClass, draw_classes
+
+log = logging.getLogger(__name__)
 
 STEPS = 8
 # Steps whose calls are looked at: early, where the clip takes shape, in the middle, and late.
@@ -101,9 +104,10 @@ def evaluate(
         good = [check_motion(clip, scene).right for clip, scene in zip(dense, scenes, strict=True)]
         shown = good.index(True) if any(good) else 0
         drawn = [("", f"{name}\n{density:.3f}", clips[shown : shown + 1]) for name, density, clips in sheets]
-        # What is drawn needs optional packages.
-        with suppress(ImportError):
+        try:
             draw_clips(drawn, output / "eval_video_frames.png", height=0.95 * len(drawn) + 0.4, fontsize=9)
+        except MissingExtra as missing:
+            log.warning("%s", missing)
     size = "x".join(map(str, calls[0].ctx.layout.parts[0].grid or ()))
     setting = f"shipped Wan of moving scenes, {args.clips} clips of {size} tokens, {STEPS} steps, none of them dense"
     return Result("video", setting, rows, skipped, time.perf_counter() - begin)

@@ -26,7 +26,7 @@ class Layer(Protocol):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int],
-        options: list[float], reason: str, training: bool, again: bool,
+        options: list[float], reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """Attention of one call, eagerly.
 
@@ -36,8 +36,7 @@ class Layer(Protocol):
             extra: other tensors of the call by name.
             lengths, options: whole numbers and fractions, as given to `attend`.
             reason: why the call must run dense, or "".
-            training: a backward will run the layer again, which must then decide alike.
-            again: this is that run; it must not be counted.
+            again: this is the run for a backward; it must not be counted.
 
         Returns:
             output [batch, q_len, heads, value dim].
@@ -99,12 +98,11 @@ def attend(
     """The operator in the graph that is being traced; see Layer.run. A None in `extra` is left out."""
     q, k, v = cast_inputs(q, k, v)
     given = {name: x for name, x in extra.items() if x is not None}
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *given.values()))
     if are_transformed(q, k, v, *given.values()):
         return step(partial(_plain, _find(layer), tuple(given), lengths, options, reason), q, k, v, *given.values())[0]
     # For an empty list of numbers torch wants an empty list of gradients back, for any other None.
     lengths = lengths or [0]
-    found: Tensor = _layer(layer, q, k, v, list(given.values()), ",".join(given), lengths, options, reason, needs_grad)
+    found: Tensor = _layer(layer, q, k, v, list(given.values()), ",".join(given), lengths, options, reason)
     return found
 
 
@@ -112,8 +110,9 @@ def _plain(
     layer: Layer, names: tuple[str, ...], lengths: list[int], options: list[float], reason: str, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """The layer inside of a transform; a run with gradients is a backward's."""
-    given, again = dict(zip(names, tensors[3:], strict=True)), torch.is_grad_enabled()
-    return (layer.run(*tensors[:3], given, lengths, options, reason, training=True, again=again),)
+    q, k, v, *extra = tensors
+    given, again = dict(zip(names, extra, strict=True)), torch.is_grad_enabled()
+    return (layer.run(q, k, v, given, lengths, options, reason, again=again),)
 
 
 def _find(number: Tensor) -> Any:
@@ -126,10 +125,10 @@ def _find(number: Tensor) -> Any:
 @torch.library.custom_op("hf_sparse_attn::layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _layer(
     layer: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: list[Tensor], names: str, lengths: list[int],
-    options: list[float], reason: str, needs_grad: bool,
+    options: list[float], reason: str,
 ) -> Tensor:  # fmt: skip
     given = dict(zip(names.split(","), extra, strict=False))
-    out = _find(layer).run(q, k, v, given, lengths, options, reason, training=needs_grad, again=False)
+    out = _find(layer).run(q, k, v, given, lengths, options, reason, again=False)
     # The fake kernel says that it is contiguous, and an operator must not hand out what it was given.
     return out.contiguous()
 
@@ -150,7 +149,7 @@ def _layer_backward(
     with _autograd():
         given = dict(zip(names.split(","), inputs[3:], strict=False))
         q, k, v = inputs[:3]
-        out = _find(layer).run(q, k, v, given, lengths, options, reason, training=True, again=True)
+        out = _find(layer).run(q, k, v, given, lengths, options, reason, again=True)
         found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(wanted, found, strict=True)]
 
@@ -174,14 +173,14 @@ def _(grad: Tensor, layer: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: list[
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     layer, q, k, v, extra, *rest = inputs
     ctx.save_for_backward(layer, q, k, v, *extra)
-    ctx.rest = rest[:4]
+    ctx.rest = rest
 
 
 def _grads(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     layer, q, k, v, *extra = ctx.saved_tensors
     found = iter(_layer_backward(grad, layer, q, k, v, extra, *ctx.rest))
     grads = [next(found) if x.is_floating_point() else None for x in (q, k, v, *extra)]
-    return (None, *grads[:3], grads[3:], None, None, None, None, None)
+    return (None, *grads[:3], grads[3:], None, None, None, None)
 
 
 _layer.register_autograd(_grads, setup_context=_save)

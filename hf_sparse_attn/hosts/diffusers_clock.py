@@ -13,25 +13,49 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hf_sparse_attn.hosts.diffusers_loop import Place, by_scheduler, running
+
 NO_SCHEDULE = (
-    "dense_steps: number of steps unknown (patch the pipeline, or call the transformer inside "
-    "cache_context(name, step_index=..., num_inference_steps=...))"
+    "number of steps unknown (patch the pipeline, call the transformer in a loop over the timesteps of "
+    "its scheduler, or inside cache_context(name, step_index=..., num_inference_steps=...))"
+)
+
+GUESSED = (
+    "steps are a guess, counted by changes of the time that the transformer is given: neither a denoising loop over a "
+    "scheduler's timesteps nor cache_context(name, step_index=..., num_inference_steps=...) tells of them"
 )
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How far a run of denoising steps is.
+    """How far a run of denoising steps is, where its loop does not say it.
 
     Args:
         branch, announced: guidance branch, and step and number of steps, as given to `cache_context`.
-        time, count: last timestep, and how often it fell.
+        time, count: last time, and how often it went on.
+        way: -1 where time falls in this run, 1 where it rises, 0 before that is known.
     """
 
     branch: str | None = None
     announced: tuple[int | None, int | None] = (None, None)
     time: float | None = None
     count: int = 0
+    way: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The step of a forward.
+
+    Args:
+        step: number of the model evaluation in its run, from 0 on.
+        num_steps: evaluations of the run; None where nobody knows it.
+        guessed: whether the step was counted by the values of time, for want of anything better.
+    """
+
+    step: int
+    num_steps: int | None
+    guessed: bool = False
 
 
 # Of each clock, in this thread or task. Weak, for a thread may outlive many patches.
@@ -41,10 +65,11 @@ _GENERATIONS: ContextVar[WeakKeyDictionary[Clock, Generation] | None] = ContextV
 
 
 class Clock:
-    """Step of a call: announced through `cache_context`, else falls of the timestep are counted.
+    """Step of a call, by the first of these that tells it: `cache_context`, the denoising loop that runs, its
+    scheduler (diffusers_loop.py), and at last the values of time.
 
-    An equal timestep is the second guidance pass, a rise a new video. The transformers of a pipeline (two experts)
-    share one clock; each thread that runs them reads its own time from it.
+    The transformers of a pipeline (two experts) share one clock, from which each thread that runs them reads its own
+    time.
     """
 
     @property
@@ -59,18 +84,40 @@ class Clock:
         known[self] = replace(self.generation, **changes)
         _GENERATIONS.set(known)
 
-    def step(self, timestep: Any) -> int:
-        """The step of a forward at `timestep`; one per token (0 on a given frame) counts by its largest."""
+    def moment(self, time: Any, patched: Any) -> Moment:
+        """The step of a forward.
+
+        Args:
+            time: as the transformer is given it; one value, or one for each row, frame or token.
+            patched: the pipeline that was patched, or None.
+        """
+        now, found = self.generation, running()
+        place, announced = found.place, Place(*now.announced)
+        if announced.step is not None:
+            num_steps = announced.num_steps or (place or by_scheduler(found.pipeline or patched)).num_steps
+            return _moment(announced.step, num_steps)
+        if place is None:
+            place = by_scheduler(found.pipeline or patched)
+            if found.pipeline is None and place.step == 0:
+                place = place._replace(step=None)
+        if place.step is not None:
+            # What was counted belongs to a run that is over.
+            self._note(time=None, count=0, way=0)
+            return _moment(place.step, place.num_steps)
+        return _moment(self._count(time), place.num_steps, guessed=True)
+
+    def _count(self, time: Any) -> int:
+        """Counts changes of time; an equal one is the second guidance pass, one in the other direction a new run."""
         now = self.generation
-        if now.announced[0] is not None:
-            return now.announced[0]
-        if timestep is None:
-            return 0
-        time, count = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep), now.count
-        if now.time is not None and time != now.time:
-            count = count + 1 if time < now.time else 0
-        self._note(time=time, count=count)
-        return count
+        if time is None:
+            return now.count
+        # Times of the frames of one sample may stand still one by one: their mean goes on as long as any does.
+        value = float(time.double().mean()) if isinstance(time, Tensor) else float(time)
+        way = 0 if now.time is None else (value > now.time) - (value < now.time)
+        if now.time is None or way:
+            goes_on = now.time is not None and now.way in (0, way)
+            self._note(time=value, count=now.count + 1 if goes_on else 0, way=way if goes_on else now.way)
+        return self.generation.count
 
     def context_of(self, transformer: nn.Module) -> Any | None:
         """`transformer.cache_context` that also tells the clock, bound, so that a deep copy has its own.
@@ -101,10 +148,5 @@ class Clock:
         return types.MethodType(cache_context, transformer)
 
 
-def run_length(pipeline: Any) -> int | None:
-    """Steps of a pipeline's current run, or None where nobody knows."""
-    # Set only while the pipeline itself runs; its own number counts the steps that are left after `strength`.
-    if getattr(pipeline, "_current_timestep", None) is not None:
-        return getattr(pipeline, "_num_timesteps", None)
-    scheduler: Any = getattr(pipeline, "scheduler", None)
-    return len(scheduler.timesteps) if getattr(scheduler, "num_inference_steps", None) else None
+def _moment(step: int, num_steps: int | None, guessed: bool = False) -> Moment:
+    return Moment(step if num_steps is None else max(0, min(step, num_steps - 1)), num_steps, guessed)

@@ -23,12 +23,14 @@ from hf_sparse_attn.session import Session
 log = logging.getLogger(__name__)
 
 _MODELS = "diffusers.models.transformers."
+_NETWORKS = (_MODELS, "diffusers.models.controlnets.")
 # Parts of a path that say a module is no self-attention over the main tokens.
 _ASIDE = re.compile(
     r"attn2|(.*_)?cross_att.*|.*_to_.*_attn|(audio|text|txt|context|face|perceiver)_?.*|.*_text_.*|.*refiner.*|image_cond"
 )
 
-PIPELINE_PARTS = ("transformer", "transformer_2")
+# Networks of a pipeline that denoise.
+PIPELINE_PARTS = ("transformer", "transformer_2", "unconditional_transformer")
 # Attributes of a patched module: its number as a tensor, which is how a compiled graph knows it, and its name.
 NUMBER = "_hsa_number"
 NAME = "_hsa_name"
@@ -91,8 +93,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """One patched attention: its record, its index of how many layers, the backend it had, and how it asks."""
+    """One patched attention: path, record, index of how many layers, the backend it had, and how it asks."""
 
+    path: str
     record: LayerRecord
     index: int
     num_layers: int
@@ -166,8 +169,8 @@ class DiffusersFamily(ABC):
         return ()
 
     @staticmethod
-    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
-        """Valid keys of each row, bool [batch, tokens], or None where the mask says more than that."""
+    def valid(mask: Tensor, batch: int, tokens: int) -> Tensor | Decline:
+        """Which tokens see one another, as padding.key_padding has it, or what the mask says besides."""
         return key_padding(mask, batch, tokens)
 
     @staticmethod
@@ -206,8 +209,17 @@ def transformer_parts(model: object) -> list[nn.Module] | Decline:
         return Decline(f"{kind} is neither a module nor a pipeline with a `transformer`")
     held = [getattr(model, name, None) for name in PIPELINE_PARTS]
     if all(part is None for part in held):
-        return Decline(f"{kind} has no transformer: `transformer` and `transformer_2` are None or absent")
+        return Decline(f"{kind} has no transformer: {', '.join(PIPELINE_PARTS)} are None or absent")
     return [part for part in held if isinstance(part, nn.Module)]
+
+
+def networks(pipeline: object) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name: what denoises, and what else (a ControlNet) takes part."""
+    return {
+        name: part
+        for name, part in vars(pipeline).items()
+        if isinstance(part, nn.Module) and (name in PIPELINE_PARTS or outermost_models([part]))
+    }
 
 
 def transformers_of_diffusers(model: object) -> list[nn.Module] | Decline:
@@ -215,15 +227,28 @@ def transformers_of_diffusers(model: object) -> list[nn.Module] | Decline:
     parts = transformer_parts(model)
     if isinstance(parts, Decline):
         return parts
+    found = outermost_models(parts, (_MODELS,))
+    return found or Decline(f"{type(model).__name__} holds no transformer model of diffusers")
+
+
+def outermost_models(parts: Iterable[nn.Module], files: tuple[str, ...] = _NETWORKS) -> list[nn.Module]:
+    """The outermost models of some files of diffusers in some modules: transformers, and ControlNets if not asked."""
     found: dict[nn.Module, None] = {}
     inside: set[nn.Module] = set()
     for part in parts:
         for module in part.modules():
-            bases = (base for base in type(module).__mro__ if base.__module__.startswith(_MODELS))
-            if module not in inside and any("config_name" in dir(base) for base in bases):
+            bases = [base for base in type(module).__mro__ if base.__module__.startswith(files)]
+            # Several ControlNets are run one by one.
+            several = any("Multi" in base.__name__ and "ControlNet" in base.__name__ for base in bases)
+            if module not in inside and not several and any("config_name" in dir(base) for base in bases):
                 found[module] = None
                 inside.update(module.modules())
-    return list(found) or Decline(f"{type(model).__name__} holds no transformer model of diffusers")
+    return list(found)
+
+
+def names_of(module: object) -> list[str]:
+    """Names of a module's class and of those it is made from: one that is sharded has a class of its own."""
+    return [kind.__name__ for kind in type(module).__mro__]
 
 
 def self_attentions(transformer: nn.Module) -> list[tuple[str, Any, Way | None]]:

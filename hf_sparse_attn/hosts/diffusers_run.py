@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from hf_sparse_attn.hosts.diffusers_clock import NO_SCHEDULE
 from hf_sparse_attn.hosts.diffusers_model import NAME, NUMBER, Asked, Call, Layer, Tokens
 from hf_sparse_attn.hosts.diffusers_state import Forwards, Running, innermost
 from hf_sparse_attn.hosts.padding import Trim, trim
-from hf_sparse_attn.hosts.sdpa_hook import Answer
+from hf_sparse_attn.hosts.sdpa_hook import Answer, watched_by
 from hf_sparse_attn.method import Decline, Method
-from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.record import LayerRecord, Work
 from hf_sparse_attn.transforms import are_transformed, step
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+# All that are alive, by the number of their forwards.
+ATTENTIONS: WeakValueDictionary[int, Attention] = WeakValueDictionary()
 
 
 class Attention:
@@ -47,8 +51,9 @@ class Attention:
         self.family = forwards.family
         self.dispatch = dispatch
         self.backend = backend
-        policy = self.session.policy
-        self.needs_schedule = policy.dense_steps is not None and policy.dense_steps not in (0, (0, 0))
+        ATTENTIONS[forwards.number] = self
+        # Shares of a run mean nothing where nobody knows how long it is.
+        self.needs_schedule = self.session.policy.by_steps or self.session.method.by_steps
 
     def attend(
         self,
@@ -63,6 +68,11 @@ class Attention:
         _parallel_config: Any = None,
     ) -> Tensor:
         """What the dispatcher calls instead of a backend; the names of the arguments say which it passes."""
+        other = self._in_place_of_this()
+        if other is not None:
+            return other.attend(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config
+            )
         has = {
             "dropout": dropout_p != 0.0,
             "causal order": is_causal,
@@ -90,15 +100,25 @@ class Attention:
 
             inputs = None if running is None else running.inputs
             return self.of(running, Asked(q, k, v, attn_mask, scale, odd, dense, inputs)).transpose(1, 2)
-        attention = self.forwards.thread.traced.attention
-        if running is None or odd:
+        attention, watched = self.forwards.thread.traced.attention, watched_by()
+        if running is None or odd or watched:
             if running is not None:
-                opaque.note(self.session.number, getattr(attention, NAME), _not_supported(odd))
+                opaque.note(self.session.number, getattr(attention, NAME), watched or _not_supported(odd))
             return own(query, key, value, attn_mask)
         hidden = None if running.inputs is None else running.inputs.hidden
         extra = {"ticket": self.forwards.thread.traced.ticket, "mask": attn_mask, "hidden": hidden}
         factor, learns = query.shape[3] ** -0.5 if scale is None else scale, int(torch.is_grad_enabled())
         return opaque.attend(getattr(attention, NUMBER), q, k, v, extra, [learns], [factor])
+
+    def _in_place_of_this(self) -> Attention | None:
+        """That of another patch of this layer, under which the forward began that runs now; it was removed since."""
+        running = None if torch.compiler.is_compiling() else innermost()
+        if running is None or running.layer is None or running.owner == self.forwards.number:
+            return None
+        other = ATTENTIONS.get(running.owner)
+        if other is None or not other.session.ended:
+            return None
+        return other if any(id(module) == running.module for module in self.forwards.layers) else None
 
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""
@@ -106,7 +126,13 @@ class Attention:
             self.forwards.check_program()
             return None
         running, here = self.forwards.called(attention), innermost()
-        if running is None:
+        if running is None or running.layer is None:
+            return None
+        watched = watched_by()
+        if watched:
+            # A function in the place of PyTorch's own may never come here.
+            if not self.session.as_before(running.layer.record):
+                self.session.give_up(running.layer.record, watched)
             return None
 
         def answer(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -150,25 +176,25 @@ class Attention:
         if torch.is_grad_enabled():
             layer = replace(layer, record=LayerRecord(layer.record.name, layer.index))
         inputs = None if hidden is None else LayerInputs(hidden)
-        with self.session.steadily(True):
-            return (self.run(layer, running.call, replace(asked, q=q, k=k, v=v, mask=mask, inputs=inputs)),)
+        return (self.run(layer, running.call, replace(asked, q=q, k=k, v=v, mask=mask, inputs=inputs)),)
 
     def run(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor:
         """Attention of one layer, sparse or dense, [batch, heads, tokens, dim]; dense calls are counted."""
-        sparse = None if self.session.as_before(layer.record) else self._sparse(layer, call, asked)
+        work = Work.of(asked.q, asked.k.shape[2], False, self.session.policy.min_queries)
+        sparse = None if self.session.as_before(layer.record, work) else self._sparse(layer, call, asked, work)
         return self._dense(asked) if sparse is None else sparse
 
     def _dense(self, asked: Asked) -> Tensor:
         return asked.dense(asked.q, asked.k, asked.v, self.family.dense_mask(asked.mask, asked.k.shape[2]))
 
-    def _sparse(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor | None:
+    def _sparse(self, layer: Layer, call: Call | None, asked: Asked, work: Work) -> Tensor | None:
         """Attention of the valid tokens, or None where the model must run its own on all, with the reason counted."""
         q, k, v = cast_inputs(asked.q, asked.k, asked.v)
         layout = self._layout(call, asked)
         cut = None if call is None or isinstance(layout, Decline) else self._trim(call, asked, layout)
         for found in (layout, cut):
             if isinstance(found, Decline):
-                self.session.give_up(layer.record, found.reason)
+                self.session.give_up(layer.record, found.reason, work)
                 return None
         assert call is not None and isinstance(layout, TokenLayout) and not isinstance(cut, Decline)
         context = Context(
@@ -199,8 +225,9 @@ class Attention:
     def _layout(self, call: Call | None, asked: Asked) -> TokenLayout | Decline:
         """The tokens of a call, or what about it sparse attention cannot honour."""
         queries, keys = asked.q.shape[2], asked.k.shape[2]
-        if asked.odd:
-            return Decline(_not_supported(asked.odd))
+        odd = watched_by() or (_not_supported(asked.odd) if asked.odd else None)
+        if odd is not None:
+            return Decline(odd)
         if call is None:
             return Decline("called outside of the transformer's forward: grid and step are unknown")
         layout = call.tokens.layout(queries) if queries == keys else None
@@ -215,8 +242,7 @@ class Attention:
         found: Trim | Decline | None = call.trims.get(asked.mask)
         if found is None:
             valid = self.family.valid(asked.mask, asked.q.shape[0], layout.kv_len)
-            found = Decline("the call has a mask that differs from query to query") if valid is None else None
-            found = found or trim(cast(Tensor, valid), layout)
+            found = Decline(f"the call has a {valid.reason}") if isinstance(valid, Decline) else trim(valid, layout)
             call.trims[asked.mask] = found
         return found
 
@@ -257,7 +283,7 @@ class CompiledLayer:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int], options: list[float],
-        reason: str, training: bool, again: bool,
+        reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         attention, layer, scale = self.attention, self.layer, options[0]
@@ -275,5 +301,4 @@ class CompiledLayer:
         hidden = extra.get("hidden")
         inputs = None if hidden is None else LayerInputs(hidden)
         asked = Asked(q, k, v, extra.get("mask"), scale, (), dense, inputs)
-        with attention.session.steadily(training):
-            return attention.run(layer, call, asked).transpose(1, 2)
+        return attention.run(layer, call, asked).transpose(1, 2)

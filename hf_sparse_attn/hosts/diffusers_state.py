@@ -10,16 +10,18 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.at_work import Forward, calls_here, runs_here
 from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_clock import Clock, run_length
+from hf_sparse_attn.hosts.diffusers_clock import GUESSED, Clock
 from hf_sparse_attn.hosts.diffusers_model import (
     NUMBER,
     Call,
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
 _TICKETS = itertools.count()
 _MOST_TICKETS = 256
+# Names under which transformers take the time.
+TIMES = ("timestep", "timesteps", "t")
 # What no call of attention has.
 _NO_SIZES = -1, -1
 
@@ -56,6 +60,7 @@ class Running:
         inputs: what the attention was given, where the method reads it.
         text: how many keys are the text alone; see DiffusersFamily.text_keys.
         outer: what it runs inside of, of any patch.
+        forward: of a transformer, what keeps the patch from being taken off.
     """
 
     owner: int
@@ -67,6 +72,7 @@ class Running:
     text: int = 0
     outer: Running | None = None
     sizes: tuple[int, int] | None = None
+    forward: Forward | None = None
 
     def takes(self, queries: int, keys: int) -> bool:
         """Whether a call of attention is the layer's own: its first one, and others of those sizes.
@@ -89,19 +95,29 @@ def innermost() -> Running | None:
     return _RUNNING.get()
 
 
-def _around(module: nn.Module) -> Running | None:
-    """What a module runs inside of; where it does not run, what runs."""
-    top = at = innermost()
-    while at is not None:
-        if at.module == id(module):
-            return at.outer
+def _around(owner: int, module: nn.Module) -> Running | None:
+    """What a module runs inside of; where it does not run for that owner, what runs."""
+    top = innermost()
+    own = _noted(owner, module)
+    return top if own is None else own.outer
+
+
+def _noted(owner: int, module: nn.Module) -> Running | None:
+    """What an owner has noted of a module at work."""
+    at = innermost()
+    while at is not None and (at.owner, at.module) != (owner, id(module)):
         at = at.outer
-    return top
+    return at
 
 
 def _enter(module: nn.Module, running: Running) -> None:
-    # Around it, not in what runs: the same module was left behind where it seems to run inside of itself.
-    running.outer = _around(module)
+    before = _noted(running.owner, module)
+    times, at = 0, before
+    while at is not None:
+        times += (at.owner, at.module) == (running.owner, id(module))
+        at = at.outer
+    # Around it, not in what runs, where that was left behind and does not run.
+    running.outer = before.outer if before is not None and calls_here(module) <= times else innermost()
     _RUNNING.set(running)
 
 
@@ -133,18 +149,23 @@ class Forwards:
         why_lost: how an attention was changed since it was taken over, or None.
     """
 
-    def __init__(self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any], str | None]) -> None:
+    def __init__(
+        self, patch: Patch, family: type[DiffusersFamily], why_lost: Callable[[Any, Any], str | None]
+    ) -> None:
         self.patch = patch
         self.session = patch.session
         self.family = family
         self.why_lost = why_lost
         self.layers: dict[nn.Module, Layer] = {}
+        # Transformers and attentions by the id of their ticket, which a replica shares and a deep copy does not.
+        self.originals: dict[int, nn.Module] = {}
         self.attentions: dict[nn.Module, list[nn.Module]] = {}
         # Arguments of the forwards; looked up before, because dynamo cannot follow how.
         self.names: dict[type[nn.Module], list[str]] = {}
         self.clock = Clock()
         self.thread = _Thread()
         self.tickets: OrderedDict[int, Call] = OrderedDict()
+        self.last_ticket = -1
         # Backward may recompute a layer in a thread of its own, long after its forward or after another one: its
         # rotary tensor, which checkpointing hands over unchanged and every forward makes anew, says which it was.
         self.calls = WeakTensorKeyDictionary()
@@ -153,28 +174,45 @@ class Forwards:
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by name."""
-        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+        names = self.names.get(type(module))
+        if names is None:
+            # A module that was sharded since has a class of its own, made from the one it had.
+            names = next(self.names[kind] for kind in type(module).__mro__ if kind in self.names)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
+        # Without them torch calls a hook that another thread is just taking off.
         # In a program the model runs as before, or recomputation.watch has refused it.
-        if in_program():
+        if kwargs is None or in_program():
             return
         inputs = self.by_name(transformer, args, kwargs)
-        time = inputs.get("timestep")
+        time = next((inputs[name] for name in TIMES if inputs.get(name) is not None), None)
         if torch.compiler.is_compiling():
             given, tokens = [time] if isinstance(time, Tensor) else [], self.family.tokens(transformer, inputs)
             traced = self.thread.traced
             traced.ticket = opaque.begin(getattr(transformer, NUMBER), given, tokens.sizes())
             traced.began = True
             return
-        if transformer not in self.attentions:
+        own = self.original(transformer)
+        if own not in self.attentions:
             self._warn("a deep copy of a patched model runs dense: make the copy first and patch it")
             _enter(transformer, self._running(transformer))
             return
-        number, call = self.begin(transformer, plain(time), self.family.tokens(transformer, inputs))
+        forward = Forward(ref(transformer))
+        if not (self.session.begun and self.patch.at_work.begin(forward)):
+            return
+        try:
+            number, call = self.begin(own, plain(time), self.family.tokens(transformer, inputs))
+        except BaseException:
+            self.patch.at_work.end(forward)
+            raise
         ticket = self.thread.traced.ticket = opaque.ticket(number)
-        _enter(transformer, self._running(transformer, call, ticket=ticket))
+        _enter(transformer, self._running(transformer, call, ticket=ticket, forward=forward))
+
+    def original(self, module: Any) -> Any:
+        """The module itself, or what it is a replica of (nn.DataParallel runs each batch in new ones)."""
+        return self.originals.get(id(module.__dict__.get(NUMBER)), module)
 
     def check_program(self) -> None:
         """Refuses to become part of a program, unless the model runs as it did before."""
@@ -183,18 +221,19 @@ class Forwards:
 
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
-        step = self.clock.step(time)
-        generation = self.clock.generation
-        num_steps = generation.announced[1] or run_length(pipeline_of(self.patch))
-        step = step if num_steps is None else min(step, num_steps - 1)
+        moment = self.clock.moment(time, pipeline_of(self.patch))
+        if moment.guessed and (self.session.policy.by_steps or self.session.method.by_steps):
+            self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
-            reason = self.why_lost(attention)
+            reason = self.why_lost(transformer, attention)
             if reason is not None:
-                self._warn(f"{reason}: set the backend first, then call patch()")
+                self._warn(f"{reason}: call patch() after such changes")
                 self.session.give_up(self.layers[attention].record, reason)
-        call = Call(tokens, step, num_steps, generation.branch, WeakTensorKeyDictionary())
+        branch = self.clock.generation.branch
+        call = Call(tokens, moment.step, moment.num_steps, branch, WeakTensorKeyDictionary())
         number = next(_TICKETS)
         self.tickets[number] = call
+        self.last_ticket = number
         # A backward asks for the forwards of the steps whose gradients it adds up, and not for older ones.
         while len(self.tickets) > _MOST_TICKETS:
             self.tickets.popitem(last=False)
@@ -205,14 +244,17 @@ class Forwards:
         self.thread.traced.began = False
         if torch.compiler.is_compiling():
             return
-        _RUNNING.set(_around(transformer))
+        own = _noted(self.number, transformer)
+        _RUNNING.set(_around(self.number, transformer))
+        if own is not None and own.forward is not None:
+            self.patch.at_work.end(own.forward)
         outer = self._innermost(layers=False)
         if outer is not None and outer.ticket is not None:
             self.thread.traced.ticket = outer.ticket
 
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes the tensors of a block, by which its recomputation in backward is known again."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or kwargs is None:
             return
         tensors, call = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], self.call
         if call is None:
@@ -225,10 +267,12 @@ class Forwards:
     def leave_block(self, block: nn.Module, *_: object) -> None:
         """Ends what `enter_block` began."""
         if not torch.compiler.is_compiling():
-            _RUNNING.set(_around(block))
+            _RUNNING.set(_around(self.number, block))
 
-    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_layer(self, attention: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes which layer asks for attention next; in a recomputation also which forward it belongs to."""
+        if kwargs is None:
+            return
         given = self.by_name(attention, args, kwargs)
         inputs = self.family.layer_inputs(given) if self.session.reads else None
         text = self.family.text_keys(given)
@@ -236,13 +280,15 @@ class Forwards:
             traced = self.thread.traced
             traced.attention, traced.layer = attention, Running(self.number, 0, inputs=inputs, text=text)
             return
-        layer, call, rotary = self.layers.get(attention), self.call, rotary_table(args, kwargs)
+        layer, call, rotary = self.layers.get(self.original(attention)), self.call, rotary_table(args, kwargs)
         if layer is None:
             return
         if rotary is not None and call is None:
             call = self.calls.get(rotary)
         elif rotary is not None:
             self.calls[rotary] = call
+        if call is None and self.is_of_no_forward():
+            return
         _enter(attention, self._running(attention, call, layer=layer, inputs=inputs, text=text))
 
     def leave_layer(self, attention: nn.Module, *_: object) -> None:
@@ -250,7 +296,14 @@ class Forwards:
         if torch.compiler.is_compiling():
             self.thread.traced.attention = self.thread.traced.layer = None
         else:
-            _RUNNING.set(_around(attention))
+            _RUNNING.set(_around(self.number, attention))
+
+    def is_of_no_forward(self) -> bool:
+        """Whether what runs in this thread, in no forward that is known, runs as without the patch.
+
+        It does where the patch was removed, and in a forward that began before the patch.
+        """
+        return self.session.ended or runs_here(self.attentions)
 
     @property
     def layer(self) -> Running | None:
@@ -262,11 +315,13 @@ class Forwards:
 
     def called(self, attention: nn.Module) -> Running | None:
         """An attention whose processor runs, which no graph does; None where it is not ours, as in a deep copy."""
-        layer, running = self.layers.get(attention), self._innermost()
+        layer, running = self.layers.get(self.original(attention)), self._innermost()
         if layer is None:
             return None
         if running is not None and running.module == id(attention):
             return running
+        if self.call is None and self.is_of_no_forward():
+            return None
         # The hooks before it were part of a graph.
         traced = self.thread.traced
         text = traced.layer.text if traced.layer is not None and traced.attention is attention else 0
@@ -283,7 +338,7 @@ class Forwards:
     def find(self, ticket: Tensor) -> Call | None:
         """The forward of a ticket; where its thread never ran one, as those of autograd, the last one of all."""
         number = int(ticket)
-        return self.tickets.get(max(self.tickets, default=-1) if number < 0 else number)
+        return self.tickets.get(self.last_ticket if number < 0 else number)
 
     def _innermost(self, layers: bool = True) -> Running | None:
         """The innermost module at work that is of this patch, and no layer where these are not asked for."""

@@ -64,7 +64,7 @@ class CompiledLayer:
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Mapping[str, Tensor], lengths: list[int],
-        options: list[float], reason: str, training: bool, again: bool,
+        options: list[float], reason: str, again: bool,
     ) -> Tensor:  # fmt: skip
         """See opaque.Layer."""
         module = self.module()
@@ -77,15 +77,14 @@ class CompiledLayer:
             # Only where the patch is strict: this raises.
             state.session.give_up(state.record, reason)
         if state.hints is not None:
-            state = replace(state, hints=replace(state.hints, grid=tuple(lengths[4:]) or None))
+            state = replace(state, hints=replace(state.hints, last=tuple(lengths[4:]) or None, fixed=True))
         kwargs: dict[str, Any] = {"scaling": options[0], "dropout": 0.0, "is_causal": bool(lengths[2])}
         if options[1]:
             kwargs["softcap"] = options[1]
         if "sinks" in extra:
             kwargs["s_aux"] = extra["sinks"]
         mask = None if lengths[3] else _mask_of(q, k, extra, lengths, state.dense)
-        with state.session.steadily(training):
-            done = attend_sparse(state, module, q, k, v, mask, kwargs)
+        done = attend_sparse(state, module, q, k, v, mask, kwargs)
         if done is None:
             with _parameters(module, {n: extra[f"parameter {n}"] for n in self.parameters}):
                 done = run_dense(state.dense, module, q, k, v, mask, kwargs)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_sparse_attn.context import TokenLayout
+from hf_sparse_attn.hosts.transformers_forward import forwards_here, values_here
 from hf_sparse_attn.hosts.transformers_hook import code_names, is_text_attention
 from hf_sparse_attn.patching import Patch
 
@@ -34,16 +36,36 @@ class Hints:
 
     Args:
         before: tokens before the patches of an image.
-        grid: (batch, frames, height, width) of the patches of the current forward, or None.
+        last: (batch, frames, height, width) of the patches of the last forward of all, or None. For graphs, and for
+            layers that run outside of a forward.
+        fixed: whether `last` holds whatever forward is at work.
     """
 
     before: int = 0
-    grid: tuple[int, ...] | None = None
+    last: tuple[int, ...] | None = None
+    fixed: bool = False
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """That of the forward at work in this thread."""
+        if self.fixed or torch.compiler.is_compiling():
+            return self.last
+        known = forwards_here()
+        # The model that cuts the images may stand above the one whose layers ask.
+        return next((f.values[self] for f in known if self in f.values), None) if known else self.last
+
+    def note(self, grid: tuple[int, ...]) -> None:
+        """Notes the grid of the forward at work."""
+        self.last = grid
+        if not torch.compiler.is_compiling():
+            for forward in forwards_here()[:1]:
+                forward.values[self] = grid
 
     def layout(self, batch: int, tokens: int) -> TokenLayout:
         """The tokens of a row: a video where they are as many as its patches and what stands before, else text."""
-        if self.grid is not None and self.grid[0] == batch:
-            frames, height, width = self.grid[1:]
+        grid = self.grid
+        if grid is not None and grid[0] == batch:
+            frames, height, width = grid[1:]
             if frames * height * width + self.before == tokens:
                 return TokenLayout.video(frames, height, width, text_before=self.before)
         return TokenLayout.bidirectional(tokens)
@@ -51,9 +73,25 @@ class Hints:
 
 @dataclass(eq=False)
 class Source:
-    """Whether the keys of a module's current call are of another sequence than its queries."""
+    """Whether the keys of a module's current call are of another sequence than its queries.
 
-    other: bool = False
+    Args:
+        traced: the same of a call that is being traced.
+    """
+
+    traced: bool = False
+
+    @property
+    def other(self) -> bool:
+        """That of the call at work in this thread."""
+        return self.traced if torch.compiler.is_compiling() else bool(values_here().get(self))
+
+    def note(self, other: bool) -> None:
+        """Notes it."""
+        if torch.compiler.is_compiling():
+            self.traced = other
+        else:
+            values_here()[self] = other
 
 
 def is_encoder_attention(module: nn.Module, name: str = "") -> bool:
@@ -109,9 +147,10 @@ def watch_source(patch: Patch, module: nn.Module) -> Source:
     source, names = Source(), _parameters(type(module))
     others = other_tokens(module)
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        source.other = any(given.get(name) is not None for name in others)
+    # Without keyword arguments torch calls a hook that another thread is just taking off.
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        source.note(any(given.get(name) is not None for name in others))
 
     patch.hook(module, "register_forward_pre_hook", look, with_kwargs=True)
     return source
@@ -157,7 +196,7 @@ def watch_grid(patch: Patch, owner: nn.Module) -> Hints:
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         batch, sizes = output.shape[0], tuple(output.shape[_CHANNELS:])
-        hints.grid = (batch, *(1,) * (3 - len(sizes)), *sizes)
+        hints.note((batch, *(1,) * (3 - len(sizes)), *sizes))
 
     patch.hook(convolution, "register_forward_hook", look)
     return hints

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.decision import as_before
+from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
-from hf_sparse_attn.patching import changed
+from hf_sparse_attn.hosts.transformers_switch import hold
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
 from hf_sparse_attn.session import Session
@@ -30,11 +31,10 @@ from hf_sparse_attn.transforms import are_transformed
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import Hints, Source
+    from hf_sparse_attn.hosts.transformers_forward import Bound
     from hf_sparse_attn.hosts.transformers_inputs import LayerWatch
     from hf_sparse_attn.hosts.vision_layout import Tokens
 
-# Attribute of a patched attention module that holds its LayerState; plain, so that it is not in the state dict.
-STATE_ATTRIBUTE = "_hsa_layer"
 # Keyword arguments that a family's hooks add to a call: what the tokens are (vision_layout.Tokens), and which runs of
 # them see only themselves (vision_segments.Segments).
 TOKENS, SEGMENTS = "hsa_tokens", "hsa_segments"
@@ -58,6 +58,7 @@ class LayerState:
         source: tells whether a call's keys are of another sequence; None where they never are.
         watch: keeps what else the method reads of the layer; None where it reads nothing.
         later: of a module that is several layers, the states of its second and later runs in a forward.
+        bound: the layers of the patch; None where there is none, as for native names.
     """
 
     record: LayerRecord
@@ -69,6 +70,7 @@ class LayerState:
     source: Source | None = None
     watch: LayerWatch | None = None
     later: tuple[LayerState, ...] = ()
+    bound: Bound | None = None
 
     def of_run(self, runs: dict[str, int] | None) -> LayerState:
         """The state of the run that begins, which is counted in `runs`; the first one's where nobody counts."""
@@ -144,13 +146,20 @@ def run_dense(
     """What the implementation `name` returns for the call, to the bit."""
     if isinstance(mask, MaskSpec):
         mask = mask.dense(name, q.device)
-    # The flash functions choose their kernel by what the config names.
-    named = changed([module.config], "_attn_implementation_internal", name) if "flash" in name else _AS_IT_IS
-    with named:
-        return dense_function(name, module)(module, q, k, v, mask, **kwargs)
+    own = _named(module, name) if "flash" in name else module
+    return dense_function(name, module)(own, q, k, v, mask, **kwargs)
 
 
-_AS_IT_IS = nullcontext()
+def _named(module: Any, name: str) -> Any:
+    """The module with a config that names an implementation, by which the flash functions choose their kernel.
+
+    A replica, for other threads read the config of the module.
+    """
+    config = copy.copy(module.config)
+    config.__dict__["_attn_implementation_internal"] = name
+    replica = module.__new__(type(module))
+    replica.__dict__ = {**module.__dict__, "config": config}
+    return replica
 
 
 def attend_sparse(
@@ -167,7 +176,7 @@ def attend_sparse(
     # Let go here whatever becomes of the call: a layer's activations must not wait for its next one.
     kept = None if state.watch is None else state.watch.release()
     call = LayerCall(state, module, q, k, v, mask, kwargs, tokens, kept)
-    if state.session.stays_dense(state.record, decide(call)):
+    if state.session.stays_dense(state.record, decide(call), call.work):
         return None
     end = call.plan.kv_end
     done = state.session.sparse(
@@ -192,7 +201,11 @@ def attend(
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
-    state, runs = find(module), kwargs.pop(RUNS, None)
+    now, runs = find(module), kwargs.pop(RUNS, None)
+    if now is not None and not torch.compiler.is_compiling():
+        # In a pause, too: what runs again in backward must meet the same.
+        recomputation.note(now.session)
+    state = _state_here(now, module, attention_mask)
     if state is not None:
         state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:
@@ -210,7 +223,6 @@ def attend(
     elif recomputation.is_of_before(state.session):
         dense = state.dense
     else:
-        recomputation.note(state.session)
         done = attend_sparse(state, module, query, key, value, attention_mask, kwargs, tokens)
         if done is not None:
             return done
@@ -221,12 +233,42 @@ def attend(
     return run_dense(dense, module, query, key, value, attention_mask, kwargs)
 
 
-def describe_mask(original: str | None, **wanted: Any) -> MaskSpec:
+def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
+    """The state by which a call runs, or None where it runs as without a patch: that of its forward when it began.
+
+    Args:
+        now: the state of the module.
+        module, mask: of the call. Where backward runs a layer again, its mask tells the forward.
+    """
+    if torch.compiler.is_compiling() or (now is not None and now.bound is None):
+        return now
+    forward = forward_of(module)
+    if forward is None and isinstance(mask, MaskSpec):
+        forward = mask.forward
+        if forward is not None and forward.bound.state_of(module) is None:
+            forward = None
+    if forward is not None:
+        return None if forward.asleep else forward.bound.state_of(module)
+    return None if now is None or now.bound is None or began_before(now.bound) else now
+
+
+def describe_mask(original: str | None, **wanted: Any) -> Any:
     """What transformers calls to make a mask; see `register`."""
     ready = wanted.get("attention_mask")
     # generate() makes the masks of a static cache ahead and passes them through here again.
+    if isinstance(ready, MaskSpec):
+        return ready
     # The eager form of a mask is one that every implementation takes.
-    return ready if isinstance(ready, MaskSpec) else MaskSpec(original or "eager", wanted)
+    mask = MaskSpec(original or "eager", wanted)
+    if original is None or torch.compiler.is_compiling():
+        return mask
+    config = wanted.get("config")
+    mask.forward = forward_with(config)
+    if mask.forward is None:
+        known = hold(mask, config)
+    else:
+        known = not mask.forward.asleep
+    return mask if known else mask.dense(original, mask.device)
 
 
 def register(name: str, original: str | None, find: Find) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.context import LayerInputs
+from hf_sparse_attn.hosts.transformers_forward import values_here
 from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.method import MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
@@ -30,33 +32,39 @@ class LayerWatch:
         self.patch = patch
         self.parts = parts
         self.hidden = hidden
-        self._kept: dict[str, Tensor] = {}
+        self._lock = Lock()
         self._watched: dict[str, tuple[nn.Module, Any]] = {}
         self._closed = False
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs before the module: a new call begins."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        """Runs before the module: a new call begins; without `kwargs` where another thread just takes the hook off."""
         # A compiled graph is dense and hands nothing over; hooks in it would only break it.
-        if self._closed or torch.compiler.is_compiling():
+        if self._closed or kwargs is None or torch.compiler.is_compiling():
             return
-        self._kept.clear()
+        kept = values_here()[self] = {}
         for field, name in self.parts.items():
-            part, watched = getattr(module, name), self._watched.get(field)
-            if watched is None or watched[0] is not part:
-                if watched is not None:
-                    watched[1].remove()
-                kept = partial(self._keep, field)
-                self._watched[field] = part, self.patch.hook(part, "register_forward_hook", kept)
+            self._watch(field, getattr(module, name))
         if self.hidden:
-            self._kept["hidden"] = args[0] if args else kwargs["hidden_states"]
+            kept["hidden"] = args[0] if args else kwargs["hidden_states"]
+
+    def _watch(self, field: str, part: nn.Module) -> None:
+        with self._lock:
+            watched = self._watched.get(field)
+            # A replica of a part has its hooks, too.
+            if watched is not None and watched[1].id in part._forward_hooks:
+                return
+            if watched is not None:
+                watched[1].remove()
+            kept = partial(self._keep, field)
+            self._watched[field] = part, self.patch.hook(part, "register_forward_hook", kept)
 
     def _keep(self, field: str, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._closed and not torch.compiler.is_compiling():
-            self._kept[field] = output
+            values_here().setdefault(self, {})[field] = output
 
     def release(self) -> dict[str, Tensor]:
         """What was kept of the call that is running, which is forgotten."""
-        kept, self._kept = self._kept, {}
+        kept: dict[str, Tensor] = values_here().pop(self, {})
         return kept
 
     def inputs(self, kept: dict[str, Tensor], q: Tensor, k: Tensor) -> LayerInputs | str:
@@ -88,7 +96,6 @@ class LayerWatch:
     def close(self) -> None:
         """Keeps nothing any more."""
         self._closed = True
-        self._kept.clear()
         self._watched.clear()
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from threading import Lock
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.family import pretrained_models
-from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.hosts import NATIVE_PREFIX
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
 from hf_sparse_attn.hosts.transformers_hook import (
     RUNS,
-    STATE_ATTRIBUTE,
     LayerState,
     default_dense,
     dense_function,
@@ -26,14 +26,13 @@ from hf_sparse_attn.hosts.transformers_hook import (
     register,
 )
 from hf_sparse_attn.hosts.transformers_inputs import watch_layer
+from hf_sparse_attn.hosts.transformers_switch import is_switched, mend_copy, original, switch_off, switch_on
 from hf_sparse_attn.patching import Patch
-
-log = logging.getLogger(__name__)
+from hf_sparse_attn.record import LayerRecord
+from hf_sparse_attn.session import Session
 
 # Method of a model of transformers that every continuous batching begins with.
 _PAGED = "init_continuous_batching"
-_FIELD = "_attn_implementation_internal"
-_ABSENT: Any = object()
 
 
 Wanted = Callable[[nn.Module, str], bool]
@@ -78,7 +77,10 @@ def install_text(
         known: what else the state of an attention module with its owner holds; see LayerState.
     """
     configs: dict[int, Any] = {}
+    bound = bind(patch, patch.modules)
+    watched: list[tuple[Any, dict[str, tuple[Any, LayerRecord]]]] = []
     for prefix, owner in owners:
+        places: dict[str, tuple[Any, LayerRecord]] = {}
         found = [(name, module) for name, module, holder in attention_modules(owner, wanted) if holder is owner]
         # Layers of encoders have no number of their own.
         own = [getattr(module, "layer_idx", None) for _, module in found]
@@ -97,12 +99,19 @@ def install_text(
             for index in indices:
                 own_name = f"{prefix}{name}" if len(indices) == 1 else f"{prefix}{name} (layer {index})"
                 record = patch.session.record(own_name, index)
-                state = LayerState(record, patch.session, max(map(max, runs)) + 1, dense, **extra)
+                state = LayerState(record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, **extra)
                 compiled = CompiledLayer(state, module, dense_function(dense, module))
                 states.append(replace(state, compiled=compiled))
-            patch.set_attribute(module, STATE_ATTRIBUTE, replace(states[0], later=tuple(states[1:])))
+            bound.states[module] = state = replace(states[0], later=tuple(states[1:]))
+            patch.set_attribute(module, STATE_ATTRIBUTE, state)
+            places[name] = module, state.record
+        watched.append((owner, places))
+    # The configs last: only they let calls come here.
+    bound.configs.update(configs)
     for config in configs.values():
         switch(patch, config)
+    for owner, places in watched:
+        patch.hook(owner, "register_forward_pre_hook", watch_changes(patch.session, owner, places))
     for model in pretrained_models(patch.model):
         if hasattr(model, _PAGED):
             patch.set_attribute(model, _PAGED, _refuse_pages)
@@ -115,15 +124,16 @@ def _shared(config: Any, modules: int) -> list[list[int]]:
         return []
     layers: list[list[int]] = [[] for _ in range(modules)]
     for layer in range(config.num_hidden_layers):
-        group = layer * groups // config.num_hidden_layers
+        # As the model has it, rounding included.
+        group = int(layer / (config.num_hidden_layers / groups))
         for place in range(inner):
             layers[group * inner + place].append(layer * inner + place)
     return layers
 
 
-def _count_runs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before a forward: hands down what its shared layers count their runs in."""
-    return args, {**kwargs, RUNS: {}}
+def _count_runs(module: nn.Module, args: Any, kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+    """Before a forward: hands down what its shared layers count their runs in; see LayerWatch.before for `kwargs`."""
+    return None if kwargs is None else (args, {**kwargs, RUNS: {}})
 
 
 def _refuse_pages(*_: Any, **__: Any) -> Any:
@@ -134,80 +144,64 @@ def _refuse_pages(*_: Any, **__: Any) -> Any:
     )
 
 
+def watch_changes(
+    session: Session, owner: nn.Module, places: dict[str, tuple[nn.Module, LayerRecord]]
+) -> Callable[..., None]:
+    """A pre-hook of a patched model that tells which of its attention modules no longer come to the hook.
+
+    Args:
+        session: of the patch.
+        owner: the model.
+        places: attention modules and their records, by where they stand in it.
+    """
+    own, names = weakref.ref(owner), list(places)
+    known = [(weakref.ref(module), record) for module, record in places.values()]
+
+    def look(now: nn.Module, args: Any) -> None:
+        # A copy is another model, and what a graph calls was looked up while tracing.
+        if now is not own() or torch.compiler.is_compiling() or as_before(session).reason is not None:
+            return
+        for i, (held, record) in enumerate(known):
+            module: Any = held()
+            found = _at(now, names[i])
+            if found is not module:
+                # What wraps a layer, as checkpointing and compilation do, moves it.
+                name = next((name for name, m in now.named_modules() if m is module), None)
+                if name is None:
+                    session.give_up(record, f"attention module {'replaced' if found else 'removed'} after the patch")
+                    continue
+                names[i] = name
+            if not is_switched(module.config):
+                now_set = module.config._attn_implementation
+                session.give_up(record, f"attn_implementation set to {now_set!r} after the patch")
+
+    return look
+
+
+def _at(owner: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of this name, or None; quicker than get_submodule, for it is asked in every decoding step."""
+    at: Any = owner
+    for part in name.split("."):
+        at = at._modules.get(part)
+        if at is None:
+            return None
+    found: nn.Module = at
+    return found
+
+
 def dense_name(module: Any) -> str:
     """The implementation a module runs where nothing is made sparse."""
-    original = _original(module.config)
+    own = original(module.config)
     # A native name is sparse itself: dense then means what the model would have run without it.
-    return default_dense(module) if original.startswith(NATIVE_PREFIX) else original
+    return default_dense(module) if own.startswith(NATIVE_PREFIX) else own
 
 
 def switch(patch: Patch, config: Any) -> None:
     """Lets a config point at the hook until the patch is removed."""
-    _switch_on(config)
-    patch.on_remove(_switch_off, config)
-    patch.on_copy(partial(_mend_copy, config))
 
+    def known(name: str, own: str) -> None:
+        register(name, own, lambda module: module.__dict__.get(STATE_ATTRIBUTE))
 
-def is_switched(config: Any) -> bool:
-    """Whether a config points at the hook now."""
-    return str(config._attn_implementation).startswith(PATCHED_PREFIX)
-
-
-@dataclass
-class _Switch:
-    """A config that points at the hook, how many patches want that, and what it held before."""
-
-    config: weakref.ref[Any]
-    patches: int
-    before: Any
-
-
-_SWITCHES: dict[int, _Switch] = {}
-_LOCK = Lock()
-
-
-def _original(config: Any) -> str:
-    """The implementation a config names, also when it points at the hook already."""
-    return str(config._attn_implementation or "eager").removeprefix(PATCHED_PREFIX)
-
-
-def _switch_on(config: Any) -> None:
-    with _LOCK:
-        known = _SWITCHES.get(id(config))
-        if known is not None:
-            known.patches += 1
-            return
-        key, original = id(config), _original(config)
-        name = f"{PATCHED_PREFIX}{original}"
-        register(name, original, lambda module: module.__dict__.get(STATE_ATTRIBUTE))
-        gone = weakref.ref(config, lambda _: _SWITCHES.pop(key, None))
-        _SWITCHES[key] = _Switch(gone, 1, config.__dict__.get(_FIELD, _ABSENT))
-        config.__dict__[_FIELD] = name
-
-
-def _mend_copy(config: Any, memo: dict[int, Any]) -> None:
-    """Lets the copy of a config, if the memo of a deep copy has one, hold what the config held before."""
-    known, made = _SWITCHES.get(id(config)), memo.get(id(config))
-    if known is not None and made is not None and is_switched(made):
-        _restore(made, known.before)
-
-
-def _restore(config: Any, before: Any) -> None:
-    if before is _ABSENT:
-        config.__dict__.pop(_FIELD, None)
-    else:
-        config.__dict__[_FIELD] = before
-
-
-def _switch_off(config: Any) -> None:
-    with _LOCK:
-        known = _SWITCHES[id(config)]
-        known.patches -= 1
-        if known.patches:
-            return
-        del _SWITCHES[id(config)]
-        now = str(config.__dict__.get(_FIELD))
-        if not now.startswith(PATCHED_PREFIX):
-            log.warning("attn_implementation was set to %r while the model was patched; it is left so", now)
-        else:
-            _restore(config, known.before)
+    switch_on(config, known)
+    patch.on_remove(switch_off, config)
+    patch.on_copy(partial(mend_copy, config))

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from hf_sparse_attn.at_work import Forward
+from hf_sparse_attn.hosts.padding import key_padding
+from hf_sparse_attn.method import Decline
 from hf_sparse_attn.span import Span
 
 
@@ -204,7 +209,23 @@ class MaskSpec:
         self.original = original
         self.device = torch.device(wanted.get("device", "cpu"))
         self.shape = (wanted["batch_size"], 1, wanted["q_length"], wanted["kv_length"])
+        # The forward that it was made in, where that is known: by it a layer that runs again finds its state.
+        self.forward: Forward | None = None
         self._dense: dict[tuple[str, torch.device], Any] = {}
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gives a function of torch the tensor: a layer that was put in since the patch comes to no hook."""
+        args, kwargs = tree_map_only(cls, cls._tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @property
+    def kv_end(self) -> int:
+        """Keys up to the last query's; all places of a static cache whose counter would have to be waited for."""
+        offset = self.wanted["q_offset"]
+        if isinstance(offset, Tensor) and offset.device.type != "cpu":
+            return int(self.shape[3])
+        return min(self.shape[3], int(offset) + self.shape[2] - int(self.wanted.get("kv_offset", 0)))
 
     def contiguous(self) -> MaskSpec:
         """Itself; generate() asks for it."""
@@ -278,6 +299,41 @@ class MaskSpec:
         if rule.chunk is not None and end > rule.chunk:
             return replace(plan, reason=f"layer's own chunks of {rule.chunk}", own=True)
         return plan
+
+
+@dataclass(frozen=True)
+class ReadyMask:
+    """What a mask says that the model was given as a tensor: order and padding, and no more."""
+
+    shape: tuple[int, int, int, int]
+    plan: Plan
+
+
+# What was read of masks that are tensors, and of which version: all layers of a forward are given the same one.
+_READ = WeakTensorKeyDictionary()
+
+
+def read_ready(mask: Tensor, shape: tuple[int, int, int, int], causal: bool) -> ReadyMask | str:
+    """What a mask given as a tensor says, or what it is that no layer here can follow.
+
+    Args:
+        mask: [batch or 1, heads or 1, queries, keys].
+        shape: (batch, 1, queries, keys) of the call.
+        causal: whether the layer is.
+    """
+    key = 0 if mask.is_inference() else mask._version, shape, causal
+    known, found = _READ.get(mask, (None, ""))
+    if known != key:
+        batch, _, queries, keys = shape
+        valid = key_padding(mask, batch, keys, queries if causal else None)
+        if isinstance(valid, Decline):
+            found = valid.reason
+        elif valid.dtype != torch.bool:
+            found = "mask of separate sequences"
+        else:
+            found = ReadyMask(shape, replace(_padded_plan(valid, queries, keys), causal=causal))
+        _READ[mask] = key, found
+    return found
 
 
 def whole(batch: int, q_len: int, kv_end: int) -> tuple[Span, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
-from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, whole
+from hf_sparse_attn.hosts.sdpa_hook import is_context_parallel, watched_by
+from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, ReadyMask, read_ready, whole
+from hf_sparse_attn.record import Work
 from hf_sparse_attn.span import Span
 
 if TYPE_CHECKING:
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
 
 # The masks that a graph can hand over, by whether the layer is causal.
 MASK_FUNCTIONS = {True: masking_utils.causal_mask_function, False: masking_utils.bidirectional_mask_function}
+
+
+# Names of implementations that transformers defines itself.
+_BY_TRANSFORMERS = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d)")
 
 
 @dataclass(eq=False)
@@ -54,7 +63,9 @@ class LayerCall:
     @cached_property
     def known(self) -> Decision:
         """What is known of all calls of this shape."""
-        return by_shape(self.session, self.state.record, self.q, self.k, self.v, lambda: self.by_shape)
+        hints = None if self.state.hints is None else self.state.hints.grid
+        tokens = self.causal, hints
+        return by_shape(self.session, self.state.record, self.q, self.k.shape[2], lambda: self.by_shape, tokens)
 
     @property
     def causal(self) -> bool:
@@ -78,6 +89,13 @@ class LayerCall:
         )
 
     @property
+    def work(self) -> Work:
+        """What there is to compute, as far as it is told without a look at the values of the mask."""
+        keys = self.mask.kv_end if isinstance(self.mask, MaskSpec) else self.k.shape[2]
+        window = self.kwargs.get("sliding_window")
+        return Work.of(self.q, keys, self.causal, self.session.policy.min_queries, window)
+
+    @property
     def ctx(self) -> Context:
         """Where the call is, with the keys that exist and what the method reads."""
         inputs = self.inputs if isinstance(self.inputs, LayerInputs) else None
@@ -94,6 +112,19 @@ class LayerCall:
         """What else the method reads, or why it cannot be handed over; None where it reads nothing."""
         watch = self.state.watch
         return None if watch is None or self.kept is None else watch.inputs(self.kept, self.q, self.k)
+
+    @cached_property
+    def unread(self) -> str | None:
+        """Why a mask that was given ready made cannot be followed, or None; one that can is read then."""
+        if isinstance(self.mask, Tensor) and self.state.dense in ("eager", "sdpa"):
+            # Eager attention adds what it is given, also True and 1.
+            added = self.mask.to(self.q.dtype) if self.state.dense == "eager" else self.mask
+            found = read_ready(added, (self.q.shape[0], 1, self.q.shape[2], self.k.shape[2]), self.causal)
+            if isinstance(found, str):
+                return f"mask given as a Tensor: {found}"
+            self.mask = found
+        known = self.mask is None or isinstance(self.mask, (MaskSpec, ReadyMask))
+        return None if known else f"mask given as a {type(self.mask).__name__}"
 
     @cached_property
     def plan(self) -> Plan:
@@ -170,12 +201,29 @@ def _given(argument: str) -> Callable[[LayerCall], bool]:
 
 
 def _share_of_a_rank(call: LayerCall) -> bool:
-    if call.mask is None and call.kwargs.get("is_causal") is True and getattr(call.module, "is_causal", False):
-        raise ValueError(
-            "`attention_mask` must describe the whole sequence, got None with is_causal=True, as accelerate's context "
-            "parallelism sends it: a layer then sees one rank's share of the tokens. Use data parallelism or unpatch()"
-        )
-    return False
+    got = "None with is_causal=True, as accelerate's context parallelism sends it"
+    if is_context_parallel():
+        got = "a call under torch's context parallelism"
+    elif call.mask is not None or call.kwargs.get("is_causal") is not True or not getattr(call.module, "is_causal", 0):
+        return False
+    raise ValueError(
+        f"`attention_mask` must describe the whole sequence, got {got}: a layer then sees one rank's share of the "
+        "tokens. Use data parallelism or unpatch()"
+    )
+
+
+def _not_ours(call: LayerCall) -> str | None:
+    """What has taken the layer's own attention over or must see it, in words, or None."""
+    name = call.state.dense
+    if _BY_TRANSFORMERS.fullmatch(name):
+        for what, known in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+            now = known.get(name)
+            # functools.wraps copies the name of a module, not its globals.
+            home = str(getattr(now, "__globals__", {}).get("__name__"))
+            if now is not None and home.partition(".")[0] != "transformers":
+                other = getattr(now, "__qualname__", type(now).__qualname__)
+                return f"{what} function of {name!r} was replaced by {other}"
+    return watched_by()
 
 
 def _misfit(call: LayerCall) -> bool:
@@ -200,6 +248,7 @@ def _unknown_tokens(call: LayerCall) -> bool:
 RULES = (
     Rule("patch", lambda c: as_before(c.session).reason is not None, lambda c: as_before(c.session), noted=False),
     Rule("context parallelism", _share_of_a_rank, "", traced=False),
+    Rule("not ours", lambda c: _not_ours(c) is not None, lambda c: _not_ours(c) or ""),
     Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
          lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),
     Rule("shape", lambda c: c.known.reason is not None, lambda c: c.known, traced=False),
@@ -209,8 +258,9 @@ RULES = (
          lambda c: f"method {c.session.method.name} reads more of a layer than a graph hands over", eager=False),
     # Without a mask a causal layer may stand for one of several ranks, or hold a static cache.
     Rule("no mask", lambda c: c.mask is None and c.causal, "no mask was described to the layer"),
+    Rule("ready mask", lambda c: c.unread is not None, lambda c: c.unread or "", traced=False),
     Rule("ready mask", lambda c: c.mask is not None and not isinstance(c.mask, MaskSpec),
-         lambda c: f"mask given as a {type(c.mask).__name__}"),
+         lambda c: f"mask given as a {type(c.mask).__name__}", eager=False),
     Rule("mask of other sizes", _misfit, lambda c: f"mask for {list(c.mask.shape)} where the layer has "
          f"{[c.q.shape[0], 1, c.q.shape[2], c.k.shape[2]]}", traced=False),
     Rule("other tokens", lambda c: c.mask is None and (c.k.shape[0] != c.q.shape[0] or c.k.shape[2] != c.q.shape[2]),

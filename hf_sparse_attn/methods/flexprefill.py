@@ -181,6 +181,10 @@ class FlexPrefill(Method):
         """The first block and the query's own; see Method.least_density."""
         return least_of_row_blocks(ctx, self.block_size)
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Those of the last block of queries; see Method.choosing_pairs."""
+        return float(self.block_size * ctx.layout.kv_len)
+
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """Vertical-slash heads, query-aware ones, and the switch between them."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.method import Decline, Knob, Method
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, text_blocks
@@ -78,7 +79,7 @@ class Radial(Method):
             ("rule", self.rule, ("release", "head")),
         ):
             if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}")
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {value!r}{nearest(value, known)}")
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern | Decline:
         """One head of aligned, whole blocks; see Method.pattern."""

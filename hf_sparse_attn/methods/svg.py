@@ -223,6 +223,10 @@ class Svg(Method):
             kept += int((n - 1 - key - reach).clamp(min=0).sum() + (key - reach).clamp(min=0).sum())
         return (tokens**2 - n**2 + kept) / tokens**2
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Those of the sampled queries, and their outputs under either mask; see Method.choosing_pairs."""
+        return 2.0 * self.num_samples * ctx.layout.kv_len
+
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """Told online, with and without sink, and both kinds given."""

@@ -97,6 +97,10 @@ class VerticalSlash(Method):
         slash = min(n, max(self.slash, _FEWEST_SLASHES))
         return 0.0 if ctx.layout.query_start else slash * (slash + 1) / (n * (n + 1))
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Those of the estimating queries, once for columns and once for diagonals; see Method.choosing_pairs."""
+        return 2.0 * self.last_queries * ctx.layout.kv_len
+
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """Few of both, more verticals, an odd number of estimating queries."""

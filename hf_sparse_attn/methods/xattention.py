@@ -134,6 +134,11 @@ class XAttention(Method):
         """The first block and the query's own; see Method.least_density."""
         return least_of_row_blocks(ctx, self.block_size)
 
+    def choosing_pairs(self, ctx: Context) -> float:
+        """One logit for each `stride` pairs, of a mere product; see Method.choosing_pairs."""
+        seen = 0.5 if ctx.layout.is_causal and not ctx.layout.query_start else 1.0
+        return 0.5 * seen * ctx.layout.q_len * ctx.layout.kv_len / self.stride
+
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """A low share with long anti-diagonals, a high one with short ones."""

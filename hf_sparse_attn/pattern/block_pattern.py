@@ -277,6 +277,14 @@ class BlockPattern:
         """
         return rows_of.query_rows(self, rows)
 
+    def last_queries(self, count: int) -> BlockPattern:
+        """The pattern of the last queries alone; blocks of queries get smaller where they do not begin with one.
+
+        Raises:
+            TypeError, ValueError: `count` is not from 1 to all queries, or the queries are in an order of their own.
+        """
+        return rows_of.last_queries(self, count)
+
     def row_tokens(self, rows: Tensor) -> Tensor:
         """The queries of some rows as tokens, int64 [batch or 1, heads or 1, queries]; see `query_rows`."""
         return rows_of.row_tokens(self, rows)

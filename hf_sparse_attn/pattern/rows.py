@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.context import check_int
 from hf_sparse_attn.pattern.layout import entry_rows
 from hf_sparse_attn.pattern.ops import _chunks, _expand, _full_batch, _row_sizes, key_validity
 
@@ -29,6 +31,15 @@ def query_rows(p: BlockPattern, rows: Tensor) -> BlockPattern:
         column_counts, columns,
     )  # fmt: skip
     return replace(cut, kv_order=p.kv_order, kv_range=p.kv_range)
+
+
+def last_queries(p: BlockPattern, count: int) -> BlockPattern:
+    """See BlockPattern.last_queries."""
+    if check_int("count", count, 1) > p.q_len or p.q_order is not None:
+        raise ValueError(f"`count` must be at most the {p.q_len} queries, in the order of the tokens; got {count}")
+    start = p.q_len - count
+    finer = p.reblock(math.gcd(start, p.block_q), p.block_k)
+    return finer.query_rows(torch.arange(start // finer.block_q, finer.rows, device=p.device))
 
 
 def row_tokens(p: BlockPattern, rows: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class VideoTiles:
         order: int64 [tokens], the token at each place.
         tile_of: int64 [video tokens], the tile of each token of the video.
         tile_at: int64 [tokens], the tile at each place; that of text is the number of tiles.
-        block: tokens in a block of the pattern.
+        block, block_k: tokens in a block of queries and of keys of the pattern.
     """
 
     start: int
@@ -83,6 +83,7 @@ class VideoTiles:
     tile_of: Tensor
     tile_at: Tensor
     block: int
+    block_k: int
 
     @property
     def tiles(self) -> int:
@@ -140,14 +141,18 @@ def _video_tiles(layout: TokenLayout, tile: Sizes, device: torch.device) -> Vide
     text = torch.cat([torch.arange(start), torch.arange(start + video.length, layout.kv_len)])
     tile_at = torch.nn.functional.pad(cut.tile_at, (0, len(text)), value=len(counts))
     largest = int(counts[0])
+    # The largest power of two that divides a whole tile: its blocks then hold no other.
+    block = max(_LEAST_BLOCK, min(_LARGEST_BLOCK, largest & -largest))
+    ragged = largest > int(counts[-1])
     return VideoTiles(
         start,
         tuple(counts.tolist()),
         torch.cat([cut.order + start, text]).to(device),
         tile_of.to(device),
         tile_at.to(device),
-        # The largest power of two that divides a whole tile: its blocks then hold no other.
-        max(_LEAST_BLOCK, min(_LARGEST_BLOCK, largest & -largest)),
+        block,
+        # Of two small tiles instead of four in a block of keys, the masks are few; see tile_pattern.
+        max(_LEAST_BLOCK, block // 2) if ragged else block,
     )
 
 
@@ -171,8 +176,8 @@ class _Pieces(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _pieces(tiles: VideoTiles) -> _Pieces:
-    size, at = tiles.block, tiles.tile_at
+def _pieces(tiles: VideoTiles, size: int) -> _Pieces:
+    at = tiles.tile_at
     rows = -(-len(at) // size)
     # What does not exist behind the last token goes with it.
     blocks = torch.cat([at, at[-1:].expand(rows * size - len(at))]).view(rows, size)
@@ -190,34 +195,36 @@ def tile_pattern(tiles: VideoTiles, choose: Callable[[int, int], Tensor], batch:
     """The pattern in which the tokens of a tile read those of the tiles chosen for it; text reads and is read whole.
 
     Exact to the token. A block that lies in several tiles has a mask where it is not kept whole; of equal masks there
-    is one, and there are none where the tile divides the canvas. Else most of those of blocks in many small tiles
-    differ: with random scores, 36 MB for 12 heads of 21 x 30 x 52 tokens, 83 MB for 4 heads of 21 x 45 x 80.
+    is one, and there are none where the tile divides the canvas. Else p small tiles in a block of queries and k in one
+    of keys make up to 2^(p k) masks, which is why blocks of keys are half as long there: with random scores, for 12
+    heads of 21 x 45 x 80 tokens in tiles of 4 x 4 x 4, masks of 13 MB beside blocks of 33 MB (122 MB beside 19 MB with
+    blocks of one length).
 
     Args:
         tiles: the tokens.
         choose: (first, last tile of queries) -> bool [batch, heads, last - first, tiles].
         batch, heads: as `choose` gives them.
     """
-    pieces, size, text = _pieces(tiles), tiles.block, tiles.tiles
-    device, rows = tiles.order.device, len(pieces.first)
-    step = at_a_time(batch * heads * (text + 1) * pieces.most)
+    queries, keys, text = _pieces(tiles, tiles.block), _pieces(tiles, tiles.block_k), tiles.tiles
+    device, rows, columns = tiles.order.device, len(queries.first), len(keys.first)
+    step = at_a_time(batch * heads * (text + 1) * queries.most)
     parts, drawn, found = [], [], 0
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        low, high = pieces.first[first], pieces.last[last - 1]
+        low, high = queries.first[first], queries.last[last - 1]
         chosen = choose(low, min(high + 1, text))
         chosen = torch.nn.functional.pad(chosen, (0, 1), value=True)
         if high == text:
             chosen = torch.nn.functional.pad(chosen, (0, 0, 0, 1), value=True)
         # Number of the mask: -1 for blocks that are not kept, 0 for whole ones.
-        ids = torch.full((batch, heads, last - first, rows), -1, dtype=torch.int64, device=device)
-        for own, own_tiles in pieces.groups:
+        ids = torch.full((batch, heads, last - first, columns), -1, dtype=torch.int64, device=device)
+        for own, own_tiles in queries.groups:
             mine = (own >= first) & (own < last)
             query, of_query = own[mine], own_tiles[mine] - low
             if not len(query):
                 continue
             read = chosen[:, :, of_query]
-            for key, of_key in pieces.groups:
+            for key, of_key in keys.groups:
                 kept = read[..., of_key].transpose(3, 4).flatten(-2)
                 whole = kept.all(-1)
                 ids[:, :, query[:, None] - first, key] = torch.where(whole, 0, -1)
@@ -226,36 +233,36 @@ def tile_pattern(tiles: VideoTiles, choose: Callable[[int, int], Tensor], batch:
                 b, h, i, j = (kept.any(-1) & ~whole).nonzero().unbind(1)
                 ids[b, h, query[i] - first, key[j]] = found + 1 + torch.arange(len(b), device=device)
                 found += len(b)
-                cut = pieces.cut[query[i]] * len(pieces.cuts) + pieces.cut[key[j]]
-                drawn.append(_packed(cut, kept[b, h, i, j], of_key.shape[1], pieces.most))
+                cut = queries.cut[query[i]] * len(keys.cuts) + keys.cut[key[j]]
+                drawn.append(_packed(cut, kept[b, h, i, j], of_key.shape[1], (queries.most, keys.most)))
         kept = ids >= 0
-        column = torch.arange(rows, device=device).expand_as(kept)
+        column = torch.arange(columns, device=device).expand_as(kept)
         parts.append((kept.sum(-1), column[kept], ids[kept]))
-    counts, columns, ids = _joined(parts)
-    masks, ids = _masks(drawn, ids, pieces, size)
-    pattern = BlockPattern.from_rows(
-        counts, columns * size, size, size, len(tiles.order), len(tiles.order), ids, masks
-    )
+    counts, column, ids = _joined(parts)
+    masks, ids = _masks(drawn, ids, queries, keys)
+    length, sizes = len(tiles.order), (tiles.block, tiles.block_k)
+    pattern = BlockPattern.from_rows(counts, column * tiles.block_k, *sizes, length, length, ids, masks)
     order = tiles.order[None, None]
     return replace(pattern, q_order=order, kv_order=order)
 
 
-def _packed(cut: Tensor, kept: Tensor, columns: int, most: int) -> Tensor:
+def _packed(cut: Tensor, kept: Tensor, columns: int, most: tuple[int, int]) -> Tensor:
     """What masks are told apart by: how queries and keys are cut, and the bits of the pairs of pieces that are kept.
 
     Args:
         cut: int64 [n].
         kept: bool [n, rows of pieces * columns].
         columns: pieces of the keys.
-        most: pieces that a block has at most; bit i * most + j is that of pieces i and j.
+        most: pieces that a block of queries, and one of keys, has at most; bit i * most[1] + j is that of pieces i
+            and j.
 
     Returns:
         int64 [n, 1 + words].
     """
     words = [cut]
     place = torch.arange(kept.shape[1], device=kept.device)
-    bit = place // columns * most + place % columns
-    for word in range(-(-(most**2) // _WORD)):
+    bit = place // columns * most[1] + place % columns
+    for word in range(-(-(most[0] * most[1]) // _WORD)):
         here = bit // _WORD == word
         words.append((kept[:, here].long() << bit[here] % _WORD).sum(1))
     return torch.stack(words, 1)
@@ -276,22 +283,21 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor,
     return counts, torch.cat([c for _, c, _ in parts])[order], torch.cat([m for _, _, m in parts])[order]
 
 
-def _masks(drawn: list[Tensor], ids: Tensor, pieces: _Pieces, size: int) -> tuple[Tensor, Tensor]:
-    """The masks, bool [masks, size, size], of which the first is all true, and the one of each block.
+def _masks(drawn: list[Tensor], ids: Tensor, queries: _Pieces, keys: _Pieces) -> tuple[Tensor, Tensor]:
+    """The masks, bool [masks, queries, keys], of which the first is all true, and the one of each block.
 
     Args:
         drawn: for each block with a mask what `_packed` gives, in the order of their numbers, from 1 on.
         ids: int64 [blocks], their numbers, 0 for a whole block.
-        pieces: how blocks are cut.
-        size: tokens in a block.
+        queries, keys: how blocks are cut.
     """
-    full = torch.ones(1, size, size, dtype=torch.bool, device=ids.device)
+    full = torch.ones(1, queries.cuts.shape[1], keys.cuts.shape[1], dtype=torch.bool, device=ids.device)
     if not sum(map(len, drawn)):
         return full, ids
     kinds, kind = torch.cat(drawn).unique(dim=0, return_inverse=True)
-    most, total = pieces.most, len(pieces.cuts)
-    query, key = pieces.cuts[kinds[:, 0] // total], pieces.cuts[kinds[:, 0] % total]
-    bit = torch.arange(most**2, device=ids.device)
+    most, total = keys.most, len(keys.cuts)
+    query, key = queries.cuts[kinds[:, 0] // total], keys.cuts[kinds[:, 0] % total]
+    bit = torch.arange(queries.most * most, device=ids.device)
     kept = (kinds[:, 1:].gather(1, (bit // _WORD).expand(len(kinds), -1)) >> bit % _WORD & 1).bool()
-    masks = kept.gather(1, (query[:, :, None] * most + key[:, None]).flatten(1)).unflatten(1, (size, size))
+    masks = kept.gather(1, (query[:, :, None] * most + key[:, None]).flatten(1)).unflatten(1, full.shape[1:])
     return torch.cat([full, masks]), torch.nn.functional.pad(kind + 1, (1, 0))[ids]

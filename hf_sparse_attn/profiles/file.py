@@ -7,7 +7,7 @@ import math
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.card import card
 from hf_sparse_attn.profiles.measurements import Measurements
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
-from hf_sparse_attn.registry import make_method
-from hf_sparse_attn.sharing.files import replace_file, write_text
+from hf_sparse_attn.registry import METHODS, make_method
+from hf_sparse_attn.sharing.files import make_folder, replace_file, write_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.hub import local_folder, pushing, told
 from hf_sparse_attn.sharing.strict_json import (
@@ -91,7 +91,7 @@ def push(
 
 def write(profile: HeadProfile, folder: Path, repo_id: str | None = None) -> None:
     """Writes the files of a profile, the profile itself last; see `card` for `repo_id`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "directory")
     text, shown = to_json(profile), card(profile, repo_id)
     if profile.measurements is not None:
         replace_file(folder / MEASUREMENTS, profile.measurements.save)
@@ -112,8 +112,9 @@ def read(kind: type[HeadProfile], file: Path, measurements: Path | None = None) 
     if size > _LARGEST_FILE:
         raise ValueError(f"`source` must hold a profile of at most {_LARGEST_FILE} bytes, got {size} in {file}")
     try:
-        kept = None if measurements is None else Measurements.load(measurements)
-        return from_json(kind, file.read_bytes().decode("utf-8"), kept)
+        # The profile first: it says where methods are from that are not known here.
+        made = from_json(kind, file.read_bytes().decode("utf-8"))
+        return made if measurements is None else replace(made, measurements=Measurements.load(measurements))
     except (ValueError, TypeError) as error:
         raise ValueError(f"`source` must hold a valid head profile, got {file}: {error}") from error
 
@@ -146,7 +147,10 @@ def to_json(profile: HeadProfile) -> str:
 
 
 def _method_to_json(method: Method) -> dict[str, Any]:
-    return {"method": method.name, "params": {k: encode(k, v) for k, v in method.params().items()}}
+    made: dict[str, Any] = {"method": method.name, "params": {k: encode(k, v) for k, v in method.params().items()}}
+    module = type(method).__module__
+    # Of a method that does not come with this package, where it is from: whoever reads the file is told.
+    return made if module.split(".")[0] == "hf_sparse_attn" else made | {"module": module}
 
 
 def _rounded(x: float) -> float | None:
@@ -164,7 +168,7 @@ def _lines(value: Any, indent: str = "") -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def from_json(kind: type[HeadProfile], text: str, measurements: Measurements | None = None) -> HeadProfile:
+def from_json(kind: type[HeadProfile], text: str) -> HeadProfile:
     """The profile in a text; `kind` is the class to make.
 
     Raises:
@@ -190,16 +194,21 @@ def from_json(kind: type[HeadProfile], text: str, measurements: Measurements | N
         pareto=tuple(as_pair("pareto", p) for p in as_list("pareto", value["pareto"], 4096)),
         same_in_group=value["same_in_group"],
         versions=as_dict("versions", value["versions"]),
-        measurements=measurements,
     )
 
 
 def _method(index: int, value: Any) -> Method:
     name = f"methods[{index}]"
-    check_keys(name, value, ("method", "params"))
+    # The module is never imported from here: a file may be anybody's.
+    module = as_dict(name, value).get("module")
+    check_keys(name, {k: v for k, v in value.items() if k != "module"}, ("method", "params"))
+    if module is not None and not re.fullmatch(r"[A-Za-z_][\w.]{0,199}", as_text(f"{name}.module", module)):
+        raise ValueError(f"`{name}.module` must be the name of a module, got {shortened(module)}")
+    known = as_text(f"{name}.method", value["method"])
     params = {k: decode(f"{name}.{k}", v) for k, v in as_dict(f"{name}.params", value["params"]).items()}
     try:
-        made = make_method(as_text(f"{name}.method", value["method"]), params)
+        METHODS.get(known, module)
+        made = make_method(known, params)
         hash(made)
     # The checks of a method were written for its users, who do not try them with just anything.
     except Exception as error:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.registry import make_method
 
 FORMAT = "hf_sparse_attn.measurements"
@@ -187,8 +188,8 @@ def weights_of(metric: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if name not in METRICS or name in found or (number and not star):
-            known = ", ".join(METRICS)
-            raise ValueError(f"`metric` must be one of {known}, or a sum of them with weights; got {metric!r}")
+            said = f"`metric` must be one of {', '.join(METRICS)}, or a sum of them with weights; got {metric!r}"
+            raise ValueError(said + ("" if name in METRICS else nearest(name, METRICS)))
         if not 0 < weight < math.inf:
             raise ValueError(f"`metric` must have weights of more than 0, got {number!r} in {metric!r}")
         found[name] = weight

@@ -70,6 +70,7 @@ class ProfiledMethod(Method):
         object.__setattr__(self, "trainable", all(m.trainable for m in used))
         object.__setattr__(self, "needs", frozenset().union(*(m.needs for m in used)))
         object.__setattr__(self, "reads", frozenset().union(*(m.reads for m in used)))
+        object.__setattr__(self, "by_steps", len(self.profile.plans) > 1 or any(m.by_steps for m in used))
 
     def check_model(self, model: Any) -> None:
         """As each of its methods; see Method.check_model."""
@@ -117,6 +118,14 @@ class ProfiledMethod(Method):
         row = self._row(ctx)
         least = {i: self.profile.methods[i].least_density(ctx) if i else 1.0 for i in set(row)}
         return sum(least[i] for i in row) / len(row)
+
+    def choosing_pairs(self, ctx: Context) -> float:
+        """Mean over the heads; see Method.choosing_pairs."""
+        if self.why_not(ctx) is not None:
+            return 0.0
+        row = self._row(ctx)
+        own = {i: 0.0 if (m := self.profile.methods[i]).static else m.choosing_pairs(ctx) for i in set(row)}
+        return sum(own[i] for i in row) / len(row)
 
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """One pattern for all heads; layers whose methods are all static keep theirs by layout."""

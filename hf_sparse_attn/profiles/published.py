@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -27,6 +28,8 @@ _LARGEST_FILE = 64 << 20
 # What MInference runs where its file is silent, and the key blocks of its block-sparse pattern whatever it says.
 _MINFERENCE_DEFAULT = ("vertical_and_slash", 1000, 6096)
 _MINFERENCE_BLOCKS = 100
+_PARTIAL = ": give `partial=True` to read it as MInference does"
+_HEAD = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
 _STA_KEY = re.compile(r"([0-9]{1,4})_([0-9]{1,4})_([0-9]{1,4})")
 
 
@@ -56,40 +59,55 @@ def read_published(path: str | os.PathLike[str], model: Any, **options: Any) -> 
     )
 
 
-def from_minference(path: str | os.PathLike[str], model: Any, *, starting_layer: int = 0) -> HeadProfile:
+def from_minference(
+    path: str | os.PathLike[str], model: Any, *, starting_layer: int = 0, partial: bool = False
+) -> HeadProfile:
     """MInference's choice: a list over layers of {head: [kind, vertical, slash, score]}.
 
     "vertical_and_slash" is vertical_slash; "stream_llm" is sliding_window with as many sinks and as wide;
     "block_sparse" is block_topk with 100 blocks of 64 tokens, as its code runs it whatever the numbers; a head that
     is not named has 1000 verticals and 6096 slashes, as there. Scores are in units that differ from file to file and
-    are left out.
+    are left out. "flex_vertical_and_slash", which keeps a share of each head's attention, is refused: that is
+    flexprefill's way, and no number of verticals and slashes.
 
     Args:
         path: the JSON file.
         model: the model that it is for.
         starting_layer: layers below it are dense.
+        partial: read a file for fewer or more layers or heads, as MInference does: a layer that it lacks is one whose
+            heads are not named, and what the model lacks is left out. Otherwise it passes for another model's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, or one for another number of layers or heads.
     """
     value, found = _read_json(Path(path)), Fingerprint.of(model)
-    if not isinstance(value, list) or len(value) != found.layers:
+    if not isinstance(value, list) or (len(value) != found.layers and not partial):
         what = f"a list of {len(value)}" if isinstance(value, list) else shortened(value)
-        raise ValueError(f"`path` must be a list over {found.layers} layers, got {what} in {path}")
+        raise ValueError(f"`path` must be a list over {found.layers} layers, got {what} in {path}{_PARTIAL}")
     cells = []
-    for layer, heads in enumerate(value):
-        if not isinstance(heads, dict):
-            raise ValueError(f"layer {layer} must be an object of heads, got {shortened(heads)} in {path}")
-        known = {str(h) for h in range(found.heads)}
-        if set(heads) - known:
-            wrong = shortened(sorted(set(heads) - known)[0])
-            raise ValueError(f"layer {layer} must have heads from 0 to {found.heads - 1}, got {wrong} in {path}")
+    for layer in range(found.layers):
+        named = _named_heads(layer, value[layer], path) if layer < len(value) else {}
+        beyond = sorted(head for head in named if not 0 <= head < found.heads)
+        if beyond and not partial:
+            raise ValueError(
+                f"layer {layer} must have heads from 0 to {found.heads - 1}, got '{beyond[0]}' in {path}{_PARTIAL}"
+            )
         for head in range(found.heads):
             where = f"layer {layer} head {head}"
-            entry = heads.get(str(head), _MINFERENCE_DEFAULT)
+            entry = named.get(head, _MINFERENCE_DEFAULT)
             cells.append(None if layer < starting_layer else _minference(where, entry))
     return _profile(found, cells, [(0.0, 1.0)], {"source": "MInference", "file": Path(path).name})
+
+
+def _named_heads(layer: int, heads: Any, path: str | os.PathLike[str]) -> dict[int, Any]:
+    """The entries of a layer by the numbers of their heads; a number may have zeros or blanks before it."""
+    if not isinstance(heads, dict):
+        raise ValueError(f"layer {layer} must be an object of heads, got {shortened(heads)} in {path}")
+    wrong = next((name for name in heads if not _HEAD.fullmatch(name)), None)
+    if wrong is not None:
+        raise ValueError(f"layer {layer} must have numbers of heads, got {shortened(wrong)} in {path}")
+    return {int(name): entry for name, entry in heads.items()}
 
 
 def _minference(where: str, entry: Any) -> Method:
@@ -102,7 +120,8 @@ def _minference(where: str, entry: Any) -> Method:
         return _made(where, "sliding_window", sink=first, window=second)
     if kind == "block_sparse":
         return _made(where, "block_topk", block_size=64, topk=_MINFERENCE_BLOCKS)
-    raise ValueError(f"{where} must be of vertical_and_slash, stream_llm or block_sparse, got {shortened(kind)}")
+    hint = ", which keeps a share of the attention: take flexprefill" if kind == "flex_vertical_and_slash" else ""
+    raise ValueError(f"{where} must be of vertical_and_slash, stream_llm or block_sparse, got {shortened(kind)}{hint}")
 
 
 def from_duo_attention(
@@ -111,14 +130,16 @@ def from_duo_attention(
     """DuoAttention's choice: a gate in [0, 1] for each layer and key/value head; those with a large one stay dense.
 
     All query heads of a key/value head have its gate. The others read the first and the most recent tokens: as many
-    as `sink_size` and `recent_size` of the config.json beside it say.
+    as `sink_size` and `recent_size` of the config.json beside it say. As in its own code the file may have comments
+    (#) and empty lines, gates outside [0, 1] are clipped, and a share is a quantile of the gates: those below the
+    quantile stream. Of equal gates the first stream, where its code draws lots.
 
     Args:
         path: the folder, or the file full_attention_heads.tsv in it.
         model: the model that it is for.
         threshold: gates from it on are dense; or
-        sparsity: share of the key/value heads that are not dense, in (0, 1], those with the smallest gates, of equal
-            ones the first; 0.5 if neither is given.
+        sparsity: share of the key/value heads that are not dense, in (0, 1], those with the smallest gates; 0.5 if
+            neither is given.
 
     Raises:
         FileNotFoundError: no such file.
@@ -137,26 +158,43 @@ def from_duo_attention(
         dense = gates >= finite("threshold", threshold)
     else:
         share = check_share("sparsity", 0.5 if sparsity is None else sparsity)
-        order = np.argsort(gates, axis=None, kind="stable")[: round(share * gates.size)]
         dense = np.ones(gates.size, bool)
-        dense[order] = False
+        dense[np.argsort(gates, axis=None, kind="stable")[: _below_quantile(gates, share)]] = False
     of_heads = np.repeat(dense.reshape(gates.shape), found.heads // found.kv_heads, axis=1)
     cells = [None if keep else streaming for keep in of_heads.flat]
     return _profile(found, cells, [(0.0, 1.0)], {"source": "DuoAttention", "file": GATES})
 
 
+def _below_quantile(gates: NDArray[np.float64], share: float) -> int:
+    """How many gates are below their quantile, were none equal to another."""
+    if share == 1:
+        return gates.size
+    # Between two gates the quantile is nearer to one of them, and above the lower one in any case.
+    ranked = math.ceil(share * (gates.size - 1) - 1e-9)
+    return max(ranked, int((gates < np.quantile(gates, share)).sum()))
+
+
 def _gates(file: Path, shape: tuple[int, int]) -> NDArray[np.float64]:
-    rows = [line.split() for line in _read_text(file).splitlines() if line.strip()]
-    if [len(row) for row in rows] != [shape[1]] * shape[0]:
-        got = f"{len(rows)} rows of {sorted({len(row) for row in rows})}"
-        raise ValueError(f"`path` must have {shape[0]} rows of {shape[1]} key/value heads, got {got} in {file}")
+    text = _read_text(file)
+    # Its own code has tabs alone; a table typed by hand may have blanks.
+    delimiter = "\t" if "\t" in text else None
     try:
-        gates = np.array(rows, np.float64)
+        with warnings.catch_warnings():
+            # Of a file without numbers, which the check of the shape refuses.
+            warnings.simplefilter("ignore")
+            gates = np.loadtxt(text.splitlines(), np.float64, delimiter=delimiter, ndmin=2)
     except ValueError as error:
-        raise ValueError(f"`path` must hold numbers, got {file}: {str(error)[:200]}") from None
-    if not bool(((gates >= 0) & (gates <= 1)).all()):
-        raise ValueError(f"`path` must hold gates from 0 to 1, got {gates.min()} to {gates.max()} in {file}")
-    return gates
+        raise ValueError(
+            f"`path` must hold numbers, got {file}, or rows of different length: {str(error)[:200]}"
+        ) from None
+    if gates.shape != shape:
+        raise ValueError(
+            f"`path` must have {shape[0]} rows of {shape[1]} key/value heads, got {len(gates)} rows of "
+            f"[{gates.shape[1]}] in {file}"
+        )
+    if np.isnan(gates).any():
+        raise ValueError(f"`path` must hold gates from 0 to 1, got nan in {file}")
+    return gates.clip(0, 1)
 
 
 def from_sliding_tile(

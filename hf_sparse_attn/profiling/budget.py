@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.profiling.budget_milp import exact, milp
 from hf_sparse_attn.profiling.budget_problem import MOST_SETS, Floats, Found, Problem, lagrangian
 
@@ -173,7 +174,7 @@ def _choose(
     time_limit: float = 60.0,
 ) -> Choice:
     if solver not in SOLVERS:
-        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}; got {solver!r}")
+        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}; got {solver!r}{nearest(solver, SOLVERS)}")
     if not time_limit > 0:
         raise ValueError(f"`time_limit` must be more than 0 seconds, got {time_limit}")
     limits = np.asarray(budgets, np.float64)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import need, needing
 from hf_sparse_attn.profiling.budget_problem import MOST_SETS, Found, Ints, Problem, fill, lagrangian
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ def exact(problem: Problem, time_limit: float) -> Found:
     if found.damage - found.bound > _tolerance(found):
         if find_spec("scipy") is None:
             log.warning(
-                "scipy is not installed (pip install 'hf-sparse-attn[report]'): the choice may do up to %.2g %% more "
-                "damage than the best one",
+                "scipy is not installed: the choice may do up to %.2g %% more damage than the best one, which %s",
                 100 * (found.damage / found.bound - 1) if found.bound > 0 else np.inf,
+                need("scipy"),
             )
             return found
         found = milp(problem, time_limit, found, _survivors(problem, found))
@@ -86,12 +86,10 @@ def milp(
         MissingExtra: scipy is not installed.
         TimeoutError: nothing was found in time, and there are too many sets of candidates for the Lagrangian.
     """
-    try:
+    with needing("integer programming"):
         from scipy.optimize import Bounds, LinearConstraint
         from scipy.optimize import milp as solve
         from scipy.sparse import coo_array
-    except ImportError as error:
-        raise MissingExtra("integer programming", "scipy", "report") from error
     left = problem.allowed if left is None else left
     item, candidate = np.nonzero(left)
     n, items = len(item), len(problem.damage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -13,18 +14,21 @@ from hf_sparse_attn.registry import METHODS
 Entries = list[tuple[str, dict[str, Any]]]
 
 
-def default_candidates(layout: TokenLayout, tokens: int = 0) -> list[Method]:
+def default_candidates(
+    layout: TokenLayout, tokens: int = 0, family: Callable[[object], dict[str, Any]] = lambda _: {}
+) -> list[Method]:
     """Methods and parameters to measure on a layout; those that this installation does not have are left out.
 
     Args:
         layout: the tokens of a call.
         tokens: length to scale windows and budgets to; fewer than the layout has means those of the layout.
+        family: parameters by which a family's default of a method, given its name, differs from the method's.
     """
     n = max(tokens, layout.kv_len)
     entries = _text(n) if layout.is_causal else _video(n, layout) if layout.video_part is not None else _full(n)
     made = []
     for name, own in entries:
-        params = {**own, "block_size": block_for(n)}
+        params = {**family(name), **own, "block_size": block_for(n)}
         # A method of another version may lack a parameter.
         if name in METHODS and set(params) <= {f.name for f in fields(METHODS.get(name))}:
             method = METHODS.get(name)(**params)

@@ -65,6 +65,15 @@ def pooled_attention(
     return out
 
 
+def extent(tokens: int, cells: int) -> tuple[float, float, float, float]:
+    """Where a picture of cells x cells squares lies among the tokens, as `imshow` takes it.
+
+    All squares are of one size, so that the last ones of a length which they do not divide reach beyond it.
+    """
+    end = cells * -(-tokens // cells)
+    return 0, end, end, 0
+
+
 class MapMaker:
     """Draws `most` heads, spread evenly over layers and heads, the first time each layer is seen.
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_sparse_attn.context import check_int
+from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.family import find_family, pretrained_models
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.presets import default_params
 from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of
 from hf_sparse_attn.profiling.candidates import default_candidates
 from hf_sparse_attn.profiling.head_maps import MapMaker, keep
@@ -43,6 +46,7 @@ def measure(
     state: Path | str | None = None,
     method: Method | None = None,
     progress: bool = True,
+    foresee: Callable[[Sequence[Method], Context], object] | None = None,
 ) -> Measurements:
     """Measures candidates head by head on the calls that a dense model makes; the model is left as it was.
 
@@ -77,6 +81,7 @@ def measure(
         method: runs in place of dense attention after a layer was measured, so that later layers are measured on
             inputs with its errors; None means dense.
         progress: whether to show a bar on stderr.
+        foresee: is shown the candidates and the first call of every length, before it is measured; may raise.
 
     Raises:
         TypeError: a model of no known family, a batch of another type.
@@ -88,15 +93,19 @@ def measure(
     if query_blocks is not None:
         check_int("query_blocks", query_blocks, 1)
     check_int("maps", maps, 0)
-    made = None if candidates is None else with_dense(candidates)
+    family, _, modules = find_family(model)
+    own = partial(default_params, family, modules)
+    made = None if candidates is None else with_dense(candidates, own)
     about = {"model": weights_hash(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
     about["steps"], about["in force"] = [list(r) for r in ranges], None if method is None else label_of(method)
     path = None if state is None else Path(state)
+    if path is not None and path.is_dir():
+        raise ValueError(f"`state` must be a file, got the folder {path}")
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
-    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches)
+    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, own, foresee)
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
-    with bar, evaluating(find_family(model)[2]):
+    with bar, evaluating(modules):
         for number, batch in enumerate(batches):
             if watch.tally is None or number >= watch.tally.batches:
                 watch.number = number
@@ -128,6 +137,9 @@ class _Watch:
     seed: int
     maps: MapMaker
     batches: object
+    # Parameters by which the family's default of a method differs from the method's.
+    own: Callable[[object], dict[str, Any]] = lambda _: {}
+    foresee: Callable[[Sequence[Method], Context], object] | None = None
     # Of the batch that runs.
     number: int = 0
     needles: Sequence[Needle] = ()
@@ -137,12 +149,15 @@ class _Watch:
         if self.tally is None:
             chosen = self.candidates
             if chosen is None:
-                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches)))
+                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches), self.own))
             self.tally = Tally(chosen, self.steps)
         tally = self.tally
+        cases = len(tally.cases)
         sums = tally.case_of(ctx)
         if sums is None:
             return
+        if self.foresee is not None and len(tally.cases) > cases:
+            self.foresee(tally.candidates, ctx)
         tally.layers[ctx.layer] = tally.layers[ctx.layer] or seen.layer
         units = sample_units(ctx.layout.q_len, self.query_blocks, self.seed + self.number)
         probe = Probe(seen, units, self.needles)
@@ -224,8 +239,14 @@ def _ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return moved
 
 
-def with_dense(candidates: Sequence[str | Method]) -> tuple[Method, ...]:
+def with_dense(
+    candidates: Sequence[str | Method], own: Callable[[object], dict[str, Any]] = lambda _: {}
+) -> tuple[Method, ...]:
     """Methods of names and methods, dense first, none twice.
+
+    Args:
+        candidates: methods, or names of methods with their defaults.
+        own: parameters by which the family's default of a method, given its name, differs from the method's.
 
     Raises:
         ValueError: no candidate but dense, or one twice.
@@ -233,7 +254,7 @@ def with_dense(candidates: Sequence[str | Method]) -> tuple[Method, ...]:
     if isinstance(candidates, (str, Method)) or not isinstance(candidates, Sequence):
         raise TypeError(f"`candidates` must be a list of methods or names, got {candidates!r}")
     dense = make_method("dense", {})
-    made = [dense] + [m for m in (make_method(c, {}) for c in candidates) if m.name != "dense"]
+    made = [dense] + [m for m in (make_method(c, own(c)) for c in candidates) if m.name != "dense"]
     labels = [label_of(m) for m in made]
     if len(made) < 2 or len(set(labels)) < len(labels):
         raise ValueError(f"`candidates` must be distinct and at least one beside dense, got {', '.join(labels)}")
@@ -263,7 +284,8 @@ def _check_metrics(metrics: Sequence[str]) -> frozenset[str]:
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(f"`metrics` must be among {', '.join(METRICS)}; got {', '.join(map(str, names)) or 'none'}")
+        said = f"`metrics` must be among {', '.join(METRICS)}; got {', '.join(map(str, names)) or 'none'}"
+        raise ValueError(said + nearest(unknown, METRICS))
     return frozenset({*names, *_ALWAYS})
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from hf_sparse_attn.context import check_int
-from hf_sparse_attn.method import Method
+from hf_sparse_attn.context import Context, TokenLayout, check_int
+from hf_sparse_attn.family import pretrained_models
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.pattern.rows import head_densities
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.measurements import Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
-from hf_sparse_attn.profiling.budget import Choice, choose, choose_elastic, pareto
+from hf_sparse_attn.profiling.budget import SOLVERS, BudgetError, Choice, choose, choose_elastic, pareto
 from hf_sparse_attn.profiling.measure import Batch, longest, measure
-from hf_sparse_attn.profiling.tally import Steps
+from hf_sparse_attn.profiling.tally import Steps, longest_of_class
 from hf_sparse_attn.selection import check_share
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
@@ -84,16 +90,12 @@ def profile(
         ValueError: a value out of range, a metric the batches do not allow, a budget that cannot be met, or a patched
             model. The model is then untouched.
     """
+    check_settings(
+        budget, metric, per=per, solver=solver, max_plans_per_layer=max_plans_per_layer, passes=passes, steps=steps
+    )
+    if steps is not None and len(steps) > 1 and pretrained_models(model):
+        raise ValueError(f"`steps` must be left out for a model without denoising steps, got {list(steps)}")
     terms = tuple(weights_of(metric))
-    if per not in ("density", "time"):
-        raise ValueError(f"`per` must be 'density' or 'time', got {per!r}")
-    check_share("budget", budget)
-    if check_int("passes", passes, 1) > 2:
-        raise ValueError(f"`passes` must be 1 or 2, got {passes}")
-    if steps is not None:
-        edges = [float(edge) for pair in steps for edge in pair]
-        if not edges or edges[0] != 0 or edges[-1] != 1 or edges[1:-1:2] != edges[2:-1:2]:
-            raise ValueError(f"`steps` must follow one another from 0 to 1, got {list(steps)}")
     if passes > 1 and not isinstance(batches, Sequence):
         batches = list(batches)
     model_print = Fingerprint.of(model)
@@ -104,7 +106,8 @@ def profile(
         path = state if number == 0 or state is None else Path(f"{state}.pass{number + 1}")
         found = measure(
             model, batches, candidates, (*terms, *metrics), maps=maps, state=path,
-            method=None if made is None else made.method(), **options,
+            method=None if made is None else made.method(),
+            foresee=partial(_check_reach, budget, longest(batches)) if per == "density" else None, **options,
         )  # fmt: skip
         # What was chosen from by default must be so again.
         candidates = found.candidates
@@ -121,6 +124,70 @@ def profile(
         )
     assert made is not None
     return made
+
+
+def check_settings(
+    budget: float, metric: str, *, per: str = "density", solver: str = "exact",
+    max_plans_per_layer: int | None = None, passes: int = 1, steps: Sequence[Steps] | None = None,
+) -> None:  # fmt: skip
+    """Refuses settings of `profile` that no model could have.
+
+    Raises:
+        TypeError, ValueError: a value out of range, or an unknown name.
+    """
+    weights_of(metric)
+    if per not in ("density", "time"):
+        raise ValueError(f"`per` must be 'density' or 'time', got {per!r}")
+    check_share("budget", budget)
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}; got {solver!r}{nearest(solver, SOLVERS)}")
+    if max_plans_per_layer is not None:
+        check_int("max_plans_per_layer", max_plans_per_layer, 1)
+    if check_int("passes", passes, 1) > 2:
+        raise ValueError(f"`passes` must be 1 or 2, got {passes}")
+    if steps is not None:
+        edges = [float(edge) for pair in steps for edge in pair]
+        follow = edges and edges[0] == 0 and edges[-1] == 1 and edges[1:-1:2] == edges[2:-1:2]
+        if not follow or edges != sorted(edges) or len(set(edges)) < len(steps) + 1:
+            raise ValueError(f"`steps` must follow one another from 0 to 1, got {list(steps)}")
+
+
+def _check_reach(budget: float, most: int, candidates: Sequence[Method], ctx: Context) -> None:
+    """Refuses a budget that no candidate can meet at the length of a call, before anything is measured.
+
+    Of text the longest length counts that shares its figures with the call's: the longer, the less is kept.
+
+    Args:
+        budget: density.
+        most: tokens of the longest batch, 0 where that is unknown.
+        candidates: methods to choose from.
+        ctx: of the call.
+
+    Raises:
+        BudgetError: tells the least density.
+    """
+    layout = ctx.layout
+    if all(part.kind == "text" for part in layout.parts) and not layout.query_start:
+        length = max(layout.kv_len, min(most, longest_of_class(layout.kv_len)))
+        layout = (TokenLayout.causal if layout.is_causal else TokenLayout.bidirectional)(length)
+        ctx = replace(ctx, layout=layout)
+    least = min(_least_density(method, ctx) for method in candidates)
+    if least > budget:
+        raise BudgetError(
+            f"`budget` must be at least {least:.3g}, the least that a candidate keeps of {layout}, got {budget}",
+            (least,),
+        )
+
+
+def _least_density(method: Method, ctx: Context) -> float:
+    """The least share of the pairs that a head keeps by a method, as far as that is known without looking at it."""
+    if method.name == "dense" or method.why_not(ctx) is not None:
+        return 1.0
+    if not method.static:
+        # Blocks at the diagonal are cut, so that less than the density asked for may be kept.
+        return 0.9 * method.least_density(ctx)
+    found = method.static_pattern(ctx, torch.device("cpu"))
+    return 1.0 if isinstance(found, Decline) else float(head_densities(found, ctx.layout.density_count).min())
 
 
 def from_measurements(

@@ -177,3 +177,8 @@ class Tally:
 def length_class(tokens: int) -> int:
     """Lengths within a factor of the square root of 2 of a power of two are one class: its exponent."""
     return round(math.log2(max(1, tokens)))
+
+
+def longest_of_class(tokens: int) -> int:
+    """The longest length of the class of a length."""
+    return int(2 ** (length_class(tokens) + 0.5))

@@ -1,16 +1,22 @@
-"""The Hub: which names are asked for, and what is said where that fails."""
+"""The Hub: which names are asked for, and what is said where that fails or a model cannot be loaded."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hf_sparse_attn.nearest import nearest
+
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(f"{_PART}/{_PART}")
+# Some repositories of the Hub are older than its names of owners.
+_ID_OF_OLD = re.compile(f"({_PART}/)?{_PART}")
 
 
 def is_hub_id(name: object) -> bool:
@@ -63,6 +69,38 @@ def pushing(repo_id: str, private: bool | None, token: str | bool | None) -> Ite
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
         yield api
+
+
+@contextmanager
+def loading(model: object, argument: str = "model", besides: Sequence[str] = ()) -> Iterator[None]:
+    """Within it what keeps a model from being loaded is told in one line that names the argument and the model.
+
+    Args:
+        model: a folder or the id of a repository on the Hub.
+        argument: that it was given as.
+        besides: other names that the argument takes.
+
+    Raises:
+        ValueError: it is no model that can be loaded.
+        OSError: it is not there, or cannot be reached.
+    """
+    names = f", or one of {', '.join(besides)}" if besides else ""
+    rule = f"`{argument}` must be the folder of a model, its id on the Hub{names}"
+    path = Path(str(model))
+    if path.is_file():
+        raise ValueError(f"{rule}; got the file {path}")
+    if not path.is_dir() and _ID_OF_OLD.fullmatch(str(model)) is None:
+        raise FileNotFoundError(f"{rule}; got {str(model)!r}, which is not there")
+    try:
+        yield
+    # What is not installed is told by itself, and memory that runs out is no fault of the model.
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # The libraries have errors of many kinds for files that they cannot read.
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{rule}; got {str(model)!r}{nearest(model, besides)}: {said}") from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.shipped.moving_scenes import (
     COLOURS,
     DIRECTIONS,
@@ -241,11 +242,12 @@ def load_moving_wan(path: Path = MODEL) -> Any:
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ImportError: diffusers is not installed.
+        MissingExtra: diffusers is not installed.
     """
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"the shipped model must be at {path}, got no config.json there")
-    from diffusers import WanTransformer3DModel
+    with needing("the shipped video model"):
+        from diffusers import WanTransformer3DModel
     from safetensors.torch import load_file
 
     # Not from_pretrained: it asks for accelerate to load a model that keeps some modules in float32.
@@ -298,7 +300,8 @@ def sample(
     """
     if not classes or steps < 1:
         raise ValueError(f"`classes` must not be empty and `steps` at least 1, got {len(classes)} and {steps}")
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    with needing("sampling"):
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     if even:
@@ -344,7 +347,8 @@ def frames_to_image(clips: Tensor, scale: int = 3) -> Any:
     Returns:
         A `PIL.Image.Image`.
     """
-    from PIL import Image
+    with needing("a sheet of frames"):
+        from PIL import Image
 
     padded = torch.nn.functional.pad(clips.detach().float().cpu(), (0, 1, 0, 1), value=1.0)
     batch, frames, _, height, width = padded.shape

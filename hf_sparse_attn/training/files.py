@@ -8,15 +8,15 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.recipe import Task
-from hf_sparse_attn.sharing.files import to_disk, write_text
+from hf_sparse_attn.sharing.files import make_folder, move, to_disk, write_text
 
 # Settings that change how a run goes about its work, not what it computes.
 _FREE = frozenset({"micro_batch", "evaluate_every", "save_every", "threads", "trackers"})
@@ -47,7 +47,7 @@ class TrainingFiles:
         Raises:
             ValueError: it holds one and `resume` is not set, or the settings differ.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         file = self.folder / "settings.json"
         text = json.dumps(settings, indent=2)
         if file.is_file() and any(path.exists() for path in (self._log, self._checkpoints, self.result)):
@@ -134,7 +134,7 @@ class TrainingFiles:
             ) from error
         done = self._checkpoints / f"step-{step:08d}"
         shutil.rmtree(done, ignore_errors=True)
-        os.replace(scratch, done)
+        move(scratch, done)
         for old in self._checkpoints.glob("step-*"):
             if old != done:
                 shutil.rmtree(old)
@@ -146,7 +146,7 @@ class TrainingFiles:
         scratch.mkdir()
         task.save(scratch, figures)
         shutil.rmtree(self.result, ignore_errors=True)
-        os.replace(scratch, self.result)
+        move(scratch, self.result)
         self._write_log()
         write_text(self.folder / "figures.json", json.dumps(figures, indent=2))
         shutil.rmtree(self._checkpoints, ignore_errors=True)
@@ -189,25 +189,62 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    with lock.open("a") as file:
+    make_folder(folder)
+    path = folder / ".lock"
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        windows = sys.platform == "win32"
+        if not windows:
+            # While it is held: once let go of it may be another's.
+            path.unlink(missing_ok=True)
+        _lock(file, hold=False)
+        file.close()
+        if windows:
+            # There no file can go that is open, and another process may look at it now.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str]:
+    """A file that is held against other processes.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    while True:
+        file = path.open("a")
         try:
-            # The system lets go of it when the process ends, however it ends.
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, hold=True)
         except OSError as error:
             # Some network disks have no locks.
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise ValueError(f"`output` must be a folder that no other process trains in, got {folder}") from error
-        yield
-    lock.unlink(missing_ok=True)
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                return file
+            file.close()
+            raise ValueError(
+                f"`output` must be a folder that no other process trains in, got {path.parent}"
+            ) from error
+        # Whoever held it before may have removed it in the meantime: then it would keep nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+def _lock(file: IO[str], hold: bool) -> None:
+    """Holds a file, or lets go of it; the system does the latter when the process ends, however it ends."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        # It is the byte at this place that is held.
+        file.seek(0)
+        with nullcontext() if hold else suppress(OSError):
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if hold else msvcrt.LK_UNLCK, 1)
+    elif hold:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_room(folder: Path, weights: dict[str, nn.Parameter], task: Task) -> None:

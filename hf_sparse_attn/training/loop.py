@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hf_sparse_attn.cost.timing import synchronize, threads
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.recipe import Recipe, Run, Task
 from hf_sparse_attn.settings import plain
 from hf_sparse_attn.training.files import TrainingFiles, alone, check_room
@@ -307,12 +307,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _accelerator(recipe: Recipe, output: Path) -> Any:
-    try:
+    with needing("training"):
         from accelerate import Accelerator
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
         from accelerate.utils import InitProcessGroupKwargs, LoggerType
-    except ImportError as error:
-        raise MissingExtra("training", "accelerate", "train") from error
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
     # accelerate leaves trackers out that are not installed; those that a program registered need nothing.
     absent = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,7 +68,7 @@ class RopeSettings:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> Callable[[], None]:
+def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> Stretch:
     """Stretches the rotary positions of a model, in place and reversibly.
 
     The model is then what transformers builds from a config with the same rope parameters, and its config says so when
@@ -80,7 +80,8 @@ def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> 
         settings: RopeSettings, or a mapping with their names, {"type": "yarn", "factor": 4.0}.
 
     Returns:
-        what undoes it, bit for bit; a second call does nothing. Several stretchings are undone last one first.
+        what undoes it when called, bit for bit; a second call does nothing. Several stretchings are undone last one
+        first: `check()` raises what the call would.
 
     Raises:
         ValueError: settings that are none, a model without RoPE, or one whose RoPE is of a type that cannot be
@@ -99,7 +100,7 @@ def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> 
     configs = _configs(model, rotary)
     # All is worked out, and can be refused, before anything is changed.
     planned = [(config, _planned(config, settings)) for config in configs]
-    changes = _Changes()
+    changes = Stretch()
     try:
         for config, values in planned:
             for name, value in values.items():
@@ -107,9 +108,9 @@ def scale_rope(model: nn.Module, settings: RopeSettings | Mapping[str, Any]) -> 
         for module in rotary:
             _rebuild(module, changes)
     except BaseException:
-        changes.undo()
+        changes()
         raise
-    return changes.undo
+    return changes
 
 
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
@@ -137,8 +138,8 @@ def _text_config(model: nn.Module) -> Any:
     return None
 
 
-class _Changes:
-    """Attributes and buffers that were set, and what they were."""
+class Stretch:
+    """Attributes and buffers that were set, and what they were; a call puts everything back."""
 
     def __init__(self) -> None:
         self._back = ExitStack()
@@ -158,14 +159,17 @@ class _Changes:
         self._back.callback(_put_back, module, name, before)
         module._buffers[name] = value.to(before.device, before.dtype)
 
-    def undo(self) -> None:
-        """Puts everything back.
+    def check(self) -> None:
+        """Raises what a call would.
 
         Raises:
             ValueError: the model was stretched again since, which must be undone first.
         """
         if any(owner.__dict__.get("rope_parameters") is not now for owner, now in self._stretched):
             raise ValueError("`rope_parameters` of the model were changed since: undo that first")
+
+    def __call__(self) -> None:
+        self.check()
         self._stretched.clear()
         self._back.close()
 
@@ -253,7 +257,7 @@ def _rotary_dim(parameters: dict[str, Any], config: Any) -> int:
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def _rebuild(module: Any, changes: _Changes) -> None:
+def _rebuild(module: Any, changes: Stretch) -> None:
     """Has a rotary module hold what a new one of the same config does."""
     # The device of a new module is torch's default one, where models are often made without memory.
     with torch.device("cpu"):

@@ -15,8 +15,8 @@ from transformers import masking_utils as mu
 import hf_sparse_attn as hsa
 from hf_sparse_attn import decision, policy
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
-from hf_sparse_attn.cost.judge import PAUSED, TOO_DENSE, TOO_DENSE_AT_BEST, Loss, Prediction
-from hf_sparse_attn.decision import SPARSE, Case, Decision, NotWorth, by_shape, of_call
+from hf_sparse_attn.cost.judge import TOO_DENSE, TOO_DENSE_AT_BEST, Loss, Prediction
+from hf_sparse_attn.decision import SPARSE, Case, Decision, by_shape, of_call
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.hosts.transformers_hook import LayerState, attend_sparse
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
@@ -103,9 +103,8 @@ def test_the_methods_own_word_goes_before_the_policy() -> None:
 def test_a_pause_is_not_counted_and_the_method_dense_is() -> None:
     session, dense = session_of(), session_of(method=hsa.get_method("dense")())
     for one in (session, dense):
-        one.pauses += 1
-        assert one.as_before(one.record("layer", 0))
-        one.pauses -= 1
+        with one.pause():
+            assert one.as_before(one.record("layer", 0))
     assert not session.as_before(session.records["layer"]) and dense.as_before(dense.records["layer"])
     assert not session.records["layer"].dense_reasons and dense.records["layer"].dense_reasons == {"method dense": 1}
 
@@ -186,23 +185,17 @@ def test_what_a_method_gives_up_is_a_fallback(kind: str, strict: bool) -> None:
 class Judged:
     """A judge and its call that say what a test wants, and remember what they were asked."""
 
-    def __init__(self, bound: bool = True, lately: str | None = None, pays: bool = True, pause: int = 0) -> None:
+    def __init__(self, bound: bool = True, pays: bool = True) -> None:
         self.asked: list[str] = []
         self.predicted = Prediction(1.0, 4.0 if pays else 1.0, 0.5)
         self.best = None if bound else Loss(TOO_DENSE_AT_BEST, self.predicted)
-        self.lately, self.pause = lately, pause
         self.table, self.sparse, self.dense = SimpleNamespace(origin="measured"), 1.0, self.predicted.dense
 
     def __getattr__(self, name: str) -> Any:
         answers = {
             "bound": (self.best, "assumed"),
             "call": self,
-            "why_not_ask": self.lately,
             "found": self.predicted,
-            "rejected": Loss(TOO_DENSE, self.predicted),
-            "take_pause": self.pause,
-            "start": None,
-            "done": None,
         }
 
         def answer(*_: Any) -> Any:
@@ -224,42 +217,23 @@ def judged(min_tokens: int | str = "auto", **says: Any) -> tuple[Session, Any]:
     return session, judge
 
 
-def case_of(session: Session, trial: bool = False, grad: bool = False, known: bool = False) -> Case:
-    q, k, v = tensors(60)
-    return Case(session, LayerRecord("layer", 0, on_trial=trial), q.requires_grad_(grad), k, v, at(60), known)
+def case_of(session: Session, trial: bool = False, known: bool = False) -> Case:
+    return Case(session, LayerRecord("layer", 0, on_trial=trial), tensors(60)[0], at(60), known)
 
 
 def test_a_case_that_cannot_pay_costs_one_look_up_and_none_where_the_shape_was_asked() -> None:
     session, judge = judged(bound=False)
     assert case_of(session).before() == Decision(judge.best, "assumed") and judge.asked == ["bound"]
-    assert case_of(session, known=True).before().reason is None and judge.asked == [
-        "bound", "call", "why_not_ask", "start",
-    ]  # fmt: skip
+    assert case_of(session, known=True).before().reason is None and judge.asked == ["bound", "call"]
 
 
-def test_what_was_learned_lately_keeps_a_case_dense() -> None:
-    session, judge = judged(lately=PAUSED)
-    assert case_of(session).before() == Decision(PAUSED, "measured") and judge.asked == [
-        "bound",
-        "call",
-        "why_not_ask",
-    ]
-
-
-@pytest.mark.parametrize("how", ["number", "trial", "gradient"])
-def test_a_case_that_must_not_learn_or_is_forced_is_sparse(how: str) -> None:
-    session, judge = judged(60 if how == "number" else "auto", lately=PAUSED, bound=how == "gradient", pays=False)
-    case = case_of(session, trial=how == "trial", grad=how == "gradient")
+@pytest.mark.parametrize("how", ["number", "trial"])
+def test_a_case_that_is_forced_is_sparse(how: str) -> None:
+    session, _ = judged(60 if how == "number" else "auto", bound=False, pays=False)
+    case = case_of(session, trial=how == "trial")
     assert case.before().reason is None
-    if how == "gradient":
-        # Prediction by the table counts in training too.
-        with pytest.raises(NotWorth):
-            case.check(None, *tensors(60))  # type: ignore[arg-type]
-    else:
-        case.check(None, *tensors(60))  # type: ignore[arg-type]
-    assert case.done() == 1.0
-    learning = ["start", "done"] if how == "number" else []
-    assert [what for what in judge.asked if what in ("start", "done", "why_not_ask")] == learning
+    case.check(None, *tensors(60))  # type: ignore[arg-type]
+    assert case.gain() == 1.0
 
 
 def test_a_pattern_that_keeps_too_much_makes_the_case_dense() -> None:
@@ -295,9 +269,9 @@ def test_a_timed_run_is_sparse_whatever_is_predicted() -> None:
 # ------------------------------------------------------------------ what holds for a shape
 
 
-def ask(session: Session, tokens: int = 60, grad: bool = False, context: Any = at) -> Decision:
-    q, k, v = tensors(tokens)
-    return by_shape(session, session.record("layer", 0), q.requires_grad_(grad), k, v, lambda: context(tokens))
+def ask(session: Session, tokens: int = 60, context: Any = at, kind: object = None) -> Decision:
+    q = tensors(tokens)[0]
+    return by_shape(session, session.record("layer", 0), q, tokens, lambda: context(tokens), kind)
 
 
 def test_a_shape_is_decided_once() -> None:
@@ -307,22 +281,8 @@ def test_a_shape_is_decided_once() -> None:
     short = session_of(min_tokens=61)
     assert ask(short) == ask(short, context=None) == Decision("fewer than 61 keys (min_tokens=61)")
     assert ask(session_of()) == SPARSE
-
-
-def test_a_pause_lasts_as_many_calls_as_the_judge_says_and_is_not_for_training() -> None:
-    session, judge = judged(pause=2)
-    assert [ask(session, grad=True).reason, ask(session).reason] == [None, PAUSED]
-    judge.pause = 0
-    assert [ask(session, grad=True).reason, ask(session).reason, ask(session).reason] == [None, PAUSED, None]
-    judge.pause = 1
-    assert ask(session).reason == PAUSED
-    judge.pause = 0
-    assert ask(session).reason is None and judge.asked.count("take_pause") == 4
-
-
-def test_a_session_without_auto_takes_no_pause() -> None:
-    session, judge = judged(0, pause=2)
-    assert ask(session) == SPARSE and not judge.asked
+    # A video of as many tokens is another matter.
+    assert ask(session, kind="video").reason == judge.best and judge.asked == ["bound"] * 2
 
 
 def test_shapes_are_forgotten_before_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,9 +325,11 @@ def reading() -> Session:
 
 
 def paused() -> Session:
-    session = session_of()
-    session.pauses += 1
-    return session
+    return Paused(hsa.get_method("block_topk")(), policy.Policy(), "auto", strict=False)
+
+
+class Paused(Session):
+    paused = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +351,10 @@ BROKEN: dict[str, tuple[str, Callable[[], LayerCall], str | None, str | None]] =
     ),
     "reads": ("reads", lambda: a_call(reading()), None, "method whole reads more of a layer than a graph hands over"),
     "no mask": ("no mask", lambda: a_call(mask=None), *["no mask was described to the layer"] * 2),
-    "tensor": ("ready mask", lambda: a_call(mask=torch.ones(2, 1, 20, 20)), *["mask given as a Tensor"] * 2),
+    "tensor": (
+        "ready mask", lambda: a_call(mask=torch.ones(2, 1, 20, 20)),
+        "mask given as a Tensor: mask that is not causal", "mask given as a Tensor",
+    ),
     "keys of the mask": (
         "mask of other sizes", lambda: a_call(mask=spec(kv_len=21)),
         "mask for [2, 1, 20, 21] where the layer has [2, 1, 20, 20]", None,
@@ -457,8 +422,9 @@ def test_every_rule_is_broken_once() -> None:
     eager = {rule for rule, _, reason, _ in BROKEN.values() if reason is not None}
     traced = {rule for rule, _, _, reason in BROKEN.values() if reason is not None}
     # "packing" stands for what eagerly is part of the mask.
-    assert {rule.name for rule in RULES if rule.eager} - eager == {"context parallelism"}
-    assert {rule.name for rule in RULES if rule.traced} <= traced
+    # What is not ours is broken in tests/hosts/test_changes.py, for it changes more than the call.
+    assert {rule.name for rule in RULES if rule.eager} - eager == {"context parallelism", "not ours"}
+    assert {rule.name for rule in RULES if rule.traced} - traced == {"not ours"}
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])

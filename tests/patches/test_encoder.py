@@ -15,7 +15,7 @@ from hf_sparse_attn import native
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.hosts.transformers_encoder import Hints, patch_embedding, watch_grid
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.registry import FAMILIES, METHODS
 from tests.support.patched import assert_same_state, register_masked, state_of
@@ -199,7 +199,7 @@ def test_images_and_clips_are_known_by_their_grid(family: str, monkeypatch: pyte
 
 
 def test_other_numbers_of_tokens_are_text() -> None:
-    hints = Hints(before=1, grid=(2, 1, 3, 5))
+    hints = Hints(before=1, last=(2, 1, 3, 5))
     assert hints.layout(2, 16) == TokenLayout.video(1, 3, 5, text_before=1)
     for batch, n in ((2, 15), (2, 17), (1, 16)):
         assert hints.layout(batch, n) == TokenLayout.bidirectional(n)
@@ -335,7 +335,10 @@ HOLE = torch.ones(2, 111)
 HOLE[0, 5] = 0
 STRICT = {
     "hole": (dict(attention_mask=HOLE), "padding between valid tokens"),
-    "tensor": (dict(attention_mask=torch.ones(2, 1, 111, 111, dtype=torch.bool)), "mask given as a Tensor"),
+    "tensor": (
+        dict(attention_mask=torch.ones(2, 1, 111, 111, dtype=torch.bool).tril()),
+        "mask given as a Tensor: mask that differs from query to query",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE, active_patch
 from tests.support.patched import (

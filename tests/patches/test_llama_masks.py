@@ -12,7 +12,8 @@ from transformers import masking_utils as mu
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE, attend_sparse
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE
+from hf_sparse_attn.hosts.transformers_hook import attend_sparse
 from hf_sparse_attn.hosts.transformers_mask import packed_spans
 from hf_sparse_attn.hosts.transformers_rules import with_cu_seq_lens
 from hf_sparse_attn.method import Decline
@@ -271,7 +272,7 @@ def test_user_mask_is_used_as_given():
     dense = logits(model, ids, attention_mask=mask)
     with hsa.patch(model, **SPARSE) as patch:
         assert torch.equal(logits(model, ids, attention_mask=mask), dense)
-    assert reasons(patch) == [{"mask given as a Tensor": 1}] * 2
+    assert reasons(patch) == [{"mask given as a Tensor: mask that differs from query to query": 1}] * 2
 
 
 def test_dropout_and_attention_weights_stay_dense():

@@ -250,10 +250,10 @@ def test_the_schedule_of_a_pipeline_serves_a_loop_of_its_own() -> None:
     tiny_wan.generate(pipe, steps=2)
     seen.clear()
     pipe.scheduler.set_timesteps(3)
-    for time in pipe.scheduler.timesteps:
-        run(pipe.transformer, **tiny_wan.inputs(time=float(time)))
-    # More falls than the schedule has steps: still a valid step.
-    run(pipe.transformer, **tiny_wan.inputs(time=0.5))
+    # Its own times, by a variable that no loop sets; and more falls than the schedule has steps: still a valid step.
+    times = [*pipe.scheduler.timesteps.tolist(), 0.5]
+    while times:
+        run(pipe.transformer, **tiny_wan.inputs(time=times.pop(0)))
     assert [(c.step, c.num_steps) for c in seen if c.layer == 0] == [(0, 3), (1, 3), (2, 3), (2, 3)]
 
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.hosts.transformers_hook import STATE_ATTRIBUTE
+from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE
 from hf_sparse_attn.patching import PATCH_ATTRIBUTE
 from tests.support.patched import sparse_share
 from tests.support.tiny_lm import FAMILIES, tokens

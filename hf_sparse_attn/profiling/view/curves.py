@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile
 from hf_sparse_attn.profiles.measurements import HeadMap, Measurements, weights_of
+from hf_sparse_attn.profiling.head_maps import extent
 from hf_sparse_attn.profiling.view.plots import Picture, finish, method_styles, new_figure
 from hf_sparse_attn.profiling.view.report import number, short_labels, total_damage, words
 
@@ -116,12 +117,14 @@ def attention_picture(profile: HeadProfile) -> Picture | None:
 def _draw(ax: Any, seen: HeadMap, tokens: int, kept: Any) -> None:
     from matplotlib.colors import ListedColormap, LogNorm
 
-    extent = (0, tokens, tokens, 0)
+    place = extent(tokens, len(seen.attention))
     weights = np.clip(np.nan_to_num(seen.attention), 1e-6, 1)
-    ax.imshow(weights, cmap="Greys", norm=LogNorm(1e-4, 1), extent=extent, interpolation="nearest")
+    ax.imshow(weights, cmap="Greys", norm=LogNorm(1e-4, 1), extent=place, interpolation="nearest")
     if kept is not None:
         over = np.ma.masked_where(~kept, np.ones(kept.shape))
-        ax.imshow(over, cmap=ListedColormap([_KEPT]), alpha=0.36, extent=extent, interpolation="nearest")
+        ax.imshow(over, cmap=ListedColormap([_KEPT]), alpha=0.36, extent=place, interpolation="nearest")
+    ax.set_xlim(0, tokens)
+    ax.set_ylim(tokens, 0)
     ax.set_xticks([0, tokens // 2, tokens])
     ax.set_yticks([0, tokens // 2, tokens])
     ax.tick_params(labelsize=7, length=2)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture
 from hf_sparse_attn.profiling.view.plots import Picture, figure_map, method_map, method_styles
 from hf_sparse_attn.profiling.view.report import layer_table, number, render, short_labels, summary, words, worst_table
+from hf_sparse_attn.sharing.files import make_folder
 
 PAGE = "report.html"
 _MOST_PLANS = 12
@@ -73,8 +74,7 @@ def write(profile: HeadProfile, folder: Path | str, worst: int = 10) -> list[Pat
     """
     document = summary(profile, worst)
     drawn = pictures(profile)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     files = {PAGE: page(profile, document, drawn).encode(), **{f"{p.name}.png": p.png for p in drawn}}
     files["report.json"] = (json.dumps(document, indent=2) + "\n").encode()
     for name, content in files.items():
@@ -102,10 +102,8 @@ def pictures(profile: HeadProfile) -> list[Picture]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
+    with needing("the page"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("the page", "matplotlib", "report") from error
 
     drawn = []
     for at, plan in enumerate(profile.plans[:_MOST_PLANS]):

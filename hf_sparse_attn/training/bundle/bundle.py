@@ -138,16 +138,18 @@ class LoadedBundle(AbstractContextManager["LoadedBundle"]):
         self.adapter: Adapter | None = None
         self.patch: Patch | None = None
         self._undo: list[Callable[[], object]] = []
+        # What raises where something of it could not be put back.
+        self._checks: list[Callable[[], object]] = []
 
     def remove(self) -> None:
         """Takes off patch, adapter and scaled positions; the model is then as it was. A second call does nothing.
 
         Raises:
-            ValueError: another adapter was put on the model since, or its positions were scaled again: what came after
-                must come off first.
+            ValueError: another adapter was put on the model since, the adapter was merged, or its positions were
+                scaled again: what came after must come off first. Until then all of it stays.
         """
-        if self.adapter is not None:
-            self.adapter.check_removable()
+        for check in self._checks if self._undo else ():
+            check()
         while self._undo:
             # One that raises stays, for another try.
             self._undo[-1]()
@@ -281,11 +283,14 @@ def _put_on(
     if bundle.rope is not None:
         from hf_sparse_attn.training.rope_scaling import scale_rope
 
-        loaded._undo.append(scale_rope(target, bundle.rope))
+        undo = scale_rope(target, bundle.rope)
+        loaded._undo.append(undo)
+        loaded._checks.append(undo.check)
         _check_model(target, bundle)
     if bundle.has_adapter:
         loaded.adapter = load_lora(target, folder)
         loaded._undo.append(loaded.adapter.remove)
+        loaded._checks.append(loaded.adapter.check_removable)
         for parameter in loaded.adapter.parameters().values():
             parameter.requires_grad_(False)
     if settings is not None:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.patching import changed, restoring
+from hf_sparse_attn.sharing.strict_json import shortened
 from hf_sparse_attn.training.lora import file
+from hf_sparse_attn.training.lora.pattern import NamePattern
+from hf_sparse_attn.training.lora.reach import FirstCall, check_called, keep_unfused
 from hf_sparse_attn.training.lora.settings import ADAPTER, LoraSettings
 
 
@@ -28,6 +31,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     At first the adapter adds exactly 0. Its weights are float32, also on a model of lower precision; modules that are
     trained in full are copied to float32, and what they return has the dtype it had before. All weights of the model
     itself are frozen. A language model's head that is tied to a trained embedding keeps the model's own weight.
+    Projections that have it cannot be fused meanwhile, for fused ones would leave it out. A module that the model does
+    not call in its first forward is told in the log.
 
     Args:
         model: of transformers or diffusers, patched or not.
@@ -39,8 +44,8 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
         the Adapter.
 
     Raises:
-        ValueError: a name that no module has, a module that cannot get an adapter or whose weights are offloaded, or a
-            model that has an adapter. The model is then as it was.
+        ValueError: a name that no module has, a module that cannot get an adapter or whose weights are offloaded,
+            projections that are fused, or a model that has an adapter. The model is then as it was.
         TypeError: `model` is no module, or `settings` no LoraSettings.
         MissingExtra: peft is not installed.
     """
@@ -52,12 +57,13 @@ def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Adapter
     if importlib.util.find_spec("peft") is None:
         from hf_sparse_attn.extras import MissingExtra
 
-        raise MissingExtra("a LoRA adapter", "peft", "train")
+        raise MissingExtra("a LoRA adapter", "peft")
     _check_free(model)
     targets, trained = find_targets(model, settings), find_trained(model, settings)
     _check_apart(targets, trained)
     for argument, names in (("targets", targets), ("trained", trained)):
         _check_in_memory(model, argument, names)
+        check_called(model, argument, names)
     adapter = Adapter(model, settings)
     try:
         adapter._install(seed)
@@ -100,18 +106,23 @@ class Adapter(AbstractContextManager["Adapter"]):
         self._required = [(p, p.requires_grad) for p in model.parameters()]
         self._attributes = [restoring(model, name) for name in _HOST_ATTRIBUTES]
         self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
+        self._first_call = FirstCall()
         self._removed = False
 
     def _install(self, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         settings, given = self.settings, self.settings.targets
+        names: Any = sorted(given)
+        if settings.pattern is not None:
+            # peft would match a stranger's expression with `re`: it gets one of the names that were found.
+            names = "|".join(map(re.escape, find_targets(self.model, settings)))
         alpha = settings.rank if settings.alpha is None else settings.alpha
         self.config = LoraConfig(
             r=settings.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
-            target_modules=given[0] if _is_pattern(given) else sorted(given),
+            target_modules=names,
             modules_to_save=list(settings.trained) or None,
         )
         try:
@@ -146,6 +157,9 @@ class Adapter(AbstractContextManager["Adapter"]):
             _initialise(name, layer, generator)
         for name, wrapper in self.wrappers():
             _raise_precision(name, wrapper)
+        parts = self.layers() + self.wrappers()
+        self._attributes += keep_unfused(parts, self.model)
+        self._first_call = FirstCall(self.model, parts)
 
     def layers(self) -> list[tuple[str, Any]]:
         """peft's layers with the added matrices, by the names of the modules in their place."""
@@ -196,12 +210,14 @@ class Adapter(AbstractContextManager["Adapter"]):
         """Takes the adapter off; the model is then as it was before. A second call does nothing.
 
         Raises:
-            ValueError: another adapter was put on the model since, or its modules were replaced.
+            ValueError: another adapter was put on the model since, its modules were replaced, or it was merged into
+                the model's weights.
         """
         if self._removed:
             return
         self.check_removable()
         self._removed = True
+        self._first_call.stop()
         for module, name, before, _ in self._replaced:
             module._modules[name] = before
         for parameter, required in self._required:
@@ -219,6 +235,12 @@ class Adapter(AbstractContextManager["Adapter"]):
         changed = [name for module, name, _, new in self._replaced if module._modules.get(name) is not new]
         if changed:
             raise ValueError(f"`model` must have the adapter's modules to remove it, {changed[0]} was replaced")
+        merged = [name for name, layer in self.layers() if layer.merged]
+        if merged:
+            raise ValueError(
+                f"`model` must have its own weights to remove the adapter, it is merged into {merged[0]}: unmerge it "
+                "first (unfuse_lora() of the model)"
+            )
 
     def _check_there(self) -> None:
         if self._removed:
@@ -244,18 +266,24 @@ def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """
     given = settings.targets
     names = [name for name, _ in model.named_modules() if name]
-    if _is_pattern(given):
+    if settings.pattern is not None:
         try:
-            found = [name for name in names if re.fullmatch(given[0], name)]
-        except re.error as error:
-            raise ValueError(f"`targets` must be a regular expression, got {given[0]!r}: {error}") from error
+            pattern = NamePattern(settings.pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"`targets` must be a regular expression, got {shortened(settings.pattern)}: {error}"
+            ) from error
+        found = [name for name in names if pattern.matches(name)]
         if not found:
-            raise ValueError(f"`targets` must match a module of {type(model).__name__}, got {given[0]!r}")
+            raise ValueError(f"`targets` must match a module of {type(model).__name__}, got {shortened(given[0])}")
         return found
+    ends = {name: {name[at:] for at in _starts(name)} for name in names}
+    known = set().union(*ends.values())
     for target in given:
-        if not any(_ends(name, target) for name in names):
+        if target not in known:
             _unknown("targets", target, model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
-    return [name for name in names if any(_ends(name, target) for target in given)]
+    wanted = set(given)
+    return [name for name in names if not wanted.isdisjoint(ends[name])]
 
 
 def find_trained(model: nn.Module, settings: LoraSettings) -> list[str]:
@@ -265,7 +293,7 @@ def find_trained(model: nn.Module, settings: LoraSettings) -> list[str]:
         ValueError: an end that no module with weights has, or one of a module inside another one.
     """
     weighted = [name for name, m in model.named_modules() if name and any(True for _ in m.parameters())]
-    for end in settings.trained:
+    for end in dict.fromkeys(settings.trained):
         if not any(name.endswith(end) for name in weighted):
             _unknown("trained", end, model, weighted)
     ends = settings.trained
@@ -301,12 +329,9 @@ def _check_free(model: nn.Module) -> None:
         )
 
 
-def _is_pattern(given: Sequence[str]) -> bool:
-    return len(given) == 1 and any(sign in given[0] for sign in "*\\")
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+def _starts(name: str) -> list[int]:
+    """Where the ends of a name that targets may give begin: at the whole, and after each dot."""
+    return [0, *(at + 1 for at, char in enumerate(name) if char == ".")]
 
 
 def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> None:
@@ -315,7 +340,8 @@ def _unknown(argument: str, given: str, model: nn.Module, names: list[str]) -> N
     ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
     near = difflib.get_close_matches(given, ends, n=6, cutoff=0.5) or ends[:12]
     raise ValueError(
-        f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; got {given!r}"
+        f"`{argument}` must be modules of {type(model).__name__} such as {', '.join(near) or 'none'}; "
+        f"got {shortened(given)}"
     )
 
 

@@ -91,6 +91,8 @@ def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
     found = adapter.config.to_dict()
     found["base_model_name_or_path"] = base_model or None
     found["inference_mode"] = True
+    # What peft has is one of names, see Adapter._install.
+    found["target_modules"] = adapter.settings.pattern or found["target_modules"]
     kind = type(adapter.model)
     found["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     made = {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}

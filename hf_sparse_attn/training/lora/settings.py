@@ -37,3 +37,8 @@ class LoraSettings:
             raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"`alpha` must be more than 0 and finite, or none, got {self.alpha}")
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression over whole names; None where `targets` are names."""
+        return self.targets[0] if len(self.targets) == 1 and any(sign in self.targets[0] for sign in "*\\") else None

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.recipe import Run
+from hf_sparse_attn.sharing.files import move, new_folder
 from hf_sparse_attn.shipped.corpus import FIRST_BYTE, NeedleDocument, needle_document
 from hf_sparse_attn.training.text.source import NEEDLES, Piece, Texts, identity, open_texts
 
@@ -239,11 +239,11 @@ def _prepared(settings: TextSettings, tokenizer: Any, cache: Path, progress: boo
         with suppress(FileNotFoundError):
             if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > _ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    made = new_folder(cache, f".{name}-")
     try:
         _write(made, settings, tokenizer, progress)
         try:
-            os.replace(made, folder)
+            move(made, folder)
         except OSError:
             # Another training has put the same tokens there in the meantime.
             if not folder.exists():

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from hf_sparse_attn.sharing.hub import loading
+
 # Tokens of a model that reads bytes, which needs no tokenizer.
 BYTES = 256
 
@@ -20,6 +22,9 @@ def load_language_model(source: str, dtype: Any, device: torch.device | str = "c
 
     Returns:
         the model, and the tokenizer; None for a model that reads bytes, which has 256 tokens.
+
+    Raises:
+        ValueError, OSError: `source` is no model that can be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +32,8 @@ def load_language_model(source: str, dtype: Any, device: torch.device | str = "c
         from hf_sparse_attn.shipped.byte_llama import MODEL
 
         source = str(MODEL)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
-    reads_bytes = model.config.get_text_config().vocab_size == BYTES
-    return model, None if reads_bytes else AutoTokenizer.from_pretrained(source)
+    with loading(source, besides=("byte_llama",)):
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        reads_bytes = model.config.get_text_config().vocab_size == BYTES
+        tokenizer = None if reads_bytes else AutoTokenizer.from_pretrained(source)
+    return model.to(device), tokenizer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.shipped.corpus import standard_library_text
 
 if TYPE_CHECKING:
@@ -192,11 +192,9 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
-    try:
+    with needing("a .parquet file"):
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MissingExtra("a .parquet file", "pyarrow", "train") from error
     try:
         file = ParquetFile(path)
     except ArrowInvalid as error:
@@ -235,10 +233,8 @@ def _no_column(column: str, columns: list[str], where: str) -> str:
 
 
 def _data_set(settings: TextSettings, path: Path | None) -> Texts:
-    try:
+    with needing(f"the data set {settings.source!r}"):
         import datasets
-    except ImportError as error:
-        raise MissingExtra(f"the data set {settings.source!r}", "datasets", "train") from error
     found: Any
     if path is not None:
         found = datasets.load_from_disk(str(path))

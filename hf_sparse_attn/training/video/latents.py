@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -255,8 +256,8 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     shapes = [entry[_LATENTS], *entry["conditions"].values()]
     sizes = all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes)
     shard = entry["shard"]
-    # A name with a path in it would be read from somewhere else.
-    plain = isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
+    # A name with a path in it, or with a drive or a stream as Windows writes them, would be read from somewhere else.
+    plain = isinstance(shard, str) and re.fullmatch(r"[^/\\:]+\.safetensors", shard) is not None
     return sizes and plain and isinstance(entry["name"], str) and len(entry[_LATENTS]) == 4
 
 

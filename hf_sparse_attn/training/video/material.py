@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.extras import needing
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.recipe import Run
 from hf_sparse_attn.sharing.files import replace_file
+from hf_sparse_attn.sharing.hub import loading
 from hf_sparse_attn.training.flow_matching import flow_batch, sample_seed
 from hf_sparse_attn.training.text.data import sample_order
 from hf_sparse_attn.training.video.data import PromptData, PromptSettings, VideoSettings, open_prompts, open_videos
@@ -314,8 +316,11 @@ def load_pipeline(model: str, dtype: Any = "auto", **parts: Any) -> Any:
 
     Raises:
         TypeError: a transformer alone that is not of Wan.
+        ValueError, OSError: no model that can be loaded.
+        MissingExtra: diffusers is not installed.
     """
-    from diffusers import DiffusionPipeline
+    with needing("a pipeline"):
+        from diffusers import DiffusionPipeline
 
     other = torch.accelerator.is_available()
     if dtype == "auto":
@@ -327,13 +332,15 @@ def load_pipeline(model: str, dtype: Any = "auto", **parts: Any) -> Any:
     with warnings.catch_warnings():
         # Its new name is not known to the oldest versions that are supported.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=kinds, **parts)
+        with loading(model):
+            return DiffusionPipeline.from_pretrained(model, torch_dtype=kinds, **parts)
 
 
 def _bare_pipeline(model: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoModel, WanPipeline
 
-    transformer = AutoModel.from_pretrained(model, torch_dtype=dtype)
+    with loading(model):
+        transformer = AutoModel.from_pretrained(model, torch_dtype=dtype)
     if type(transformer).__name__ != "WanTransformer3DModel":
         raise TypeError(
             f"`model` must be a whole pipeline, or a Wan transformer; got a {type(transformer).__name__} by itself"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_sparse_attn.extras import MissingExtra
+from hf_sparse_attn.extras import MissingExtra, needing
 from hf_sparse_attn.training.text.source import shown_files
 
 # Pillow reads moving pictures of these itself.
@@ -33,7 +33,8 @@ _RATE_TOLERANCE = 0.01
 _TIE = 1e-6
 
 Frame = NDArray[np.uint8]
-# Frames, each with its second in the video where the reader tells it; and the frames a second of the whole.
+# Frames, each with its second in the video where the reader tells it, and the frames a second of the whole. Of a
+# moving picture: frames with the seconds they are shown, and how many a second of the shortest there would be.
 Decoded = tuple[Iterator[tuple[Frame, float | None]], float | None]
 
 
@@ -103,7 +104,8 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
     Args:
         clip: the video.
         frames, height, width: of the result.
-        fps: frames a second to take, each the nearest in time where the video tells times; None takes every frame.
+        fps: frames a second to take, each the nearest in time where the video tells times; None takes every frame. In
+            a moving picture (.gif) each frame has a duration of its own, and the one that is shown is taken.
 
     Returns:
         [3, frames, height, width], float32 from -1 to 1.
@@ -123,7 +125,8 @@ def read_clip(clip: Clip, frames: int, height: int, width: int, fps: float | Non
             raise ValueError(f"`fps` must be at most the {rate:g} of the video, got {fps:g} for {clip.name}")
         fps = min(fps, rate)
         least = math.floor((frames - 1) * rate / fps + 0.5) + 1
-        taken = _at_rate(decoded, fps, rate)
+        shown = clip.fps is None and clip.path.suffix.lower() in _PICTURES
+        taken = (_shown if shown else _at_rate)(decoded, fps, rate)
     kept: list[Tensor] = []
     with _readable(clip.path):
         for frame in taken:
@@ -151,6 +154,16 @@ def _at_rate(decoded: Iterator[tuple[Frame, float | None]], fps: float, rate: fl
     while before is not None and number < place_before + fps / rate / 2 - _TIE:
         yield before
         number += 1
+
+
+def _shown(decoded: Iterator[tuple[Frame, float | None]], fps: float, rate: float) -> Iterator[Frame]:
+    """For each moment of a constant rate the frame that is shown then; of frames shown equally long, the nearest."""
+    number, end = 0, 0.0
+    for frame, seconds in decoded:
+        end += (seconds or 0.0) * fps
+        while number < end - fps / rate / 2 - _TIE:
+            yield frame
+            number += 1
 
 
 def _fitted(frame: Tensor, height: int, width: int) -> Tensor:
@@ -227,8 +240,11 @@ def _decode(clip: Clip) -> Decoded:
     if path.is_dir():
         return _frames_of(path), clip.fps
     with _readable(path):
-        frames, rate = (_moving_picture if path.suffix.lower() in _PICTURES else _reader())(path)
-        return frames, clip.fps or rate
+        if path.suffix.lower() not in _PICTURES:
+            frames, rate = _reader()(path)
+            return frames, clip.fps or rate
+        frames, rate = _moving_picture(path)
+        return (frames, rate) if clip.fps is None else (((frame, None) for frame, _ in frames), clip.fps)
 
 
 @contextmanager
@@ -250,23 +266,31 @@ def _frames_of(folder: Path) -> Iterator[tuple[Frame, None]]:
 
 
 def _moving_picture(path: Path) -> Decoded:
-    opened = _pillow().open(path)
+    image = _pillow()
+    with image.open(path) as opened:
+        shown = [_seconds(opened, number) for number in range(getattr(opened, "n_frames", 1))]
 
-    def frames() -> Iterator[tuple[Frame, None]]:
-        with opened:
-            for number in range(getattr(opened, "n_frames", 1)):
+    def frames() -> Iterator[tuple[Frame, float]]:
+        with image.open(path) as opened:
+            for number, seconds in enumerate(shown):
                 opened.seek(number)
-                yield np.asarray(opened.convert("RGB")), None
+                yield np.asarray(opened.convert("RGB")), seconds
 
-    milliseconds = opened.info.get("duration")
-    return frames(), 1000.0 / milliseconds if milliseconds else None
+    return frames(), 1.0 / min(filter(None, shown)) if any(shown) else None
+
+
+def _seconds(opened: Any, number: int) -> float:
+    """How long a frame of a moving picture is shown."""
+    opened.seek(number)
+    if opened.format == "WEBP":
+        # It knows when the frame is decoded.
+        opened.load()
+    return float(opened.info.get("duration") or 0.0) / 1000.0
 
 
 def _pillow() -> Any:
-    try:
+    with needing("reading frames"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingExtra("reading frames", "pillow", "diffusers") from error
     return Image
 
 
@@ -278,7 +302,7 @@ def _reader() -> Any:
         except ImportError:
             continue
         return read
-    raise MissingExtra("reading video files", "av", "video")
+    raise MissingExtra("reading video files", "av")
 
 
 def _by_av(path: Path) -> Decoded:

@@ -160,7 +160,7 @@ def encode_caption(pipe: Any, caption: str, device: torch.device, tokens: int | 
         # Releases of diffusers without this check fail in the middle of their own code.
         if error.name != "ftfy":
             raise
-        raise MissingExtra("encode_prompt of this pipeline", "ftfy", "video") from error
+        raise MissingExtra("encode_prompt of this pipeline", "ftfy") from error
     names = _RULES[type(pipe.vae).__name__].prompt
     if len(made) != len(names):
         raise ValueError(
