@@ -57,8 +57,8 @@ class LayerState:
         hints: what is known of the tokens of a bidirectional layer, or None where they are text.
         source: tells whether a call's keys are of another sequence; None where they never are.
         watch: keeps what else the method reads of the layer; None where it reads nothing.
-        bound: the layers of the patch; None where there is none, as for native names.
         later: of a module that is several layers, the states of its second and later runs in a forward.
+        bound: the layers of the patch; None where there is none, as for native names.
     """
 
     record: LayerRecord
@@ -69,8 +69,8 @@ class LayerState:
     hints: Hints | None = None
     source: Source | None = None
     watch: LayerWatch | None = None
-    bound: Bound | None = None
     later: tuple[LayerState, ...] = ()
+    bound: Bound | None = None
 
     def of_run(self, runs: dict[str, int] | None) -> LayerState:
         """The state of the run that begins, which is counted in `runs`; the first one's where nobody counts."""
@@ -201,12 +201,11 @@ def attend(
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
-    now = find(module)
+    now, runs = find(module), kwargs.pop(RUNS, None)
     if now is not None and not torch.compiler.is_compiling():
         # In a pause, too: what runs again in backward must meet the same.
         recomputation.note(now.session)
     state = _state_here(now, module, attention_mask)
-    runs = kwargs.pop(RUNS, None)
     if state is not None:
         state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:

@@ -124,15 +124,15 @@ def _shared(config: Any, modules: int) -> list[list[int]]:
         return []
     layers: list[list[int]] = [[] for _ in range(modules)]
     for layer in range(config.num_hidden_layers):
-        group = layer * groups // config.num_hidden_layers
+        # As the model has it, rounding included.
+        group = int(layer / (config.num_hidden_layers / groups))
         for place in range(inner):
             layers[group * inner + place].append(layer * inner + place)
     return layers
 
 
 def _count_runs(module: nn.Module, args: Any, kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-    """Before a forward: hands down what its shared layers count their runs in."""
-    # Without them torch calls a hook that another thread is just taking off.
+    """Before a forward: hands down what its shared layers count their runs in; see LayerWatch.before for `kwargs`."""
     return None if kwargs is None else (args, {**kwargs, RUNS: {}})
 
 
