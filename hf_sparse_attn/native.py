@@ -172,6 +172,10 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
     session, module_now = Session(method, Policy(), "auto", False), ref(module)
+    # Layers of one model tell what is to be known once.
+    for other, state in list(_states().items()):
+        if state is not None and other.config is config:
+            session.notes = state.session.notes
     session.in_training = lambda: (now := module_now()) is not None and now.training
     return LayerState(record, session, layers, default_dense(module))
 
