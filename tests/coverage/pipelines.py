@@ -1,0 +1,270 @@
+"""`python -m tests.coverage.pipelines --output .github`: the steps that pipelines of diffusers tell, and those they ran.
+
+Every pipeline class that holds a transformer which can be patched is built tiny and run for a few steps. What a forward
+is told is compared with what the scheduler saw: a call of `set_timesteps` begins a run, and the forwards between two
+calls of `step` are one evaluation of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+
+import hf_sparse_attn as hsa
+from hf_sparse_attn.coverage.listing import quiet, short
+from hf_sparse_attn.family import find_family
+from hf_sparse_attn.hosts.diffusers_clock import Clock, Moment
+from tests.support.tiny_pipelines import PIPES, Pipe, pipeline_classes, tiny_call, tiny_pipeline, why_not
+from tests.support.tiny_pipelines_table import OMIT, STEPS
+
+
+@dataclass
+class Forward:
+    """One forward of a patched transformer.
+
+    Args:
+        moment: what the clock found.
+        told: (step, num_steps) as its layers were told, each once.
+    """
+
+    moment: Moment | None = None
+    told: set[tuple[int, int]] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spy(hsa.Method):
+    """Keeps everything and notes what it is told."""
+
+    events: list[Any] = field(default_factory=list, compare=False)
+
+    def pattern(self, q: Any, k: Any, ctx: hsa.Context) -> hsa.BlockPattern:
+        self.events[-1].told.add((ctx.step, ctx.num_steps))
+        return hsa.BlockPattern.dense(q.shape[2], k.shape[2], causal=False, block=64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a pipeline in one setting.
+
+    Args:
+        pipeline, scheduler, variant: which; no scheduler where it could not be built.
+        told, ran: (step, num_steps) of each evaluation, by what it was told and by what the scheduler saw.
+        verdict: "right", "unknown" (and said so), "wrong", "refused" (the pipeline does not take the setting) or
+            "not built".
+        why: what is unknown, wrong or refused.
+    """
+
+    pipeline: str
+    scheduler: str
+    variant: str
+    told: tuple[tuple[int, int | None], ...] = ()
+    ran: tuple[tuple[int, int], ...] = ()
+    verdict: str = "right"
+    why: str = ""
+
+
+class _Aborted(Exception):
+    """Raised by a callback, as a user's interrupt."""
+
+
+@contextmanager
+def watched(events: list[Any]) -> Iterator[None]:
+    """Notes calls of the schedulers' `set_timesteps` and `step`, and what the clock finds for each forward."""
+
+    def noting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            events.append(name)
+            return own(self, *args, **kwargs)
+
+        # Pipelines look at its signature.
+        noted.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        return noted
+
+    moment = Clock.moment
+
+    def timed(self: Clock, *args: Any, **kwargs: Any) -> Moment:
+        found = moment(self, *args, **kwargs)
+        events[-1].moment = found
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Clock, "moment", timed))
+        for kind in _schedulers(diffusers.SchedulerMixin):
+            for name in ("set_timesteps", "step"):
+                if name in vars(kind):
+                    stack.enter_context(mock.patch.object(kind, name, noting(name, vars(kind)[name])))
+        yield
+
+
+def _schedulers(kind: type[Any]) -> Iterator[type[Any]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _schedulers(one)
+
+
+def evaluations(events: list[Any], passes: int | None) -> list[list[list[Forward]]]:
+    """The forwards of each evaluation of each run.
+
+    Args:
+        passes: forwards of an evaluation, of a pipeline that steps without its scheduler.
+    """
+    runs: list[list[list[Forward]]] = [[[]]]
+    for event in events:
+        if event in ("set_timesteps", "call") and runs[-1] != [[]]:
+            runs.append([[]])
+        elif isinstance(event, Forward):
+            if passes is not None and len(runs[-1][-1]) == passes:
+                runs[-1].append([])
+            runs[-1][-1].append(event)
+        elif event == "step" and runs[-1][-1]:
+            runs[-1].append([])
+    return [[one for one in run if one] for run in runs if any(run)]
+
+
+def judged(row: dict[str, Any], calls: list[list[Any]], passes: int | None) -> Row:
+    """The row of some calls, of which those that were aborted have the lengths of the last one."""
+    ran, told, wrong, unknown = [], [], [], []
+    whole = evaluations(calls[-1], passes)
+    for events in calls:
+        found = evaluations(events, passes)
+        # An aborted call is shorter than it would have been.
+        aborted = "aborted" in events
+        for number, run in enumerate(found):
+            length = len(whole[number]) if aborted else len(run)
+            for place, forwards in enumerate(run):
+                ran.append((place, length))
+                told.append(_told(forwards[0]))
+                for forward in forwards:
+                    moment = forward.moment
+                    if moment is None:
+                        wrong.append(f"{place} of {length} was not asked about")
+                    elif moment.guessed or moment.num_steps is None:
+                        unknown.append("number of steps unknown" if moment.num_steps is None else "step guessed")
+                    elif forward.told - {(place, length)} or _told(forward) != (place, length):
+                        wrong.append(f"{place} of {length} was told as {_told(forward)}, {sorted(forward.told)}")
+    if not ran:
+        wrong.append("no forward of the transformer")
+    why = dict.fromkeys(wrong or unknown)
+    verdict = "wrong" if wrong else "unknown" if unknown else "right"
+    return Row(**row, told=tuple(told), ran=tuple(ran), verdict=verdict, why="; ".join(list(why)[:3]))
+
+
+def _told(forward: Forward) -> tuple[int, int | None]:
+    assert forward.moment is not None
+    return forward.moment.step, forward.moment.num_steps
+
+
+def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]:
+    """Events of each call of a pipeline.
+
+    Args:
+        pipe: that is called.
+        patched: it, or a transformer or pipeline that it shares one with.
+        calls: keyword arguments of each call.
+    """
+    spy = Spy()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: spy.events.append(Forward())) for module in find_family(patched)[2]
+    ]
+    found: list[list[Any]] = []
+    try:
+        with hsa.patch(patched, spy, min_tokens=0, backend="torch_reference"), watched(spy.events):
+            for call in calls:
+                spy.events.clear()
+                try:
+                    pipe(**call)
+                except _Aborted:
+                    spy.events.append("aborted")
+                found.append(list(spy.events))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def aborting(pipe: Any, *_: Any) -> dict[str, Any]:
+    """A callback at the end of a step that ends the call."""
+    raise _Aborted
+
+
+def variants(pipe: Any) -> Iterator[tuple[str, Any, list[dict[str, Any]], Any]]:
+    """(name, scheduler or None, calls, what is patched) of each setting that a pipeline may take."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    yield "as it is", None, [tiny_call(pipe)], pipe
+    again = [tiny_call(pipe, STEPS - 1), tiny_call(pipe, STEPS)]
+    if "callback_on_step_end" in takes:
+        again.insert(1, tiny_call(pipe, STEPS, callback_on_step_end=aborting))
+    yield "again, aborted, again, transformer patched", None, again, pipe.transformer
+    if "true_cfg_scale" in takes:
+        yield "true guidance", None, [tiny_call(pipe, true_cfg_scale=3.0)], pipe
+    elif "guidance_scale" in takes:
+        yield "no guidance", None, [tiny_call(pipe, guidance_scale=1.0)], pipe
+    for name in ("strength", "denoise_strength"):
+        if name in takes:
+            yield "strength", None, [tiny_call(pipe, 2 * STEPS, **{name: 0.5})], pipe
+    flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    if flow:
+        yield "second order", diffusers.FlowMatchHeunDiscreteScheduler(), [tiny_call(pipe)], pipe
+        unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        yield "UniPC", unipc, [tiny_call(pipe)], pipe
+    elif not isinstance(pipe.scheduler, diffusers.UniPCMultistepScheduler):
+        yield "second order", diffusers.HeunDiscreteScheduler(), [tiny_call(pipe)], pipe
+        yield "second order, DPM", diffusers.KDPM2DiscreteScheduler(), [tiny_call(pipe)], pipe
+    else:
+        yield "second order", diffusers.FlowMatchHeunDiscreteScheduler(), [tiny_call(pipe)], pipe
+
+
+def of_class(name: str) -> Iterator[Row]:
+    """The rows of a pipeline class."""
+    reason = why_not(name)
+    if reason is not None:
+        yield Row(name, "", "", verdict="not built", why=reason)
+        return
+    try:
+        pipe = tiny_pipeline(name)
+    except Exception as error:
+        yield Row(name, "", "", verdict="not built", why=short(error))
+        return
+    own = pipe.scheduler
+    passes = PIPES.get(name, Pipe()).passes
+    for variant, scheduler, calls, patched in variants(pipe):
+        pipe.scheduler = own if scheduler is None else scheduler
+        row = {"pipeline": name, "scheduler": type(pipe.scheduler).__name__, "variant": variant}
+        try:
+            yield judged(row, run(pipe, patched, calls), passes)
+        except Exception as error:
+            verdict = "not built" if variant == "as it is" else "refused"
+            yield Row(**row, verdict=verdict, why=short(error))
+            if verdict == "not built":
+                return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="pipeline classes; all without it")
+    parser.add_argument("--output", metavar="FOLDER", help="write pipelines.md there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with quiet("diffusers"):
+        for name in args.only or pipeline_classes():
+            begin = time.perf_counter()
+            rows += of_class(name)
+            print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    for r in rows:
+        print(r.pipeline, '|', r.scheduler, '|', r.variant, '|', r.verdict, '|', r.why, '|', len(r.ran), r.told if r.verdict!='right' else '')
+
+
+if __name__ == "__main__":
+    main()

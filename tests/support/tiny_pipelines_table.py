@@ -1,0 +1,364 @@
+"""What the pipeline classes of diffusers need to be built small and run, besides rules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.support.tiny_diffusers_rules import POOLED, TEXT, WIDTH
+
+# Pixels and frames of what is made, and its number of steps.
+HEIGHT, WIDE, FRAMES, STEPS = 64, 96, 9, 4
+
+# Channels of latents.
+LATENTS = 4
+# Leaves an argument out.
+OMIT: Any = object()
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What a class needs besides the rules.
+
+    Args:
+        parts: components by name, or functions that make them.
+        sizes: arguments of the constructors of components, by name.
+        call: arguments of its call, or functions that make them. A tuple of whole numbers is the shape of a random
+            tensor.
+        prepare: is handed the pipeline once it is built, and may replace what encodes prompts and images.
+    """
+
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], None] = lambda pipe: None
+    passes: int | None = None
+
+
+def image(width: int = WIDE, height: int = HEIGHT, shade: int = 90) -> Any:
+    return Image.new("RGB", (width, height), (shade, 90, 200 - shade))
+
+
+def video(width: int = WIDE, height: int = HEIGHT, frames: int = FRAMES) -> list[Any]:
+    return [image(width, height, 20 * i) for i in range(frames)]
+
+
+def text(*shape: int) -> Tensor:
+    """Random numbers that stand for an encoded prompt of one sample."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
+
+
+class Harmless:
+    """A safety checker that finds nothing."""
+
+    def to(self, *_: object) -> Harmless:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+_MEAN = {"latents_mean": [0.0] * LATENTS, "latents_std": [1.0] * LATENTS}
+_THREE = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+VAES: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {
+        **_THREE,
+        "block_out_channels": (4, 4, 4),
+        "latent_channels": LATENTS,
+        "norm_num_groups": 1,
+        "shift_factor": 0.1,
+    },
+    "AutoencoderKLWan": {
+        "base_dim": 3, "z_dim": LATENTS, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **_MEAN,
+        "temperal_downsample": [False, True, True],
+    },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 3, "z_dim": LATENTS, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **_MEAN,
+        "temperal_downsample": [False, True, True],
+    },
+    "AutoencoderKLCogVideoX": {
+        "latent_channels": LATENTS,
+        "block_out_channels": (8,) * 4,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+    },
+    "AutoencoderKLAllegro": {
+        "latent_channels": LATENTS, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLHunyuanVideo": {
+        "latent_channels": LATENTS,
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,
+        "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    "AutoencoderKLHunyuanVideo15": {
+        "latent_channels": LATENTS,
+        "block_out_channels": (8, 8, 8),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 2,
+        "downsample_match_channel": False,
+        "upsample_match_channel": False,
+    },
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": LATENTS, "block_out_channels": (8, 8, 8),
+        "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 32, "scaling_factor": 1.0,
+        "downsample_match_channel": False, "upsample_match_channel": False,
+    },
+    "AutoencoderKLHunyuanImageRefiner": {
+        "latent_channels": LATENTS, "block_out_channels": (8, 8, 8), "layers_per_block": 1,
+        "spatial_compression_ratio": 4, "temporal_compression_ratio": 2,
+        "downsample_match_channel": False, "upsample_match_channel": False,
+    },
+    "AutoencoderKLLTXVideo": {
+        "latent_channels": LATENTS,
+        "block_out_channels": (8,) * 4,
+        "decoder_block_out_channels": (8,) * 4,
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False),
+        "patch_size": 1,
+    },
+    "AutoencoderKLMagvit": {
+        "latent_channels": LATENTS, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 2,
+    },
+    "AutoencoderKLMochi": {
+        "latent_channels": LATENTS, **{k: tuple(v) for k, v in _MEAN.items()},
+        "encoder_block_out_channels": (32, 32, 32, 32), "decoder_block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": (1, 1, 1, 1, 1),
+    },
+    "AutoencoderKLFlux2": {
+        "block_out_channels": (4, 4, 4, 4), "latent_channels": LATENTS, "norm_num_groups": 1, "layers_per_block": 1,
+    },
+    "AutoencoderKLCosmos": {
+        "latent_channels": LATENTS, "encoder_block_out_channels": (8, 8, 8, 8),
+        "decode_block_out_channels": (8, 8, 8, 8), "num_layers": 1, "latents_mean": None, "latents_std": None,
+        "attention_resolutions": (8,), "resolution": 64,
+    },
+    "AutoencoderOobleck": {
+        "encoder_hidden_size": 4, "downsampling_ratios": [2, 2], "channel_multiples": [1, 1], "decoder_channels": 4,
+        "decoder_input_channels": LATENTS, "audio_channels": 2, "sampling_rate": 64,
+    },
+    "AutoencoderKLLTX2Video": {
+        "latent_channels": LATENTS, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 3,
+        "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
+    },
+    "AutoencoderKLLTX2Audio": {
+        "base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 8,
+    },
+    "LTX2TextConnectors": {
+        "caption_channels": WIDTH, "text_proj_in_factor": 1, "video_connector_num_attention_heads": 2,
+        "video_connector_attention_head_dim": 8, "video_connector_num_layers": 1,
+        "video_connector_num_learnable_registers": None, "audio_connector_num_attention_heads": 2,
+        "audio_connector_attention_head_dim": 8, "audio_connector_num_layers": 1,
+        "audio_connector_num_learnable_registers": None, "rope_type": "split",
+    },
+    "AutoencoderSAME": {
+        "patch_size": 4, "encoder_channels": 8, "encoder_c_mults": (2,), "encoder_strides": (2,),
+        "encoder_transformer_depths": (1,), "latent_dim": LATENTS, "dim_heads": 8, "sampling_rate": 64,
+    },
+    "StableAudio3DurationEmbedder": {"output_dim": WIDTH, "fourier_dim": 8},
+    "StableAudioProjectionModel": {
+        "text_encoder_dim": WIDTH, "conditioning_dim": WIDTH, "min_value": 0, "max_value": 10,
+    },
+    "LongCatAudioDiTVae": {
+        "channels": 8, "c_mults": [1, 1], "strides": [2, 2], "latent_dim": LATENTS, "encoder_latent_dim": 2 * LATENTS,
+        "downsampling_ratio": 4, "sample_rate": 64,
+    },
+    "AceStepConditionEncoder": {
+        "hidden_size": 48, "intermediate_size": 40, "text_hidden_dim": WIDTH, "timbre_hidden_dim": LATENTS,
+        "num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 8,
+    },
+    "VQModel": {"block_out_channels": (4,), "norm_num_groups": 1, "latent_channels": LATENTS, "num_vq_embeddings": 16},
+}  # fmt: skip
+
+# Those that take latents in packs of two by two.
+_PACKED = {"in_channels": 4 * LATENTS, "out_channels": OMIT}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "FluxTransformer2DModel": _PACKED,
+    "ChromaTransformer2DModel": _PACKED,
+    "BriaTransformer2DModel": _PACKED,
+    "LongCatImageTransformer2DModel": _PACKED,
+    "OvisImageTransformer2DModel": _PACKED,
+    "QwenImageTransformer2DModel": {"in_channels": 4 * LATENTS, "out_channels": LATENTS},
+    "Flux2Transformer2DModel": _PACKED,
+}
+
+# By patterns of names of pipelines: what is published with them, where their annotation does not say it.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AllegroPipeline": ("EulerAncestralDiscreteScheduler", {}),
+    "CogVideoXFunControlPipeline": ("CogVideoXDDIMScheduler", {}),
+    "DiTPipeline|LattePipeline": ("DDIMScheduler", {}),
+    "PixArtSigma.*": ("DPMSolverMultistepScheduler", {}),
+    "Wan(Pipeline|ImageToVideo.*|VideoToVideo.*|VACE.*|Animate.*)|LucyEdit.*|ChronoEdit.*": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    ),
+    "SkyReelsV2.*": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0},
+    ),
+    "StableAudioPipeline": ("CosineDPMSolverMultistepScheduler", {}),
+}
+
+
+
+_ONES = torch.ones(1, TEXT).long()
+_LAYERS = {
+    "prompt": "a cat",
+}
+# Prompts of two encoders, whose second has five tokens of six numbers.
+_SECOND = {
+    "prompt_embeds_2": (1, 5, 6),
+    "negative_prompt_embeds_2": (1, 5, 6),
+    "prompt_embeds_mask_2": torch.ones(1, 5).long(),
+    "negative_prompt_embeds_mask_2": torch.ones(1, 5).long(),
+}
+_BOOL = {"prompt_attention_mask": _ONES.bool(), "negative_prompt_attention_mask": _ONES.bool()}
+_LIST = {"prompt_embeds": lambda: [text(TEXT, WIDTH)[0]], "negative_prompt_embeds": lambda: [text(TEXT, WIDTH)[0]]}
+
+
+def _layers(pipe: Any) -> None:
+    pipe.get_prompt_embeds = lambda *_, **__: (text(TEXT, WIDTH), [text(TEXT, WIDTH)] * 3, torch.ones(1, TEXT))
+
+
+def _guided(pipe: Any) -> None:
+    pipe.transformer.register_to_config(guidance_embeds=False)
+
+
+_SAFE = {"safety_checker": Harmless}
+_FIBO = {"prompt": "a cat", "negative_prompt": "a dog"}
+_KANDINSKY = {
+    "prompt_embeds_qwen": (1, TEXT, WIDTH),
+    "prompt_embeds_clip": (1, POOLED),
+    "prompt_cu_seqlens": torch.tensor([0, TEXT], dtype=torch.int32),
+    "negative_prompt_embeds_qwen": (1, TEXT, WIDTH),
+    "negative_prompt_embeds_clip": (1, POOLED),
+    "negative_prompt_cu_seqlens": torch.tensor([0, TEXT], dtype=torch.int32),
+}
+_HUNYUAN_DIT = {
+    "prompt_embeds_2": (1, 5, WIDTH),
+    "negative_prompt_embeds_2": (1, 5, WIDTH),
+    "prompt_attention_mask_2": torch.ones(1, 5).long(),
+    "negative_prompt_attention_mask_2": torch.ones(1, 5).long(),
+    "use_resolution_binning": False,
+}
+_NINE = {"transformer": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS}}
+_TWICE = {"transformer": {"in_channels": 2 * LATENTS, "out_channels": LATENTS}}
+_CONTROL = {"transformer": {"in_channels": 8 * LATENTS, "out_channels": 4 * LATENTS}}
+_LTX2 = {"spatio_temporal_guidance_blocks": [1], "num_frames": FRAMES}
+
+PIPES: dict[str, Pipe] = {
+    "BriaFibo2Pipeline": Pipe(
+        call={"image": OMIT, "prompt_embeds": (1, 2, TEXT, WIDTH), "negative_prompt_embeds": (1, 2, TEXT, WIDTH)}
+    ),
+    "BriaFiboPipeline": Pipe(call=_FIBO, prepare=_layers),
+    "BriaFiboEditPipeline": Pipe(call=_FIBO, prepare=_layers),
+    "ChromaInpaintPipeline": Pipe(call=_BOOL, prepare=_guided),
+    "ChromaImg2ImgPipeline": Pipe(call=_BOOL),
+    "ChromaPipeline": Pipe(call=_BOOL),
+    "ChronoEditPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS, "image_dim": 12}},
+        call={"image_embeds": (1, 3, 12)},
+        prepare=lambda pipe: setattr(pipe, "check_inputs", lambda *_, **__: None),
+    ),
+    "CogVideoXFunControlPipeline": Pipe(sizes=_TWICE, call={"control_video": video}),
+    "CogVideoXImageToVideoPipeline": Pipe(sizes=_TWICE),
+    "CogView4ControlPipeline": Pipe(sizes=_TWICE),
+    "Cosmos2TextToImagePipeline": Pipe(_SAFE),
+    "Cosmos2VideoToWorldPipeline": Pipe(_SAFE),
+    "Cosmos2_5_PredictBasePipeline": Pipe(_SAFE),
+    "Cosmos2_5_TransferPipeline": Pipe(_SAFE, call={"controls": video}),
+    "CosmosTextToWorldPipeline": Pipe(_SAFE),
+    "CosmosVideoToWorldPipeline": Pipe(_SAFE),
+    "DiTPipeline": Pipe(call={"class_labels": [3], "output_type": "np"}),
+    "EasyAnimateInpaintPipeline": Pipe(
+        call={"video": (1, 3, FRAMES, HEIGHT, WIDE), "mask_video": torch.ones(1, 1, FRAMES, HEIGHT, WIDE)}
+    ),
+    "FluxControlPipeline": Pipe(sizes=_CONTROL),
+    "FluxControlImg2ImgPipeline": Pipe(sizes=_CONTROL),
+    "FluxControlInpaintPipeline": Pipe(sizes=_CONTROL),
+    "FluxFillPipeline": Pipe(sizes={"transformer": {"in_channels": 96, "out_channels": 4 * LATENTS}}),
+    "GlmImagePipeline": Pipe(
+        call={"image": OMIT, "prior_token_ids": lambda: torch.arange(96)[None] % 32},
+    ),
+    "HiDreamImagePipeline": Pipe(
+        call={
+            "prompt_embeds_t5": (1, TEXT, WIDTH),
+            "negative_prompt_embeds_t5": (1, TEXT, WIDTH),
+            "prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
+            "negative_prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
+        }
+    ),
+    "HunyuanDiTPipeline": Pipe(call=_HUNYUAN_DIT),
+    "HunyuanDiTPAGPipeline": Pipe(call=_HUNYUAN_DIT),
+    "HunyuanDiTControlNetPipeline": Pipe(call=_HUNYUAN_DIT),
+    "HunyuanSkyreelsImageToVideoPipeline": Pipe(sizes=_TWICE),
+    "HunyuanVideo15Pipeline": Pipe(sizes=_NINE, call=_SECOND),
+    "HunyuanVideo15ImageToVideoPipeline": Pipe(sizes=_NINE, call=_SECOND),
+    "HunyuanVideoFramepackPipeline": Pipe(
+        call={"latent_window_size": 2, "num_frames": 10},
+        prepare=lambda pipe: setattr(pipe, "encode_image", lambda image, device: text(2, 10)),
+    ),
+    "HunyuanVideoImageToVideoPipeline": Pipe(
+        sizes={"transformer": {"image_condition_type": "token_replace", "guidance_embeds": False}}
+    ),
+    "Kandinsky5I2IPipeline": Pipe(call=_KANDINSKY),
+    "Kandinsky5I2VPipeline": Pipe(call=_KANDINSKY),
+    "Kandinsky5T2IPipeline": Pipe(call=_KANDINSKY),
+    "Kandinsky5T2VPipeline": Pipe(call=_KANDINSKY),
+    "Kandinsky6TI2VAPipeline": Pipe(call={"image": OMIT, "sample_audio": False}),
+    "Krea2Pipeline": Pipe(
+        sizes={"transformer": {"in_channels": 4 * LATENTS}},
+        call={"prompt_embeds": (1, TEXT, 3, WIDTH), "negative_prompt_embeds": (1, TEXT, 3, WIDTH)},
+    ),
+    "LTX2ConditionPipeline": Pipe(call=_LTX2),
+    "LTX2HDRPipeline": Pipe(call=_LTX2),
+    "LTX2ImageToVideoPipeline": Pipe(call=_LTX2),
+    "LTX2InContextPipeline": Pipe(call=_LTX2),
+    "LTX2Pipeline": Pipe(call=_LTX2),
+    "LongCatImagePipeline": Pipe(call={"enable_prompt_rewrite": False}),
+    "LucyEditPipeline": Pipe(sizes=_TWICE),
+    "PixArtAlphaPipeline": Pipe(call={"use_resolution_binning": False}),
+    "PixArtSigmaPAGPipeline": Pipe(call={"use_resolution_binning": False}),
+    "PixArtSigmaPipeline": Pipe(call={"use_resolution_binning": False}),
+    "SkyReelsV2ImageToVideoPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS, "image_dim": 12}},
+        call={"image_embeds": (1, 3, 12)},
+        prepare=lambda pipe: setattr(pipe, "check_inputs", lambda *_, **__: None),
+    ),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Pipe(call={"overlap_history": 5}),
+    "StableDiffusion3InpaintPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}
+    ),
+    "StableAudioPipeline": Pipe(call={"audio_end_in_s": 1.0}),
+    "WanImageToVideoPipeline": Pipe(sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS}}),
+    "WanVACEPipeline": Pipe(sizes={"transformer": {"vace_in_channels": 64 + 2 * LATENTS}}),
+    "WanAnimatePipeline": Pipe(
+        call={"pose_video": video, "face_video": video, "image_embeds": (1, 3, 12)},
+    ),
+    "ZImageControlNetInpaintPipeline": Pipe(call=_LIST),
+    "ZImageControlNetPipeline": Pipe(call=_LIST),
+    "ZImageImg2ImgPipeline": Pipe(call=_LIST),
+    "ZImageInpaintPipeline": Pipe(call=_LIST),
+    "ZImageOmniPipeline": Pipe(call={**_LIST, "image": OMIT}),
+    "ZImagePipeline": Pipe(call=_LIST),
+}
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "FluxControlNetModel": {"in_channels": 4 * LATENTS},
+    "QwenImageControlNetModel": {"in_channels": 4 * LATENTS},
+}
