@@ -179,7 +179,7 @@ def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]
     ]
     found: list[list[Any]] = []
     try:
-        with hsa.patch(patched, spy, min_tokens=0, backend="torch_reference"), watched(spy.events):
+        with hsa.patch(patched, spy, min_tokens=0, backend="torch_gather"), watched(spy.events):
             for call in calls:
                 spy.events.clear()
                 try:
@@ -258,7 +258,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with quiet("diffusers"):
-        for name in args.only or pipeline_classes():
+        for name in args.only or [l.split()[0] for l in open('/tmp/dev/names.txt') if 'yes' in l]:
             begin = time.perf_counter()
             rows += of_class(name)
             print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)

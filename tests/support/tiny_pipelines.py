@@ -35,7 +35,7 @@ from tests.support.tiny_pipelines_table import (
 # Parts that only turn a prompt or an image into what is given ready made.
 _ABSENT = re.compile(
     r"(text_|image_|vision_language_)?(encoder|tokenizer|processor)(_\d)?|.*_(processor|encoder|tokenizer)|processor"
-    r"|feature_extractor.*|safety_checker|tokenizer.*|text_encoder.*|pe|pe_tokenizer|siglip|image_encoder|.*upscaler"
+    r"|feature_extractor.*|safety_checker|tokenizer.*|text_encoder.*|pe|pe_tokenizer|siglip|image_encoder|.*upscaler|vocoder"
 )
 
 
@@ -53,12 +53,18 @@ def pipeline_classes() -> dict[str, type[Any]]:
 def transformer_parts(kind: type[Any]) -> dict[str, type[Any]]:
     """The transformer classes of a pipeline class by the names of its parts."""
     kinds = diffusers_kinds()
-    found = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        for annotated in classes_of(parameter.annotation):
-            if annotated.__name__ in kinds:
-                found[name] = annotated
-    return found
+    return {name: one for name, said in annotations(kind).items() for one in classes_of(said) if one.__name__ in kinds}
+
+
+def annotations(kind: type[Any]) -> dict[str, Any]:
+    """What the parts of a pipeline class are annotated with."""
+    if "__init__" not in vars(kind):
+        return {}
+    return {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items()
+        if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
 
 
 def classes_of(annotation: Any) -> list[type[Any]]:
@@ -80,18 +86,17 @@ def tiny_pipeline(name: str, scheduler: Any = None, **parts: Any) -> Any:
     made: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for part, parameter in inspect.signature(kind.__init__).parameters.items():
-            if part == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                continue
+        parameters = inspect.signature(kind.__init__).parameters
+        for part, said in annotations(kind).items():
             if part in parts:
                 made[part] = parts[part]
             elif part in own.parts:
                 value = own.parts[part]
                 made[part] = value() if callable(value) else value
             elif part == "scheduler":
-                made[part] = scheduler_of(name, parameter.annotation) if scheduler is None else scheduler
+                made[part] = scheduler_of(name, said) if scheduler is None else scheduler
             else:
-                found = _part(part, parameter, own)
+                found = _part(part, said, parameters[part].default, own)
                 if found is not OMIT:
                     made[part] = found
         pipe = kind(**made)
@@ -111,9 +116,9 @@ def scheduler_of(name: str, annotation: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler()
 
 
-def _part(part: str, parameter: inspect.Parameter, own: Pipe) -> Any:
+def _part(part: str, said: Any, default: Any, own: Pipe) -> Any:
     """A component by its name and annotation; OMIT leaves it to its default."""
-    kinds = classes_of(parameter.annotation)
+    kinds = classes_of(said)
     sizes = own.sizes.get(part, {})
     for kind in kinds:
         if kind.__name__ in diffusers_kinds():
@@ -128,9 +133,9 @@ def _part(part: str, parameter: inspect.Parameter, own: Pipe) -> Any:
         return diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
     if _ABSENT.fullmatch(part):
         return None
-    if parameter.default is not parameter.empty:
+    if default is not inspect.Parameter.empty:
         return OMIT
-    raise LookupError(f"no tiny {part} is known: {parameter.annotation}")
+    raise LookupError(f"no tiny {part} is known: {said}")
 
 
 def tiny_call(pipe: Any, steps: int = STEPS, **more: Any) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def _argument(key: str, call: Mapping[str, inspect.Parameter], draw: torch.Gener
         return torch.ones(1, TEXT).long()
     if key in ("image", "control_image"):
         return image()
-    if key == "mask_image":
+    if key in ("mask_image", "control_mask"):
         return Image.new("L", (WIDE, HEIGHT), 255)
     if key == "video" and "image" not in call:
         return video()

@@ -66,12 +66,19 @@ class Harmless:
         return video
 
 
+def _levels(count: int) -> dict[str, Any]:
+    """Sizes of an AutoencoderKL that halves height and width one time fewer than it has levels."""
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "block_out_channels": (4,) * count,
+    }
+
+
 _MEAN = {"latents_mean": [0.0] * LATENTS, "latents_std": [1.0] * LATENTS}
-_THREE = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
 VAES: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {
-        **_THREE,
-        "block_out_channels": (4, 4, 4),
+        **_levels(4),
         "latent_channels": LATENTS,
         "norm_num_groups": 1,
         "shift_factor": 0.1,
@@ -193,9 +200,12 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ChromaTransformer2DModel": _PACKED,
     "BriaTransformer2DModel": _PACKED,
     "LongCatImageTransformer2DModel": _PACKED,
-    "OvisImageTransformer2DModel": _PACKED,
     "QwenImageTransformer2DModel": {"in_channels": 4 * LATENTS, "out_channels": LATENTS},
     "Flux2Transformer2DModel": _PACKED,
+    "OvisImageTransformer2DModel": {"in_channels": 4 * LATENTS, "out_channels": 4 * LATENTS},
+    "HiDreamImageTransformer2DModel": {"max_resolution": (64, 64)},
+    "MotifVideoTransformer3DModel": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS},
+    "LatteTransformer3DModel": {"video_length": 3},
 }
 
 # By patterns of names of pipelines: what is published with them, where their annotation does not say it.
@@ -212,15 +222,26 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0},
     ),
-    "StableAudioPipeline": ("CosineDPMSolverMultistepScheduler", {}),
+    "HeliosPipeline": ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]}),
+    "VQDiffusionPipeline": ("VQDiffusionScheduler", {"num_vec_classes": 17}),
 }
-
 
 
 _ONES = torch.ones(1, TEXT).long()
-_LAYERS = {
-    "prompt": "a cat",
-}
+
+
+class Processor:
+    """A processor of text and images that is only asked for its parts."""
+
+    image_processor = None
+
+
+class Typed:
+    """A text encoder that is only asked for its type of numbers."""
+
+    dtype = torch.float32
+
+
 # Prompts of two encoders, whose second has five tokens of six numbers.
 _SECOND = {
     "prompt_embeds_2": (1, 5, 6),
@@ -233,6 +254,7 @@ _LIST = {"prompt_embeds": lambda: [text(TEXT, WIDTH)[0]], "negative_prompt_embed
 
 
 def _layers(pipe: Any) -> None:
+    pipe.text_encoder, pipe.check_inputs = Typed(), lambda *_, **__: None
     pipe.get_prompt_embeds = lambda *_, **__: (text(TEXT, WIDTH), [text(TEXT, WIDTH)] * 3, torch.ones(1, TEXT))
 
 
@@ -240,7 +262,32 @@ def _guided(pipe: Any) -> None:
     pipe.transformer.register_to_config(guidance_embeds=False)
 
 
-_SAFE = {"safety_checker": Harmless}
+_SAFE: dict[str, Any] = {"safety_checker": Harmless}
+_ONE_MORE = {"transformer": {"in_channels": LATENTS + 1, "out_channels": LATENTS}}
+
+
+def _unchecked(pipe: Any) -> None:
+    pipe.check_inputs = lambda *_, **__: None
+
+
+def _encoded(*given: Any) -> Callable[[Any], None]:
+    """Gives what an encoder of prompts is replaced by."""
+
+    def prepare(pipe: Any) -> None:
+        pipe.encode_prompt = lambda *_, **__: given
+
+    return prepare
+
+
+def _ideogram(pipe: Any) -> None:
+    tokens = TEXT + HEIGHT // 16 * (WIDE // 16)
+    where = torch.arange(tokens)[None]
+    indicator = torch.tensor([3] * TEXT + [2] * (tokens - TEXT))[None]
+    pipe.encode_prompt = lambda **_: (
+        text(tokens, WIDTH), where[..., None].expand(1, tokens, 3), torch.zeros_like(where), indicator,
+    )  # fmt: skip
+
+
 _FIBO = {"prompt": "a cat", "negative_prompt": "a dog"}
 _KANDINSKY = {
     "prompt_embeds_qwen": (1, TEXT, WIDTH),
@@ -263,6 +310,43 @@ _CONTROL = {"transformer": {"in_channels": 8 * LATENTS, "out_channels": 4 * LATE
 _LTX2 = {"spatio_temporal_guidance_blocks": [1], "num_frames": FRAMES}
 
 PIPES: dict[str, Pipe] = {
+    "AceStepPipeline": Pipe(
+        call={"prompt": "a song", "lyrics": "la", "audio_duration": 2.0},
+        prepare=_encoded(text(TEXT, WIDTH), _ONES, text(5, WIDTH), torch.ones(1, 5).long()),
+    ),
+    "LongCatAudioDiTPipeline": Pipe(
+        call={"prompt": "a sound", "audio_duration_s": 2.0},
+        prepare=_encoded(text(TEXT, WIDTH), torch.tensor([TEXT])),
+    ),
+    "LongCatImagePipeline": Pipe(
+        sizes={"transformer": {"in_channels": 64}, "vae": {"latent_channels": 16}},
+        call={"enable_prompt_rewrite": False, "prompt": "a cat", "negative_prompt": "a dog"},
+        prepare=_unchecked,
+    ),
+    "LongCatImageEditPipeline": Pipe(
+        {"text_processor": Processor},
+        sizes={"transformer": {"in_channels": 64}, "vae": {"latent_channels": 16, **_levels(6)}},
+        call={"prompt": "a cat", "negative_prompt": "a dog"},
+        prepare=_unchecked,
+    ),
+    "Ideogram4Pipeline": Pipe(
+        sizes={"transformer": {"in_channels": 4 * LATENTS}, "unconditional_transformer": {"in_channels": 4 * LATENTS}},
+        call={"prompt": "a cat", "guidance_schedule": None, "guidance_scale": 7.0},
+        prepare=_ideogram,
+    ),
+    "JoyImageEditPlusPipeline": Pipe(
+        call={"prompt": ["a cat"], "images": lambda: [[image()]]},
+        prepare=_unchecked,
+    ),
+    "QwenImageEditPipeline": Pipe(call={"image": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8)}),
+    "QwenImageEditPlusPipeline": Pipe(call={"image": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8)}),
+    "FluxKontextPipeline": Pipe(call={"max_area": HEIGHT * WIDE, "_auto_resize": False}),
+    "FluxKontextInpaintPipeline": Pipe(call={"max_area": HEIGHT * WIDE, "_auto_resize": False}),
+    "StableAudio3AudioToAudioPipeline": Pipe(call={"audio": (1, 2, 128), "duration": 2.0}),
+    "StableAudio3InpaintPipeline": Pipe(
+        call={"audio": (1, 2, 128), "duration": 2.0, "mask_start_seconds": 0.5, "mask_end_seconds": 1.0}
+    ),
+    "StableAudio3Pipeline": Pipe(call={"duration": 2.0}),
     "BriaFibo2Pipeline": Pipe(
         call={"image": OMIT, "prompt_embeds": (1, 2, TEXT, WIDTH), "negative_prompt_embeds": (1, 2, TEXT, WIDTH)}
     ),
@@ -274,27 +358,33 @@ PIPES: dict[str, Pipe] = {
     "ChronoEditPipeline": Pipe(
         sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS, "image_dim": 12}},
         call={"image_embeds": (1, 3, 12)},
-        prepare=lambda pipe: setattr(pipe, "check_inputs", lambda *_, **__: None),
+        prepare=_unchecked,
     ),
     "CogVideoXFunControlPipeline": Pipe(sizes=_TWICE, call={"control_video": video}),
     "CogVideoXImageToVideoPipeline": Pipe(sizes=_TWICE),
     "CogView4ControlPipeline": Pipe(sizes=_TWICE),
     "Cosmos2TextToImagePipeline": Pipe(_SAFE),
-    "Cosmos2VideoToWorldPipeline": Pipe(_SAFE),
-    "Cosmos2_5_PredictBasePipeline": Pipe(_SAFE),
-    "Cosmos2_5_TransferPipeline": Pipe(_SAFE, call={"controls": video}),
+    "Cosmos2VideoToWorldPipeline": Pipe(_SAFE, _ONE_MORE),
+    "Cosmos2_5_PredictBasePipeline": Pipe(_SAFE, _ONE_MORE, {"image": OMIT}),
+    "Cosmos2_5_TransferPipeline": Pipe(_SAFE, _ONE_MORE, {"controls": video, "num_frames_per_chunk": FRAMES}),
     "CosmosTextToWorldPipeline": Pipe(_SAFE),
-    "CosmosVideoToWorldPipeline": Pipe(_SAFE),
+    "CosmosVideoToWorldPipeline": Pipe(_SAFE, _ONE_MORE),
     "DiTPipeline": Pipe(call={"class_labels": [3], "output_type": "np"}),
+    "EasyAnimateControlPipeline": Pipe(
+        sizes=_TWICE,
+        call={"control_video": (1, 3, FRAMES, HEIGHT, WIDE)},
+        prepare=_encoded(text(TEXT, WIDTH), text(TEXT, WIDTH), _ONES, _ONES),
+    ),
     "EasyAnimateInpaintPipeline": Pipe(
-        call={"video": (1, 3, FRAMES, HEIGHT, WIDE), "mask_video": torch.ones(1, 1, FRAMES, HEIGHT, WIDE)}
+        sizes={"transformer": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS}},
+        call={"video": (1, 3, FRAMES, HEIGHT, WIDE), "mask_video": torch.ones(1, 1, FRAMES, HEIGHT, WIDE)},
     ),
     "FluxControlPipeline": Pipe(sizes=_CONTROL),
     "FluxControlImg2ImgPipeline": Pipe(sizes=_CONTROL),
     "FluxControlInpaintPipeline": Pipe(sizes=_CONTROL),
     "FluxFillPipeline": Pipe(sizes={"transformer": {"in_channels": 96, "out_channels": 4 * LATENTS}}),
     "GlmImagePipeline": Pipe(
-        call={"image": OMIT, "prior_token_ids": lambda: torch.arange(96)[None] % 32},
+        call={"image": OMIT, "prior_token_ids": lambda: torch.arange(24)[None] % 32},
     ),
     "HiDreamImagePipeline": Pipe(
         call={
@@ -309,7 +399,12 @@ PIPES: dict[str, Pipe] = {
     "HunyuanDiTControlNetPipeline": Pipe(call=_HUNYUAN_DIT),
     "HunyuanSkyreelsImageToVideoPipeline": Pipe(sizes=_TWICE),
     "HunyuanVideo15Pipeline": Pipe(sizes=_NINE, call=_SECOND),
-    "HunyuanVideo15ImageToVideoPipeline": Pipe(sizes=_NINE, call=_SECOND),
+    "HunyuanVideo15ImageToVideoPipeline": Pipe(
+        sizes=_NINE,
+        call=_SECOND,
+        prepare=lambda pipe: setattr(pipe, "encode_image", lambda **_: torch.zeros(1, 3, 10)),
+    ),
+    "HeliosPyramidPipeline": Pipe(call={"width": 128}),
     "HunyuanVideoFramepackPipeline": Pipe(
         call={"latent_window_size": 2, "num_frames": 10},
         prepare=lambda pipe: setattr(pipe, "encode_image", lambda image, device: text(2, 10)),
@@ -324,14 +419,18 @@ PIPES: dict[str, Pipe] = {
     "Kandinsky6TI2VAPipeline": Pipe(call={"image": OMIT, "sample_audio": False}),
     "Krea2Pipeline": Pipe(
         sizes={"transformer": {"in_channels": 4 * LATENTS}},
-        call={"prompt_embeds": (1, TEXT, 3, WIDTH), "negative_prompt_embeds": (1, TEXT, 3, WIDTH)},
+        call={
+            "prompt_embeds": (1, TEXT, 3, WIDTH),
+            "negative_prompt_embeds": (1, TEXT, 3, WIDTH),
+            "prompt_embeds_mask": _ONES.bool(),
+            "negative_prompt_embeds_mask": _ONES.bool(),
+        },
     ),
     "LTX2ConditionPipeline": Pipe(call=_LTX2),
     "LTX2HDRPipeline": Pipe(call=_LTX2),
     "LTX2ImageToVideoPipeline": Pipe(call=_LTX2),
     "LTX2InContextPipeline": Pipe(call=_LTX2),
     "LTX2Pipeline": Pipe(call=_LTX2),
-    "LongCatImagePipeline": Pipe(call={"enable_prompt_rewrite": False}),
     "LucyEditPipeline": Pipe(sizes=_TWICE),
     "PixArtAlphaPipeline": Pipe(call={"use_resolution_binning": False}),
     "PixArtSigmaPAGPipeline": Pipe(call={"use_resolution_binning": False}),
@@ -339,17 +438,18 @@ PIPES: dict[str, Pipe] = {
     "SkyReelsV2ImageToVideoPipeline": Pipe(
         sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS, "image_dim": 12}},
         call={"image_embeds": (1, 3, 12)},
-        prepare=lambda pipe: setattr(pipe, "check_inputs", lambda *_, **__: None),
+        prepare=_unchecked,
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Pipe(call={"overlap_history": 5}),
     "StableDiffusion3InpaintPipeline": Pipe(
         sizes={"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}
     ),
-    "StableAudioPipeline": Pipe(call={"audio_end_in_s": 1.0}),
+    "StableAudioPipeline": Pipe(call={"audio_end_in_s": 0.5}),
     "WanImageToVideoPipeline": Pipe(sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS}}),
     "WanVACEPipeline": Pipe(sizes={"transformer": {"vace_in_channels": 64 + 2 * LATENTS}}),
     "WanAnimatePipeline": Pipe(
         call={"pose_video": video, "face_video": video, "image_embeds": (1, 3, 12)},
+        prepare=_unchecked,
     ),
     "ZImageControlNetInpaintPipeline": Pipe(call=_LIST),
     "ZImageControlNetPipeline": Pipe(call=_LIST),
@@ -361,4 +461,10 @@ PIPES: dict[str, Pipe] = {
 CONTROLNETS: dict[str, dict[str, Any]] = {
     "FluxControlNetModel": {"in_channels": 4 * LATENTS},
     "QwenImageControlNetModel": {"in_channels": 4 * LATENTS},
+    "ZImageControlNetModel": {
+        "control_layers_places": [0],
+        "control_refiner_layers_places": [0],
+        "control_in_dim": LATENTS,
+    },
+    "HunyuanDiT2DControlNetModel": {"patch_size": 2, "in_channels": LATENTS},
 }
