@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs, no_autocast
+from hf_sparse_attn.compiled import refuse_method
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.family import check_reads, find_family, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
-from hf_sparse_attn.patching import Patch, active_patch
+from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.presets import find_preset
@@ -46,14 +47,16 @@ def patch(
         strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
             running dense and reporting why.
         dense_layers: number of first layers kept dense, or the layers themselves.
-        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares.
+        dense_steps: share of the model evaluations of a denoising run kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.
         **params: the method's parameters.
 
     Returns:
-        the Patch: `report()`, `remove()`, and a context manager that removes itself.
+        the Patch: `report()`, `remove()`, and a context manager that removes itself. A deep copy of the model is dense
+        and has no patch; pickles, exported and traced programs of it are refused, and so is the backward of
+        checkpointed layers after `remove()`.
 
     Raises:
         TypeError: a model of no known family, or a parameter the method does not have.
@@ -99,11 +102,15 @@ def patch(
 def unpatch(model: Any) -> None:
     """Removes the patch of a model or pipeline; it is then as it was, bit for bit.
 
+    A deep copy of a patched model is as if it had been unpatched already: nothing is left to do.
+
     Raises:
         ValueError: the model is not patched.
     """
-    patches = {id(p): p for module in find_family(model)[2] if (p := active_patch(module)) is not None}
-    if not patches:
+    modules = find_family(model)[2]
+    patches = {id(p): p for module in modules if (p := active_patch(module)) is not None}
+    copied = forget_copies(modules)
+    if not patches and not copied:
         raise ValueError(f"`model` must be patched, got a {type(model).__name__} without a patch")
     for found in patches.values():
         found.remove()
@@ -147,6 +154,8 @@ def attention(
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = cast_inputs(q, k, v)
     check_tensors(q, k, v)
+    if torch.jit.is_tracing():
+        raise RuntimeError("sparse attention must not be traced by torch.jit, which sees no kernel; use torch.export")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"`sinks` must be one logit per query head [{q.shape[1]}], got shape {list(sinks.shape)}")
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
@@ -167,6 +176,8 @@ def _by_method(
     q: Tensor, k: Tensor, v: Tensor, method: str | Method, ctx: Context | None, scale: float | None, backend: str,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if torch.compiler.is_exporting():
+        refuse_method()
     made = make_method(method, {})
     ctx = Context.for_tensors(q, k) if ctx is None else ctx
     if (ctx.layout.q_len, ctx.layout.kv_len) != (q.shape[2], k.shape[2]):

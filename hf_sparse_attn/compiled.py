@@ -18,6 +18,31 @@ from hf_sparse_attn.pattern.block_pattern import BlockPattern
 _Sizes = tuple[int, int, int, int]
 
 
+def in_program() -> bool:
+    """Whether what runs is being made into a program that outlives it: by torch.export (also AOT) or torch.jit."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+# What is called while tracing gives a constant, and its errors come out as they are. (Torch leaves it untyped.)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refuse_program() -> None:
+    """Raises where a model would be made into a program without what its layers ask when they run."""
+    raise RuntimeError(
+        "a model with sparse attention must not be exported or traced: its program would have no patch, or that of "
+        "another model. unpatch() it first, or export within patch.paused(); with attn_implementation='hsa:<name>' "
+        "call model.set_attn_implementation('sdpa') first"
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refuse_method() -> None:
+    """Raises where a method is asked for its pattern while its call is exported."""
+    raise RuntimeError(
+        "`method` must be a ready BlockPattern in an exported program, for a method looks at values when it runs: make "
+        "it before, by `pattern = method.pattern(q, k, ctx)`"
+    )
+
+
 def _spread(p: BlockPattern) -> tuple[Any, ...]:
     """The pattern as arguments that an operator of torch can take, in the order of _gathered."""
     return (

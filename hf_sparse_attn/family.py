@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.session import Session
@@ -89,6 +90,7 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
     patch = Patch(name, session, modules, model)
     try:
         family.install(patch)
+        recomputation.watch(patch)
         if not session.records:
             raise ValueError(f"`model` must have self-attention layers to patch, found none in {type(model).__name__}")
     except BaseException:

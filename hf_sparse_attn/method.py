@@ -76,8 +76,9 @@ class Method:
 
     A subclass states what it `needs` (keys of NEEDS), whether its pattern is `static` (depends on the Context alone,
     so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
-    sets its density, where it has one, and what it `reads` besides q, k and v (fields of LayerInputs), which the model
-    family then puts into `ctx.inputs`.
+    sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
+    family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
+    call is then dense where nobody knows how long the run is.
     """
 
     name: ClassVar[str] = ""
@@ -87,6 +88,7 @@ class Method:
     trainable: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
+    by_steps: ClassVar[bool] = False
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:

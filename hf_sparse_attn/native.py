@@ -71,7 +71,8 @@ def report(model: nn.Module) -> Report:
         raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
     method = states[0].session.method
     layers = [s.record.report(method.params().get("density")) for s in states]
-    return Report(method.name, method.params(), "native", layers)
+    notes = tuple(dict.fromkeys(text for s in states for text in s.session.notes))
+    return Report(method.name, method.params(), "native", layers, notes)
 
 
 def _register_all() -> None:

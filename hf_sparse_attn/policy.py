@@ -19,8 +19,8 @@ class Policy:
 
     Args:
         dense_layers: number of first layers, or the layers themselves; None means none.
-        dense_steps: share of the denoising schedule kept dense at its start, or (start, end) shares; each that is more
-            than 0 keeps at least one step, so that a 4-step run still starts dense.
+        dense_steps: share of the model evaluations of a denoising run that is kept dense at its start, or (start, end)
+            shares; each that is more than 0 keeps at least one step, so that a 4-step run still starts dense.
         min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay
             (cost/; here only what no pattern can change is looked at).
         min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
@@ -54,6 +54,11 @@ class Policy:
                 raise ValueError(f"`dense_steps` must be one share or (start, end), got {self.dense_steps!r}")
             return self.dense_steps[0], self.dense_steps[1]
         return self.dense_steps, 0.0
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether some steps of a denoising run are kept dense."""
+        return any(share > 0 for share in self._shares())
 
     def why_dense(self, ctx: Context, device: torch.device) -> str | None:
         """Why this call is dense before the method is asked, or None."""

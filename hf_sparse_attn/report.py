@@ -46,12 +46,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a patch did so far; `str()` is a table."""
+    """What a patch did so far; `str()` is a table, with the notes under it.
+
+    Args:
+        method, params: the method in force and its parameters.
+        family: of the model.
+        layers: what each layer did.
+        notes: what is to be known besides: settings without effect, what was guessed.
+    """
 
     method: str
     params: dict[str, Any]
     family: str
     layers: list[LayerReport] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -92,4 +100,4 @@ class Report:
         columns = ["layer", "sparse", "dense", "backend", "requested", "density", "predicted", "measured"]
         columns += ["dense because", *(["exact"] if exact else [])]
         title = f"{self.method}({params}) on {self.family}: mean density {self.density:.3f}"
-        return table(columns, rows, title, width=140)
+        return "\n".join([table(columns, rows, title, width=140), *(f"note: {text}" for text in self.notes)])

@@ -20,6 +20,7 @@ from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
+from hf_sparse_attn.notes import Notes
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.policy import Policy
 from hf_sparse_attn.record import Done, LayerRecord
@@ -59,7 +60,11 @@ class Session(Uncopied):
         self.in_training: Callable[[], bool] = bool
         self.watcher: Watcher | None = None
         self.pauses = self._steady = 0
+        # Whether attention ever ran that backward runs again; see recomputation.
+        self.checkpointed = False
         self.records: dict[str, LayerRecord] = {}
+        # What is told besides figures: settings without effect, steps that are guessed.
+        self.notes = Notes()
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 

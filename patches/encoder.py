@@ -93,14 +93,12 @@ class Encoder:
         hints: dict[Any, Any] = {}
         for model in models:
             if patch_embedding(model) is not None:
-                hints[model], handle = watch_grid(model)
-                patch.on_remove(handle.remove)
+                hints[model] = watch_grid(patch, model)
 
         def known(module: nn.Module, owner: Any) -> dict[str, Any]:
             more: dict[str, Any] = {"hints": hints.get(image_model(owner, models))}
             if other_tokens(module):
-                more["source"], handle = watch_source(module)
-                patch.on_remove(handle.remove)
+                more["source"] = watch_source(patch, module)
             return more
 
         many = len([model for model in models if _own(model)]) > 1

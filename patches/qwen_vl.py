@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
 from hf_sparse_attn.hosts.vision_segments import Cut, Segments
@@ -77,10 +78,10 @@ class QwenVL:
         if patch.method.name == "dense":
             return
         for prefix, model in zip(prefixes, models, strict=True):
-            patch.on_remove(model.register_forward_pre_hook(_learn, with_kwargs=True).remove)
-            patch.on_remove(model.register_forward_hook(_keep, with_kwargs=True).remove)
-            patch.on_remove(model.visual.register_forward_pre_hook(_without_tokens, with_kwargs=True).remove)
-            patch.on_remove(model.visual.register_forward_hook(_keep_grid, with_kwargs=True).remove)
+            patch.hook(model, "register_forward_pre_hook", _learn, with_kwargs=True)
+            patch.hook(model, "register_forward_hook", _keep, with_kwargs=True)
+            patch.hook(model.visual, "register_forward_pre_hook", _without_tokens, with_kwargs=True)
+            patch.hook(model.visual, "register_forward_hook", _keep_grid, with_kwargs=True)
             _install_vision(patch, model.visual, f"{prefix}visual.")
 
     @staticmethod
@@ -234,7 +235,7 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
         tell = _whole_row(patch.session, record, cuts)
-        patch.on_remove(module.register_forward_pre_hook(tell, with_kwargs=True).remove)
+        patch.hook(module, "register_forward_pre_hook", tell, with_kwargs=True)
     configs = {id(module.config): module.config for _, module in found}
     for config in configs.values():
         switch(patch, config)
@@ -245,9 +246,8 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
     from hf_sparse_attn.hosts.transformers_install import is_switched
 
-    # A plain function, so that a deep copy of the model goes on counting in the same record.
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or session.pauses or not is_switched(module.config):
+        if torch.compiler.is_compiling() or in_program() or session.pauses or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")

@@ -28,10 +28,12 @@ class Wan(DiffusersFamily):
     Only self-attention (`attn1`) is touched. The tokens are one video of frames x height x width patches.
 
     Step of a call: `step_index` and `num_inference_steps` where they are given to `cache_context` (the patched one
-    takes both with any version of diffusers); else falls of `timestep` are counted, an equal one being the second
-    guidance pass and a rise a new video, and the number of steps is that of the pipeline's current run. Both experts
-    count as one run. A bare transformer in a loop of its own tells nobody how long the run is: with `dense_steps`
-    every call is then dense for that reason; without it the step is only counted.
+    takes both with any version of diffusers); else read off the denoising loop that runs, the pipeline's or one of the
+    user's own over a scheduler's timesteps (hosts/diffusers_loop.py); else changes of the time are counted, an equal
+    one being the second guidance pass and one in the other direction a new video, which the report tells where
+    anything depends on it. Steps are model evaluations: a second-order solver has two for most of its steps,
+    `strength` leaves the first ones out. Both experts count as one run. Where nobody knows how long a run is, with
+    `dense_steps` every call is dense for that reason.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"bidirectional", "video grid"})

@@ -45,6 +45,8 @@ POLICY, METHOD, DISPATCH = "hf_sparse_attn/policy.py", "hf_sparse_attn/method.py
 BACKEND = "hf_sparse_attn/backend.py"
 REGISTRY, CHOICE = "hf_sparse_attn/registry.py", "hf_sparse_attn/profiling/budget.py"
 JUDGE, DECISION = "hf_sparse_attn/cost/judge.py", "hf_sparse_attn/decision.py"
+LOOP, CLOCK = "hf_sparse_attn/hosts/diffusers_loop.py", "hf_sparse_attn/hosts/diffusers_clock.py"
+STEPS = "tests/hosts/test_diffusers_steps.py"
 SESSION, RULES = "hf_sparse_attn/session.py", "hf_sparse_attn/hosts/transformers_rules.py"
 
 MUTANTS = [
@@ -219,6 +221,34 @@ MUTANTS = [
     Mutant("declined, no fallback", SESSION, "fallback=True))", "fallback=False))", DECIDED),
     Mutant(
         "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
+    ),
+    Mutant("loop, one that has ended", LOOP, "if loop.begin <= frame.f_lasti < loop.end", "if True", STEPS),
+    Mutant("loop, over anything", LOOP, "if of_scheduler or library or owner is not None else None", "", STEPS),
+    Mutant(
+        "loop, a part of the schedule",
+        LOOP,
+        "start = 0 if number is None or number > at else at - number",
+        "start = 0",
+        STEPS,
+    ),
+    Mutant("loop, variables kept", LOOP, "found.clear()", "pass", STEPS),
+    Mutant("loop, a user's copy of them", LOOP, "(_is_library(frame) or not _may_hold(frame.f_code))", "True", STEPS),
+    Mutant("steps, announced by the user", CLOCK, "if announced.step is not None:", "if False:", STEPS),
+    Mutant("steps, first way alone", CLOCK, "now.way in (0, way)", "way < 0", STEPS),
+    Mutant("steps, largest time", CLOCK, "time.double().mean()", "time.max()", STEPS),
+    Mutant(
+        "steps, a share of an unknown run",
+        "hf_sparse_attn/hosts/diffusers_run.py",
+        "self.needs_schedule and call.num_steps is None",
+        "False",
+        STEPS,
+    ),
+    Mutant(
+        "steps, a guess not told",
+        "hf_sparse_attn/hosts/diffusers_state.py",
+        "self.session.notes.add(GUESSED)",
+        "pass",
+        STEPS,
     ),
 ]
 

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from hf_sparse_attn.hosts.diffusers_loop import Place, by_scheduler, running
 
 NO_SCHEDULE = (
-    "dense_steps: number of steps unknown (patch the pipeline, call the transformer in a loop over the timesteps of its "
-    "scheduler, or inside cache_context(name, step_index=..., num_inference_steps=...))"
+    "number of steps unknown (patch the pipeline, call the transformer in a loop over the timesteps of "
+    "its scheduler, or inside cache_context(name, step_index=..., num_inference_steps=...))"
+)
+
+GUESSED = (
+    "steps are a guess, counted by changes of the time that the transformer is given: neither a denoising loop over a "
+    "scheduler's timesteps nor cache_context(name, step_index=..., num_inference_steps=...) tells of them"
 )
 
 
@@ -60,8 +65,8 @@ _GENERATIONS: ContextVar[WeakKeyDictionary[Clock, Generation] | None] = ContextV
 
 
 class Clock:
-    """Step of a call, by the first of these that tells it: the denoising loop of the pipeline that runs
-    (diffusers_loop.py), `cache_context`, a loop of the user's own, the scheduler, and at last the values of time.
+    """Step of a call, by the first of these that tells it: `cache_context`, the denoising loop that runs, its
+    scheduler (diffusers_loop.py), and at last the values of time.
 
     The transformers of a pipeline (two experts) share one clock, from which each thread that runs them reads its own
     time.
@@ -88,8 +93,7 @@ class Clock:
         """
         now, found = self.generation, running()
         place, announced = found.place, Place(*now.announced)
-        # Pipelines tell cache_context of their steps as well, where a second-order solver has half as many.
-        if announced.step is not None and (place is None or found.pipeline is None):
+        if announced.step is not None:
             num_steps = announced.num_steps or (place or by_scheduler(found.pipeline or patched)).num_steps
             return _moment(announced.step, num_steps)
         if place is None:

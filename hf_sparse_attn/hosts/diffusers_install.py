@@ -141,8 +141,8 @@ class _Installation:
         self._hook(attention, self.forwards.enter_layer, self.forwards.leave_layer, always=False)
 
     def _hook(self, module: nn.Module, enter: Any, leave: Any, always: bool = True) -> None:
-        self.patch.on_remove(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        self.patch.on_remove(module.register_forward_hook(leave, always_call=always).remove)
+        self.patch.hook(module, "register_forward_pre_hook", enter, with_kwargs=True)
+        self.patch.hook(module, "register_forward_hook", leave, always_call=always)
 
     def _take_over(self, attention: Any, layer: Layer) -> None:
         """Leads the attention of a module here."""

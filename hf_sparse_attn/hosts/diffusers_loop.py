@@ -12,9 +12,8 @@ import dis
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -29,6 +28,8 @@ _SCHEDULERS = {"diffusers.schedulers.scheduling_utils": "SchedulerMixin"}
 _OWNERS = ("self", "components")
 # Names of variables that may hold a schedule: a loop over the samples of a batch is none over steps.
 _SCHEDULE = re.compile("step|sigma|time")
+# Functions that hand out the variables of their caller.
+_SNAPSHOTS = {"locals", "vars", "dir", "eval", "exec"}
 # What stands between the head of a loop and its first statement: how the next item gets its names.
 _UNPACKING = {"UNPACK_SEQUENCE", "CACHE", "EXTENDED_ARG", "SWAP", "NOP"}
 
@@ -60,6 +61,18 @@ class _Loop(NamedTuple):
     names: tuple[str, ...]
 
 
+class _Code(NamedTuple):
+    """A function: its code, its loops, and whether it may hold the one copy of its variables itself."""
+
+    code: CodeType
+    loops: tuple[_Loop, ...]
+    snapshot: bool
+
+
+_READ: dict[int, _Code] = {}
+_KEPT = 4096
+
+
 def running() -> Found:
     """The denoising loop, and the innermost pipeline, that the calling thread is in."""
     pipeline = None
@@ -68,9 +81,10 @@ def running() -> Found:
         return Found()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        loops = [loop for loop in _loops(frame.f_code) if loop.begin <= frame.f_lasti < loop.end]
+        loops = [loop for loop in _read(frame.f_code).loops if loop.begin <= frame.f_lasti < loop.end]
         own = any(name in frame.f_code.co_varnames for name in _OWNERS)
-        if loops or own:
+        # To look at the variables writes them to that copy, which is a user's own business.
+        if (loops or own) and (_is_library(frame) or not _may_hold(frame.f_code)):
             with _variables(frame) as variables:
                 owner = next(
                     (variables[n] for n in ("self", "components") if isinstance(variables.get(n), pipelines)), None
@@ -116,15 +130,30 @@ def _variables(frame: FrameType) -> Iterator[Mapping[str, Any]]:
         yield found
     finally:
         # Before Python 3.13 a function keeps the copy that was made of its variables until it ends.
-        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and not _may_hold(frame.f_code):
             found.clear()
 
 
-@lru_cache(maxsize=1024)
-def _loops(code: CodeType) -> tuple[_Loop, ...]:
+def _may_hold(code: CodeType) -> bool:
+    """Whether a function may itself hold the one copy of its variables that Python before 3.13 makes."""
+    return _read(code).snapshot
+
+
+def _read(code: CodeType) -> _Code:
+    """What is to know of a function, read once; by identity, for to hash its code is to go through all of it."""
+    known = _READ.get(id(code))
+    if known is None or known.code is not code:
+        if len(_READ) >= _KEPT:
+            _READ.clear()
+        steps = list(dis.get_instructions(code))
+        # An attribute of that name is something else.
+        snapshot = any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in steps)
+        known = _READ[id(code)] = _Code(code, tuple(_loops(steps)), snapshot)
+    return known
+
+
+def _loops(steps: Sequence[dis.Instruction]) -> Iterator[_Loop]:
     """The `for` loops of a function, outer ones first."""
-    found = []
-    steps = list(dis.get_instructions(code))
     for number, step in enumerate(steps):
         if step.opname != "FOR_ITER":
             continue
@@ -135,8 +164,7 @@ def _loops(code: CodeType) -> tuple[_Loop, ...]:
                 names += given[:1] if "LOAD" in after.opname else given
             if not after.opname.startswith("STORE_") and after.opname not in _UNPACKING:
                 break
-        found.append(_Loop(step.offset, step.argval, tuple(names)))
-    return tuple(found)
+        yield _Loop(step.offset, step.argval, tuple(names))
 
 
 def _place(
@@ -210,7 +238,7 @@ def _index(item: Any, schedule: Any, number: int | None) -> int | None:
         if not isinstance(item, Tensor) or item.shape != schedule.shape[1:]:
             return None
         if _memory(item) is not None and _memory(item) == _memory(schedule) and item.dtype == schedule.dtype:
-            behind = item.storage_offset() - schedule.storage_offset()
+            behind = int(item.storage_offset()) - int(schedule.storage_offset())
             place, rest = divmod(behind, schedule.stride(0) or 1)
             return place if rest == 0 and 0 <= place < len(schedule) else None
         return number if _equals(item, schedule, number) else None

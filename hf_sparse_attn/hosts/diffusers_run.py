@@ -10,7 +10,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
+from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import NO_SCHEDULE
@@ -43,8 +45,8 @@ class Attention:
         self.family = forwards.family
         self.dispatch = dispatch
         self.backend = backend
-        policy = self.session.policy
-        self.needs_schedule = policy.dense_steps is not None and policy.dense_steps not in (0, (0, 0))
+        # Shares of a run mean nothing where nobody knows how long it is.
+        self.needs_schedule = self.session.policy.by_steps or self.session.method.by_steps
 
     def attend(
         self,
@@ -75,6 +77,9 @@ class Attention:
             last = {"enable_gqa": enable_gqa, "parallel_config": _parallel_config, "backend": before}
             return self.dispatch(query, key, value, mask, dropout_p, is_causal, scale, **last)
 
+        if in_program():
+            self.forwards.check_program()
+            return own(query, key, value, attn_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if not torch.compiler.is_compiling():
 
@@ -95,6 +100,9 @@ class Attention:
 
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""
+        if in_program():
+            self.forwards.check_program()
+            return None
         running, here = self.forwards.called(attention), innermost()
         if running is None:
             return None
@@ -121,6 +129,12 @@ class Attention:
         """Attention of the layer at work, or of nobody's."""
         if running is None or running.layer is None:
             return self._dense(asked)
+        if running.call is None and recomputation.is_of_unknown(self.session):
+            raise RuntimeError(
+                "gradient checkpointing runs a layer again, and it cannot be told of which forward: use the form that "
+                "is not reentrant (use_reentrant=False), and patch() before the forward"
+            )
+        recomputation.note(self.session)
         return self.run(running.layer, running.call, asked)
 
     def run(self, layer: Layer, call: Call | None, asked: Asked) -> Tensor:

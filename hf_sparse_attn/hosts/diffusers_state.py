@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import LayerInputs
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
-from hf_sparse_attn.hosts.diffusers_clock import Clock
+from hf_sparse_attn.hosts.diffusers_clock import GUESSED, Clock
 from hf_sparse_attn.hosts.diffusers_model import (
     NUMBER,
     Call,
@@ -28,7 +30,6 @@ from hf_sparse_attn.hosts.diffusers_model import (
     rotary_table,
 )
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.session import Uncopied
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class _Thread(threading.local):
         self.traced = Traced()
 
 
-class Forwards(Uncopied):
+class Forwards:
     """The forwards of the transformers of one patch, and the hooks that note them; these know of a copy by its module.
 
     Args:
@@ -157,6 +158,9 @@ class Forwards(Uncopied):
 
     def enter_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes tokens, step and branch before a transformer runs, and looks whether it still comes here."""
+        # In a program the model runs as before, or recomputation.watch has refused it.
+        if in_program():
+            return
         inputs = self.by_name(transformer, args, kwargs)
         time = next((inputs[name] for name in TIMES if inputs.get(name) is not None), None)
         if torch.compiler.is_compiling():
@@ -173,9 +177,16 @@ class Forwards(Uncopied):
         ticket = self.thread.traced.ticket = opaque.ticket(number)
         _enter(transformer, self._running(transformer, call, ticket=ticket))
 
+    def check_program(self) -> None:
+        """Refuses to become part of a program, unless the model runs as it did before."""
+        if as_before(self.session).reason is None:
+            refuse_program()
+
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""
         moment = self.clock.moment(time, pipeline_of(self.patch))
+        if moment.guessed and (self.session.policy.by_steps or self.session.method.by_steps):
+            self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
             reason = self.why_lost(attention)
             if reason is not None:

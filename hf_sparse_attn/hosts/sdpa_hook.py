@@ -47,8 +47,15 @@ def scoped_class(kind: type[Any], answer_for: Callable[[Any], Answer | None]) ->
         with _Intercept(answer):
             return original(self, attn, *args, **kwargs)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        # A copy is of the class that can be found by its name, and knows nothing of `answer_for`.
+        plain = kind.__new__(kind)
+        plain.__dict__.update(self.__dict__)
+        return plain.__reduce_ex__(protocol)
+
     # Graphs of torch.compile end here: a mode that is entered inside of one would not be seen.
     body: dict[str, Any] = {"__call__": torch.compiler.disable(call), "__module__": kind.__module__, _SCOPED: True}
+    body["__reduce_ex__"] = reduce
     return type(kind.__name__, (kind,), body)
 
 

@@ -15,10 +15,9 @@ from hf_sparse_attn.hosts.transformers_hook import LayerState, Output, attend_sp
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import MASK_FUNCTIONS, LayerCall, decide
 from hf_sparse_attn.record import LayerRecord
-from hf_sparse_attn.session import Uncopied
 
 
-class CompiledLayer(Uncopied):
+class CompiledLayer:
     """Stands for a patched attention module in compiled graphs; see opaque.Layer.
 
     What is known to be dense while tracing is the model's own attention in the graph: decoding and the method "dense",

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.hosts.transformers_hook import code_names, is_text_attention
-from hf_sparse_attn.session import Uncopied
+from hf_sparse_attn.patching import Patch
 
 # Arguments by which a forward takes the tokens that are keys, where these are not the queries'.
 _OTHERS = frozenset(
@@ -29,7 +29,7 @@ _CHANNELS = 2
 
 
 @dataclass(eq=False)
-class Hints(Uncopied):
+class Hints:
     """What is known of the calls of a stack of attention layers besides their arguments; hooks keep it up to date.
 
     Args:
@@ -50,7 +50,7 @@ class Hints(Uncopied):
 
 
 @dataclass(eq=False)
-class Source(Uncopied):
+class Source:
     """Whether the keys of a module's current call are of another sequence than its queries."""
 
     other: bool = False
@@ -104,8 +104,8 @@ def _read_parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
 
 
-def watch_source(module: nn.Module) -> tuple[Source, Any]:
-    """What tells where the keys of a module's calls come from, and the handle of the hook that keeps it."""
+def watch_source(patch: Patch, module: nn.Module) -> Source:
+    """What tells where the keys of a module's calls come from; a hook of the patch keeps it."""
     source, names = Source(), _parameters(type(module))
     others = other_tokens(module)
 
@@ -113,7 +113,8 @@ def watch_source(module: nn.Module) -> tuple[Source, Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         source.other = any(given.get(name) is not None for name in others)
 
-    return source, module.register_forward_pre_hook(look, with_kwargs=True)
+    patch.hook(module, "register_forward_pre_hook", look, with_kwargs=True)
+    return source
 
 
 def patch_embedding(owner: nn.Module) -> nn.Module | None:
@@ -142,8 +143,8 @@ def image_model(owner: Any, models: Iterable[Any]) -> Any:
     return next((m for m in (owner, *reversed(above)) if patch_embedding(m) is not None), None)
 
 
-def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
-    """What tells the layout of the images of a model that cuts them itself, and the handle of the hook that keeps it.
+def watch_grid(patch: Patch, owner: nn.Module) -> Hints:
+    """What tells the layout of the images of a model that cuts them itself; a hook of the patch keeps it.
 
     Raises:
         ValueError: the model has no patch_embedding().
@@ -158,7 +159,8 @@ def watch_grid(owner: nn.Module) -> tuple[Hints, Any]:
         batch, sizes = output.shape[0], tuple(output.shape[_CHANNELS:])
         hints.grid = (batch, *(1,) * (3 - len(sizes)), *sizes)
 
-    return hints, convolution.register_forward_hook(look)
+    patch.hook(convolution, "register_forward_hook", look)
+    return hints
 
 
 def reads_causally(owner: nn.Module) -> bool:

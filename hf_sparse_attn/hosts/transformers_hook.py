@@ -15,13 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
+from hf_sparse_attn.compiled import in_program, refuse_program
+from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
 from hf_sparse_attn.patching import changed
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
-from hf_sparse_attn.session import Session, Uncopied
+from hf_sparse_attn.session import Session
 
 if TYPE_CHECKING:
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
@@ -39,7 +42,7 @@ Output = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class LayerState(Uncopied):
+class LayerState:
     """What an attention module needs to run sparse.
 
     Args:
@@ -172,15 +175,23 @@ def attend(
 ) -> Output:  # fmt: skip
     """What transformers calls as the attention of a module; see `register` for `find` and `original`."""
     tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
+    # By a native name the state is made here, which no graph follows.
+    if original is None and in_program():
+        refuse_program()
     state = find(module)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None
+    if state is not None and in_program() and as_before(state.session).reason is None:
+        refuse_program()
     if state is not None and state.compiled is not None and torch.compiler.is_compiling():
         return state.compiled.traced(module, query, key, value, attention_mask, kwargs)
     if state is None:
         dense = original or default_dense(module)
+    elif recomputation.is_of_before(state.session):
+        dense = state.dense
     else:
+        recomputation.note(state.session)
         done = attend_sparse(state, module, query, key, value, attention_mask, kwargs, tokens)
         if done is not None:
             return done

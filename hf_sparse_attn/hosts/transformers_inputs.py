@@ -12,21 +12,22 @@ from hf_sparse_attn.context import LayerInputs
 from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.method import MethodDoesNotApply
 from hf_sparse_attn.patching import Patch
-from hf_sparse_attn.session import Uncopied
 
 
-class LayerWatch(Uncopied):
+class LayerWatch:
     """Keeps what the parts of one attention module give while it runs, until the attention function asks for it.
 
     The part that is watched is looked up in every forward, for PEFT may put a wrapper in its place, before or after,
     and what counts is what the wrapper gives.
 
     Args:
+        patch: takes the hooks off.
         parts: name of the part whose output is kept, by field of LayerInputs ("q", "k").
         hidden: whether to keep what the module itself reads, too.
     """
 
-    def __init__(self, parts: dict[str, str], hidden: bool) -> None:
+    def __init__(self, patch: Patch, parts: dict[str, str], hidden: bool) -> None:
+        self.patch = patch
         self.parts = parts
         self.hidden = hidden
         self._kept: dict[str, Tensor] = {}
@@ -44,7 +45,8 @@ class LayerWatch(Uncopied):
             if watched is None or watched[0] is not part:
                 if watched is not None:
                     watched[1].remove()
-                self._watched[field] = part, part.register_forward_hook(partial(self._keep, field))
+                kept = partial(self._keep, field)
+                self._watched[field] = part, self.patch.hook(part, "register_forward_hook", kept)
         if self.hidden:
             self._kept["hidden"] = args[0] if args else kwargs["hidden_states"]
 
@@ -84,11 +86,9 @@ class LayerWatch(Uncopied):
         return LayerInputs(**found)
 
     def close(self) -> None:
-        """Takes all hooks off the parts."""
+        """Keeps nothing any more."""
         self._closed = True
         self._kept.clear()
-        for _, handle in self._watched.values():
-            handle.remove()
         self._watched.clear()
 
 
@@ -108,10 +108,9 @@ def watch_layer(patch: Patch, module: nn.Module, name: str) -> LayerWatch:
                 f"parts called {field}_norm or {field}_proj, which {name} ({type(module).__name__}) does not"
             )
         parts[field] = part
-    watch = LayerWatch(parts, "hidden" in reads)
-    handle = module.register_forward_pre_hook(watch.before, with_kwargs=True)
+    watch = LayerWatch(patch, parts, "hidden" in reads)
     patch.on_remove(watch.close)
-    patch.on_remove(handle.remove)
+    patch.hook(module, "register_forward_pre_hook", watch.before, with_kwargs=True)
     return watch
 
 

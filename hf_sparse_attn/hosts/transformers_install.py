@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -104,6 +105,7 @@ def switch(patch: Patch, config: Any) -> None:
     """Lets a config point at the hook until the patch is removed."""
     _switch_on(config)
     patch.on_remove(_switch_off, config)
+    patch.on_copy(partial(_mend_copy, config))
 
 
 def is_switched(config: Any) -> bool:
@@ -143,6 +145,20 @@ def _switch_on(config: Any) -> None:
         config.__dict__[_FIELD] = name
 
 
+def _mend_copy(config: Any, memo: dict[int, Any]) -> None:
+    """Lets the copy of a config, if the memo of a deep copy has one, hold what the config held before."""
+    known, made = _SWITCHES.get(id(config)), memo.get(id(config))
+    if known is not None and made is not None and is_switched(made):
+        _restore(made, known.before)
+
+
+def _restore(config: Any, before: Any) -> None:
+    if before is _ABSENT:
+        config.__dict__.pop(_FIELD, None)
+    else:
+        config.__dict__[_FIELD] = before
+
+
 def _switch_off(config: Any) -> None:
     with _LOCK:
         known = _SWITCHES[id(config)]
@@ -153,7 +169,5 @@ def _switch_off(config: Any) -> None:
         now = str(config.__dict__.get(_FIELD))
         if not now.startswith(PATCHED_PREFIX):
             log.warning("attn_implementation was set to %r while the model was patched; it is left so", now)
-        elif known.before is _ABSENT:
-            config.__dict__.pop(_FIELD, None)
         else:
-            config.__dict__[_FIELD] = known.before
+            _restore(config, known.before)

@@ -70,6 +70,7 @@ class ProfiledMethod(Method):
         object.__setattr__(self, "trainable", all(m.trainable for m in used))
         object.__setattr__(self, "needs", frozenset().union(*(m.needs for m in used)))
         object.__setattr__(self, "reads", frozenset().union(*(m.reads for m in used)))
+        object.__setattr__(self, "by_steps", len(self.profile.plans) > 1 or any(m.by_steps for m in used))
 
     def check_model(self, model: Any) -> None:
         """As each of its methods; see Method.check_model."""

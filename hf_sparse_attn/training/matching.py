@@ -87,7 +87,7 @@ class LayerOutputs:
             return
         names = [name for name, record in patch.session.records.items() if not record.exact]
         for name, module in zip(names, _modules(patch, names), strict=True):
-            patch.on_remove(module.register_forward_hook(partial(self._keep, name)).remove)
+            patch.hook(module, "register_forward_hook", partial(self._keep, name))
 
     def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._found is not None:

@@ -215,8 +215,9 @@ def test_grid_is_known_only_with_certainty() -> None:
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     assert patch_embedding(T.ViTMAEModel(T.ViTMAEConfig(**sizes))) is None
     assert patch_embedding(ENCODERS["bert"]()) is None
-    with pytest.raises(ValueError, match="`owner` must cut images into patches, got BertModel"):
-        watch_grid(ENCODERS["bert"]())
+    text = ENCODERS["bert"]()
+    with hsa.patch(text, **WINDOWED) as patch, pytest.raises(ValueError, match="`owner` must cut images into patches"):
+        watch_grid(patch, text)
 
 
 def test_radial_runs_on_a_clip() -> None:
