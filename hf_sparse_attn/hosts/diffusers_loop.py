@@ -122,8 +122,10 @@ def by_scheduler(pipeline: Any) -> Place:
         return Place(None, None)
     length, begin = len(scheduler.timesteps), getattr(scheduler, "begin_index", None) or 0
     if hasattr(scheduler, "step_index"):
-        # None before its first step.
-        return Place(max(0, (scheduler.step_index or begin) - begin), length - begin)
+        # None before its first step, where a forward may be none of the run: one that fills a cache, as after the last.
+        step = scheduler.step_index
+        known = step is not None and begin <= step < length
+        return Place(step - begin if known else None, length - begin)
     # Set only while the pipeline itself runs; its own number counts the steps that are left after `strength`.
     if getattr(pipeline, "_current_timestep", None) is not None:
         return Place(None, getattr(pipeline, "_num_timesteps", None) or length)

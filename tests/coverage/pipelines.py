@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,8 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.coverage.listing import quiet, short
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.hosts.diffusers_clock import Clock, Moment
-from tests.support.tiny_pipelines import PIPES, Pipe, pipeline_classes, tiny_call, tiny_pipeline, why_not
-from tests.support.tiny_pipelines_table import OMIT, STEPS
+from tests.support.tiny_pipelines import pipeline_classes, tiny_call, tiny_pipeline
+from tests.support.tiny_pipelines_table import HEIGHT, PIPES, STEPS, WIDE, Pipe, image
 
 
 @dataclass
@@ -36,8 +37,10 @@ class Forward:
     Args:
         moment: what the clock found.
         told: (step, num_steps) as its layers were told, each once.
+        aside: whether it is none of the denoising, as one that fills a cache.
     """
 
+    aside: bool = False
     moment: Moment | None = None
     told: set[tuple[int, int]] = field(default_factory=set)
 
@@ -113,33 +116,29 @@ def _schedulers(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _schedulers(one)
 
 
-def evaluations(events: list[Any], passes: int | None) -> list[list[list[Forward]]]:
-    """The forwards of each evaluation of each run.
-
-    Args:
-        passes: forwards of an evaluation, of a pipeline that steps without its scheduler.
-    """
+def evaluations(events: list[Any]) -> list[list[list[Forward]]]:
+    """The forwards of each evaluation of each run."""
     runs: list[list[list[Forward]]] = [[[]]]
     for event in events:
-        if event in ("set_timesteps", "call") and runs[-1] != [[]]:
+        if event == "set_timesteps" and runs[-1] != [[]]:
             runs.append([[]])
-        elif isinstance(event, Forward):
-            if passes is not None and len(runs[-1][-1]) == passes:
-                runs[-1].append([])
+        elif isinstance(event, Forward) and not event.aside:
             runs[-1][-1].append(event)
         elif event == "step" and runs[-1][-1]:
             runs[-1].append([])
     return [[one for one in run if one] for run in runs if any(run)]
 
 
-def judged(row: dict[str, Any], calls: list[list[Any]], passes: int | None) -> Row:
+def judged(row: dict[str, Any], calls: list[list[Any]]) -> Row:
     """The row of some calls, of which those that were aborted have the lengths of the last one."""
     ran, told, wrong, unknown = [], [], [], []
-    whole = evaluations(calls[-1], passes)
+    whole = evaluations(calls[-1])
     for events in calls:
-        found = evaluations(events, passes)
+        found = evaluations(events)
         # An aborted call is shorter than it would have been.
         aborted = "aborted" in events
+        asides = [event.moment for event in events if isinstance(event, Forward) and event.aside]
+        wrong += [f"what fills a cache was told as step {a.step}" for a in asides if a is not None and not a.guessed]
         for number, run in enumerate(found):
             length = len(whole[number]) if aborted else len(run)
             for place, forwards in enumerate(run):
@@ -173,10 +172,12 @@ def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]
         patched: it, or a transformer or pipeline that it shares one with.
         calls: keyword arguments of each call.
     """
-    spy = Spy()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_: spy.events.append(Forward())) for module in find_family(patched)[2]
-    ]
+    spy, aside = Spy(), PIPES.get(type(pipe).__name__, Pipe()).aside
+
+    def began(module: Any, args: Any, given: dict[str, Any]) -> None:
+        spy.events.append(Forward(aside=aside(given)))
+
+    hooks = [module.register_forward_pre_hook(began, with_kwargs=True) for module in find_family(patched)[2]]
     found: list[list[Any]] = []
     try:
         with hsa.patch(patched, spy, min_tokens=0, backend="torch_gather"), watched(spy.events):
@@ -198,56 +199,125 @@ def aborting(pipe: Any, *_: Any) -> dict[str, Any]:
     raise _Aborted
 
 
-def variants(pipe: Any) -> Iterator[tuple[str, Any, list[dict[str, Any]], Any]]:
-    """(name, scheduler or None, calls, what is patched) of each setting that a pipeline may take."""
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a pipeline.
+
+    Args:
+        variant: its name.
+        pipe: that is called.
+        calls: keyword arguments of each call.
+        patched: what is patched; None means the pipeline.
+        scheduler: that the pipeline is given; None leaves it its own.
+    """
+
+    variant: str
+    pipe: Any
+    calls: list[dict[str, Any]]
+    patched: Any = None
+    scheduler: Any = None
+
+
+def settings(pipe: Any) -> Iterator[Setting]:
+    """What any pipeline may be asked for, as far as its call takes it."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    yield "as it is", None, [tiny_call(pipe)], pipe
+    yield Setting("as it is", pipe, [tiny_call(pipe)])
     again = [tiny_call(pipe, STEPS - 1), tiny_call(pipe, STEPS)]
     if "callback_on_step_end" in takes:
         again.insert(1, tiny_call(pipe, STEPS, callback_on_step_end=aborting))
-    yield "again, aborted, again, transformer patched", None, again, pipe.transformer
+    yield Setting("transformer patched, a call aborted between two", pipe, again, pipe.transformer)
     if "true_cfg_scale" in takes:
-        yield "true guidance", None, [tiny_call(pipe, true_cfg_scale=3.0)], pipe
+        yield Setting("true guidance", pipe, [tiny_call(pipe, true_cfg_scale=3.0)])
     elif "guidance_scale" in takes:
-        yield "no guidance", None, [tiny_call(pipe, guidance_scale=1.0)], pipe
+        yield Setting("no guidance", pipe, [tiny_call(pipe, guidance_scale=1.0)])
     for name in ("strength", "denoise_strength"):
         if name in takes:
-            yield "strength", None, [tiny_call(pipe, 2 * STEPS, **{name: 0.5})], pipe
-    flow = isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+            yield Setting("strength 0.5", pipe, [tiny_call(pipe, 2 * STEPS, **{name: 0.5})])
+    for scheduler in _others(pipe.scheduler):
+        yield Setting("another scheduler", pipe, [tiny_call(pipe)], scheduler=scheduler)
+
+
+def _others(own: Any) -> Iterator[Any]:
+    """Schedulers of second order and of several steps that may stand in for one."""
+    flow = getattr(own.config, "prediction_type", "flow_prediction") == "flow_prediction"
     if flow:
-        yield "second order", diffusers.FlowMatchHeunDiscreteScheduler(), [tiny_call(pipe)], pipe
-        unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        yield "UniPC", unipc, [tiny_call(pipe)], pipe
-    elif not isinstance(pipe.scheduler, diffusers.UniPCMultistepScheduler):
-        yield "second order", diffusers.HeunDiscreteScheduler(), [tiny_call(pipe)], pipe
-        yield "second order, DPM", diffusers.KDPM2DiscreteScheduler(), [tiny_call(pipe)], pipe
+        yield diffusers.FlowMatchHeunDiscreteScheduler()
+        if not isinstance(own, diffusers.UniPCMultistepScheduler):
+            yield diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     else:
-        yield "second order", diffusers.FlowMatchHeunDiscreteScheduler(), [tiny_call(pipe)], pipe
+        yield diffusers.HeunDiscreteScheduler()
+        yield diffusers.KDPM2DiscreteScheduler()
+
+
+def more(name: str) -> Iterator[Setting]:
+    """What some pipelines take besides."""
+    if name in ("FluxPipeline", "WanPipeline", "StableDiffusion3Pipeline"):
+        pipe = tiny_pipeline(name, diffusers.FlowMatchEulerDiscreteScheduler(shift=10.0)).to(torch.bfloat16)
+        call = tiny_call(pipe, 50, height=32, width=48)
+        half = {
+            k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()
+        }
+        yield Setting("50 steps in bfloat16 with shift 10", pipe, [half])
+    if name in _DERIVED:
+        source = tiny_pipeline(_DERIVED[name])
+        derived = getattr(diffusers, name).from_pipe(source)
+        derived.set_progress_bar_config(disable=True)
+        yield Setting(f"from_pipe of {_DERIVED[name]}, which is patched", derived, [tiny_call(derived)], source)
+    if name in ("WanPipeline", "WanImageToVideoPipeline"):
+        experts = {"transformer_2": tiny_pipeline(name).transformer, "boundary_ratio": 0.8}
+        pipe = tiny_pipeline(name, diffusers.FlowMatchEulerDiscreteScheduler(), **experts)
+        yield Setting("two experts", pipe, [tiny_call(pipe, 6)])
+    if name.startswith("SkyReelsV2DiffusionForcing"):
+        pipe = tiny_pipeline(name)
+        asynchronous = {"ar_step": 2, "causal_block_size": 1}
+        yield Setting("asynchronous", pipe, [tiny_call(pipe, **asynchronous)])
+        long = {"num_frames": 17, "base_num_frames": 9, "overlap_history": 5, "addnoise_condition": 20}
+        yield Setting("long and asynchronous", pipe, [tiny_call(pipe, **long, **asynchronous)])
+    if name == "GlmImagePipeline":
+        pipe = tiny_pipeline(name)
+        grid = torch.tensor([[1, HEIGHT // 16, WIDE // 16]])
+        shown = {"prior_token_image_ids": [torch.arange(24) % 32], "source_image_grid_thw": [grid]}
+        yield Setting("an image to edit", pipe, [tiny_call(pipe, image=[image()], **shown)])
+
+
+_DERIVED = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "WanVideoToVideoPipeline": "WanPipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+}
 
 
 def of_class(name: str) -> Iterator[Row]:
     """The rows of a pipeline class."""
-    reason = why_not(name)
-    if reason is not None:
-        yield Row(name, "", "", verdict="not built", why=reason)
-        return
     try:
         pipe = tiny_pipeline(name)
     except Exception as error:
         yield Row(name, "", "", verdict="not built", why=short(error))
         return
     own = pipe.scheduler
-    passes = PIPES.get(name, Pipe()).passes
-    for variant, scheduler, calls, patched in variants(pipe):
-        pipe.scheduler = own if scheduler is None else scheduler
-        row = {"pipeline": name, "scheduler": type(pipe.scheduler).__name__, "variant": variant}
-        try:
-            yield judged(row, run(pipe, patched, calls), passes)
-        except Exception as error:
-            verdict = "not built" if variant == "as it is" else "refused"
-            yield Row(**row, verdict=verdict, why=short(error))
-            if verdict == "not built":
-                return
+    for setting in chain(settings(pipe), more(name)):
+        if setting.pipe is pipe:
+            pipe.scheduler = own if setting.scheduler is None else setting.scheduler
+        found = of_setting(setting)
+        if found.verdict == "refused" and setting.variant == "as it is":
+            yield replace(found, verdict="not built")
+            return
+        yield found
+
+
+def of_setting(setting: Setting) -> Row:
+    """The row of a pipeline in one setting."""
+    pipe = setting.pipe
+    row = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "variant": setting.variant,
+    }
+    try:
+        return judged(row, run(pipe, pipe if setting.patched is None else setting.patched, setting.calls))
+    except Exception as error:
+        return Row(**row, verdict="refused", why=short(error))
 
 
 def main() -> None:
@@ -258,12 +328,25 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with quiet("diffusers"):
-        for name in args.only or [l.split()[0] for l in open('/tmp/dev/names.txt') if 'yes' in l]:
+        for name in args.only or [l.split()[0] for l in open("/tmp/dev/names.txt") if "yes" in l]:
             begin = time.perf_counter()
             rows += of_class(name)
             print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     for r in rows:
-        print(r.pipeline, '|', r.scheduler, '|', r.variant, '|', r.verdict, '|', r.why, '|', len(r.ran), r.told if r.verdict!='right' else '')
+        print(
+            r.pipeline,
+            "|",
+            r.scheduler,
+            "|",
+            r.variant,
+            "|",
+            r.verdict,
+            "|",
+            r.why,
+            "|",
+            len(r.ran),
+            r.told if r.verdict != "right" else "",
+        )
 
 
 if __name__ == "__main__":

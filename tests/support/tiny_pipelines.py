@@ -198,8 +198,3 @@ def _argument(key: str, call: Mapping[str, inspect.Parameter], draw: torch.Gener
     if key == "video" and "image" not in call:
         return video()
     return OMIT
-
-
-def why_not(name: str) -> str | None:
-    """Why a class is not built at all, or None."""
-    return None

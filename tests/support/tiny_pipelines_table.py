@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,13 +33,14 @@ class Pipe:
         call: arguments of its call, or functions that make them. A tuple of whole numbers is the shape of a random
             tensor.
         prepare: is handed the pipeline once it is built, and may replace what encodes prompts and images.
+        aside: whether a forward of these keyword arguments is none of the denoising, as one that fills a cache.
     """
 
     parts: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] = lambda pipe: None
-    passes: int | None = None
+    aside: Callable[[Mapping[str, Any]], bool] = lambda given: False
 
 
 def image(width: int = WIDE, height: int = HEIGHT, shade: int = 90) -> Any:
@@ -120,7 +123,7 @@ VAES: dict[str, dict[str, Any]] = {
         "upsample_match_channel": False,
     },
     "AutoencoderKLHunyuanImage": {
-        "in_channels": 3, "out_channels": 3, "latent_channels": LATENTS, "block_out_channels": (8, 8, 8),
+        "in_channels": 3, "out_channels": 3, "latent_channels": LATENTS, "block_out_channels": (32, 32, 32),
         "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 32, "scaling_factor": 1.0,
         "downsample_match_channel": False, "upsample_match_channel": False,
     },
@@ -162,6 +165,8 @@ VAES: dict[str, dict[str, Any]] = {
     "AutoencoderKLLTX2Video": {
         "latent_channels": LATENTS, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 3,
         "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
+            "spatial_compression_ratio": 8,
+        "temporal_compression_ratio": 8,
     },
     "AutoencoderKLLTX2Audio": {
         "base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 8,
@@ -190,7 +195,9 @@ VAES: dict[str, dict[str, Any]] = {
         "num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 8,
     },
-    "VQModel": {"block_out_channels": (4,), "norm_num_groups": 1, "latent_channels": LATENTS, "num_vq_embeddings": 16},
+    "VQModel": {"block_out_channels": (4,), "norm_num_groups": 1, "latent_channels": LATENTS, "num_vq_embeddings": 16,
+        "vq_embed_dim": LATENTS,
+        "vq_embed_dim": LATENTS},
 }  # fmt: skip
 
 # Those that take latents in packs of two by two.
@@ -203,7 +210,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "QwenImageTransformer2DModel": {"in_channels": 4 * LATENTS, "out_channels": LATENTS},
     "Flux2Transformer2DModel": _PACKED,
     "OvisImageTransformer2DModel": {"in_channels": 4 * LATENTS, "out_channels": 4 * LATENTS},
-    "HiDreamImageTransformer2DModel": {"max_resolution": (64, 64)},
+    "HiDreamImageTransformer2DModel": {"max_resolution": (16, 16)},
     "MotifVideoTransformer3DModel": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS},
     "LatteTransformer3DModel": {"video_length": 3},
 }
@@ -309,10 +316,239 @@ _TWICE = {"transformer": {"in_channels": 2 * LATENTS, "out_channels": LATENTS}}
 _CONTROL = {"transformer": {"in_channels": 8 * LATENTS, "out_channels": 4 * LATENTS}}
 _LTX2 = {"spatio_temporal_guidance_blocks": [1], "num_frames": FRAMES}
 
+_DEEP = {"vae": {"dim_mult": [1] * 6, "temperal_downsample": [False, True, True, False, False], "base_dim": 3}}
+_CLOZE: dict[str, Any] = {
+    "task_prompt": "a task",
+    "content_prompt": "a cat",
+    "image": lambda: [[image(), image()], [image(), None]],
+    "prompt_embeds": OMIT,
+    "pooled_prompt_embeds": OMIT,
+}
+
+
+def _cloze(pipe: Any) -> None:
+    for one in (pipe.generation_pipe, pipe.upsampling_pipe):
+        one.set_progress_bar_config(disable=True)
+        one.encode_prompt = lambda *_, **__: (text(TEXT, WIDTH), text(POOLED), torch.zeros(TEXT, 3))
+
+
+def _uncoded(pipe: Any) -> None:
+    """Spares encoding and decoding, where an image is made a million pixels whatever size is asked for."""
+    _unchecked(pipe)
+    pipe.text_encoder = Typed()
+
+    def encode(pixels: Tensor, *_: Any, **__: Any) -> Any:
+        rows, columns = pixels.shape[-2] // 32, pixels.shape[-1] // 32
+        latents = torch.zeros(len(pixels), LATENTS, 1, rows, columns)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *_: latents, mode=lambda: latents))
+
+    pipe.vae.encode = encode
+    pipe.vae.decode = lambda latents, **_: (torch.zeros(len(latents), 3, 1, 8, 8),)
+
+
+def _learned() -> Any:
+    from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import (
+        LearnedClassifierFreeSamplingEmbeddings,
+    )
+
+    return LearnedClassifierFreeSamplingEmbeddings(learnable=False)
+
+
+def _upsampler() -> Any:
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    return LTX2LatentUpsamplerModel(
+        in_channels=LATENTS, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=False, temporal_upsample=True
+    ).eval()
+
+
+def _resizing(pipe: Any) -> None:
+    """The one function of torchvision, which is not installed, that the controlnet of Cosmos asks for."""
+    functional = SimpleNamespace(resize=lambda mask, size, **_: torch.nn.functional.interpolate(mask, size))
+    module = sys.modules[type(pipe.controlnet).__module__]
+    module.transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST=0))
+
+
 PIPES: dict[str, Pipe] = {
+    "Cosmos2_5_TransferPipeline": Pipe(
+        _SAFE,
+        {"transformer": {**_ONE_MORE["transformer"], "controlnet_block_every_n": 1}},
+        {"controls": video, "num_frames_per_chunk": FRAMES},
+        _resizing,
+    ),
+    "HunyuanImagePipeline": Pipe(
+        call={
+            "prompt_embeds_2": (1, 5, WIDTH),
+            "negative_prompt_embeds_2": (1, 5, WIDTH),
+            "prompt_embeds_mask_2": torch.ones(1, 5).long(),
+            "negative_prompt_embeds_mask_2": torch.ones(1, 5).long(),
+        }
+    ),
+    "HunyuanImageRefinerPipeline": Pipe(
+        sizes={
+            "transformer": {
+                "in_channels": 4 * LATENTS,
+                "out_channels": 2 * LATENTS,
+                "patch_size": (1, 1, 1),
+                "rope_axes_dim": (8, 8, 8),
+            }
+        }
+    ),
+    "Kandinsky5I2IPipeline": Pipe(
+        sizes={"transformer": {"visual_cond": True}},
+        call=_KANDINSKY,
+        prepare=lambda pipe: setattr(pipe, "resolutions", [(WIDE, HEIGHT)]),
+    ),
+    "LattePipeline": Pipe(sizes={"transformer": {"out_channels": 2 * LATENTS}}, call={"video_length": 3}),
+    "QwenImageEditPipeline": Pipe(sizes=_DEEP, prepare=_uncoded),
+    "QwenImageEditPlusPipeline": Pipe(sizes=_DEEP, prepare=_uncoded),
+    "QwenImageEditInpaintPipeline": Pipe(sizes=_DEEP, prepare=_uncoded),
+    "QwenImageLayeredPipeline": Pipe(sizes=_DEEP, call={"prompt": "a cat", "output_type": "pt"}, prepare=_uncoded),
+    "JoyImageEditPipeline": Pipe(sizes={"vae": {**_DEEP["vae"], "scale_factor_spatial": 32}}, prepare=_uncoded),
+    "JoyImageEditPlusPipeline": Pipe(
+        sizes={"vae": {**_DEEP["vae"], "scale_factor_spatial": 32}},
+        call={"prompt": ["a cat"], "images": lambda: [[image()]], "width": 128},
+        prepare=_uncoded,
+    ),
+    "VisualClozePipeline": Pipe(
+        {"resolution": 64},
+        {"transformer": {"in_channels": 288, "out_channels": 4 * LATENTS}},
+        {
+            **_CLOZE,
+            "upsampling_strength": 0.5,
+            "upsampling_height": HEIGHT,
+            "upsampling_width": WIDE,
+            "output_type": "pil",
+        },
+        _cloze,
+    ),
+    "VQDiffusionPipeline": Pipe(
+        {"learned_classifier_free_sampling_embeddings": _learned},
+        {
+            "transformer": {
+                "num_vector_embeds": 17,
+                "sample_size": 4,
+                "in_channels": OMIT,
+                "out_channels": OMIT,
+                "norm_type": "ada_norm",
+                "num_embeds_ada_norm": 100,
+            }
+        },
+        {"prompt": "a cat", "output_type": "pt"},
+        lambda pipe: setattr(pipe, "_encode_prompt", lambda *_, **__: text(TEXT, WIDTH).expand(2, -1, -1)),
+    ),
+    "LTX2DFRTemporalRefinePipeline": Pipe(
+        {"temporal_latent_upsampler": _upsampler},
+        {"transformer": {"use_keyframes_abs_pos_embedding": True}},
+        {
+            "latents": (1, LATENTS, 2, HEIGHT // 8, WIDE // 8),
+            "keyframes_latents": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8),
+            "keyframe_positions": [8],
+            "audio_latents": (1, 2, 9, 2),
+            "sigmas": [1.0, 0.9, 0.5],
+        },
+    ),
     "AceStepPipeline": Pipe(
+        sizes={"transformer": {"encoder_hidden_size": 48}},
         call={"prompt": "a song", "lyrics": "la", "audio_duration": 2.0},
         prepare=_encoded(text(TEXT, WIDTH), _ONES, text(5, WIDTH), torch.ones(1, 5).long()),
+    ),
+    "FluxFillPipeline": Pipe(sizes={"transformer": {"in_channels": 288, "out_channels": 4 * LATENTS}}),
+    "EasyAnimateControlPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS}},
+        call={"control_video": (1, 3, FRAMES, HEIGHT, WIDE)},
+        prepare=_encoded(text(TEXT, WIDTH), text(TEXT, WIDTH), _ONES, _ONES),
+    ),
+    "EasyAnimateInpaintPipeline": Pipe(
+        sizes={
+            "transformer": {
+                "in_channels": 3 * LATENTS,
+                "out_channels": LATENTS,
+                "resize_inpaint_mask_directly": False,
+            }
+        },
+        call={"video": (1, 3, FRAMES, HEIGHT, WIDE), "mask_video": torch.ones(1, 1, FRAMES, HEIGHT, WIDE)},
+    ),
+    "HiDreamImagePipeline": Pipe(
+        call={
+            "prompt_embeds_t5": (1, TEXT, WIDTH),
+            "negative_prompt_embeds_t5": (1, TEXT, WIDTH),
+            "prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
+            "negative_prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
+        },
+        prepare=lambda pipe: setattr(pipe, "default_sample_size", 8),
+    ),
+    "HunyuanVideo15ImageToVideoPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS, "target_size": 32}},
+        call=_SECOND,
+        prepare=lambda pipe: setattr(pipe, "encode_image", lambda **_: torch.zeros(1, 3, 10)),
+    ),
+    "HunyuanVideo15Pipeline": Pipe(sizes=_NINE, call={**_SECOND, "height": 32, "width": 48}),
+    "Kandinsky5T2IPipeline": Pipe(
+        call=_KANDINSKY, prepare=lambda pipe: setattr(pipe, "resolutions", [(WIDE, HEIGHT)])
+    ),
+    "StableAudio3InpaintPipeline": Pipe(
+        sizes={"transformer": {"local_add_cond_dim": LATENTS + 1}},
+        call={"audio": (1, 2, 128), "duration": 2.0, "mask_start_seconds": 0.5, "mask_end_seconds": 1.0},
+    ),
+    "StableAudioPipeline": Pipe(
+        sizes={"transformer": {"global_states_input_dim": 2 * WIDTH}}, call={"audio_end_in_s": 0.5}
+    ),
+    "ZImageControlNetInpaintPipeline": Pipe(
+        sizes={
+            "controlnet": {
+                "control_in_dim": 2 * LATENTS + 1,
+                "add_control_noise_refiner": "control_noise_refiner",
+            }
+        },
+        call=_LIST,
+    ),
+    "ZImageOmniPipeline": Pipe(
+        call={
+            "prompt_embeds": lambda: [[text(TEXT, WIDTH)[0]]],
+            "negative_prompt_embeds": lambda: [[text(TEXT, WIDTH)[0]]],
+            "image": OMIT,
+        }
+    ),
+    "WanAnimatePipeline": Pipe(
+        call={
+            "pose_video": video,
+            "face_video": video,
+            "image_embeds": (1, 3, 12),
+            "height": 32,
+            "width": 48,
+            "segment_frame_length": FRAMES,
+        },
+        prepare=_unchecked,
+    ),
+    "HeliosPipeline": Pipe(call={"num_latent_frames_per_chunk": 3, "history_sizes": lambda: [4, 2, 1]}),
+    "HeliosPyramidPipeline": Pipe(
+        call={
+            "width": 128,
+            "num_latent_frames_per_chunk": 3,
+            "history_sizes": lambda: [4, 2, 1],
+            "pyramid_num_inference_steps_list": [2, 3, 2],
+        }
+    ),
+    "LTXI2VLongMultiPromptPipeline": Pipe(
+        call={"prompt": "a cat", "temporal_tile_size": 8, "temporal_overlap": 2, "num_frames": 17},
+        prepare=_encoded(text(TEXT, WIDTH), _ONES, text(TEXT, WIDTH), _ONES),
+    ),
+    "QwenImageControlNetInpaintPipeline": Pipe(sizes={"controlnet": {"extra_condition_channels": LATENTS}}),
+    "StableDiffusion3ControlNetInpaintingPipeline": Pipe(sizes={"controlnet": {"extra_conditioning_channels": 1}}),
+    "VisualClozeGenerationPipeline": Pipe(
+        {"resolution": 64},
+        {"transformer": {"in_channels": 288, "out_channels": 4 * LATENTS}},
+        _CLOZE,
+        _encoded(text(TEXT, WIDTH), text(POOLED), torch.zeros(TEXT, 3)),
+    ),
+    "SanaWMLTX2Refiner": Pipe(
+        call={"sana_latent": (1, LATENTS, 5, 4, 6), "prompt": "a cat", "fps": 24.0, "block_size": 2},
+        aside=lambda given: "capture" in given.get("kv_cache_mode", ""),
+        prepare=lambda pipe: setattr(pipe, "_encode_prompt", lambda *_, **__: (text(TEXT, WIDTH), _ONES)),
+    ),
+    "LTX2DFRPipeline": Pipe(
+        sizes={"transformer": {"use_keyframes_abs_pos_embedding": True}}, call={"sigmas": [1.0, 0.9, 0.5]}
     ),
     "LongCatAudioDiTPipeline": Pipe(
         call={"prompt": "a sound", "audio_duration_s": 2.0},
@@ -334,18 +570,9 @@ PIPES: dict[str, Pipe] = {
         call={"prompt": "a cat", "guidance_schedule": None, "guidance_scale": 7.0},
         prepare=_ideogram,
     ),
-    "JoyImageEditPlusPipeline": Pipe(
-        call={"prompt": ["a cat"], "images": lambda: [[image()]]},
-        prepare=_unchecked,
-    ),
-    "QwenImageEditPipeline": Pipe(call={"image": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8)}),
-    "QwenImageEditPlusPipeline": Pipe(call={"image": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8)}),
     "FluxKontextPipeline": Pipe(call={"max_area": HEIGHT * WIDE, "_auto_resize": False}),
     "FluxKontextInpaintPipeline": Pipe(call={"max_area": HEIGHT * WIDE, "_auto_resize": False}),
     "StableAudio3AudioToAudioPipeline": Pipe(call={"audio": (1, 2, 128), "duration": 2.0}),
-    "StableAudio3InpaintPipeline": Pipe(
-        call={"audio": (1, 2, 128), "duration": 2.0, "mask_start_seconds": 0.5, "mask_end_seconds": 1.0}
-    ),
     "StableAudio3Pipeline": Pipe(call={"duration": 2.0}),
     "BriaFibo2Pipeline": Pipe(
         call={"image": OMIT, "prompt_embeds": (1, 2, TEXT, WIDTH), "negative_prompt_embeds": (1, 2, TEXT, WIDTH)}
@@ -366,45 +593,21 @@ PIPES: dict[str, Pipe] = {
     "Cosmos2TextToImagePipeline": Pipe(_SAFE),
     "Cosmos2VideoToWorldPipeline": Pipe(_SAFE, _ONE_MORE),
     "Cosmos2_5_PredictBasePipeline": Pipe(_SAFE, _ONE_MORE, {"image": OMIT}),
-    "Cosmos2_5_TransferPipeline": Pipe(_SAFE, _ONE_MORE, {"controls": video, "num_frames_per_chunk": FRAMES}),
     "CosmosTextToWorldPipeline": Pipe(_SAFE),
     "CosmosVideoToWorldPipeline": Pipe(_SAFE, _ONE_MORE),
     "DiTPipeline": Pipe(call={"class_labels": [3], "output_type": "np"}),
-    "EasyAnimateControlPipeline": Pipe(
-        sizes=_TWICE,
-        call={"control_video": (1, 3, FRAMES, HEIGHT, WIDE)},
-        prepare=_encoded(text(TEXT, WIDTH), text(TEXT, WIDTH), _ONES, _ONES),
-    ),
-    "EasyAnimateInpaintPipeline": Pipe(
-        sizes={"transformer": {"in_channels": 2 * LATENTS + 1, "out_channels": LATENTS}},
-        call={"video": (1, 3, FRAMES, HEIGHT, WIDE), "mask_video": torch.ones(1, 1, FRAMES, HEIGHT, WIDE)},
-    ),
     "FluxControlPipeline": Pipe(sizes=_CONTROL),
     "FluxControlImg2ImgPipeline": Pipe(sizes=_CONTROL),
     "FluxControlInpaintPipeline": Pipe(sizes=_CONTROL),
-    "FluxFillPipeline": Pipe(sizes={"transformer": {"in_channels": 96, "out_channels": 4 * LATENTS}}),
     "GlmImagePipeline": Pipe(
+        sizes={"vae": _MEAN},
+        aside=lambda given: getattr(given.get("kv_caches"), "mode", None) == "write",
         call={"image": OMIT, "prior_token_ids": lambda: torch.arange(24)[None] % 32},
-    ),
-    "HiDreamImagePipeline": Pipe(
-        call={
-            "prompt_embeds_t5": (1, TEXT, WIDTH),
-            "negative_prompt_embeds_t5": (1, TEXT, WIDTH),
-            "prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
-            "negative_prompt_embeds_llama3": (3, 1, TEXT, WIDTH),
-        }
     ),
     "HunyuanDiTPipeline": Pipe(call=_HUNYUAN_DIT),
     "HunyuanDiTPAGPipeline": Pipe(call=_HUNYUAN_DIT),
     "HunyuanDiTControlNetPipeline": Pipe(call=_HUNYUAN_DIT),
     "HunyuanSkyreelsImageToVideoPipeline": Pipe(sizes=_TWICE),
-    "HunyuanVideo15Pipeline": Pipe(sizes=_NINE, call=_SECOND),
-    "HunyuanVideo15ImageToVideoPipeline": Pipe(
-        sizes=_NINE,
-        call=_SECOND,
-        prepare=lambda pipe: setattr(pipe, "encode_image", lambda **_: torch.zeros(1, 3, 10)),
-    ),
-    "HeliosPyramidPipeline": Pipe(call={"width": 128}),
     "HunyuanVideoFramepackPipeline": Pipe(
         call={"latent_window_size": 2, "num_frames": 10},
         prepare=lambda pipe: setattr(pipe, "encode_image", lambda image, device: text(2, 10)),
@@ -412,9 +615,7 @@ PIPES: dict[str, Pipe] = {
     "HunyuanVideoImageToVideoPipeline": Pipe(
         sizes={"transformer": {"image_condition_type": "token_replace", "guidance_embeds": False}}
     ),
-    "Kandinsky5I2IPipeline": Pipe(call=_KANDINSKY),
     "Kandinsky5I2VPipeline": Pipe(call=_KANDINSKY),
-    "Kandinsky5T2IPipeline": Pipe(call=_KANDINSKY),
     "Kandinsky5T2VPipeline": Pipe(call=_KANDINSKY),
     "Kandinsky6TI2VAPipeline": Pipe(call={"image": OMIT, "sample_audio": False}),
     "Krea2Pipeline": Pipe(
@@ -444,27 +645,44 @@ PIPES: dict[str, Pipe] = {
     "StableDiffusion3InpaintPipeline": Pipe(
         sizes={"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}
     ),
-    "StableAudioPipeline": Pipe(call={"audio_end_in_s": 0.5}),
     "WanImageToVideoPipeline": Pipe(sizes={"transformer": {"in_channels": 3 * LATENTS, "out_channels": LATENTS}}),
     "WanVACEPipeline": Pipe(sizes={"transformer": {"vace_in_channels": 64 + 2 * LATENTS}}),
-    "WanAnimatePipeline": Pipe(
-        call={"pose_video": video, "face_video": video, "image_embeds": (1, 3, 12)},
-        prepare=_unchecked,
-    ),
-    "ZImageControlNetInpaintPipeline": Pipe(call=_LIST),
     "ZImageControlNetPipeline": Pipe(call=_LIST),
     "ZImageImg2ImgPipeline": Pipe(call=_LIST),
     "ZImageInpaintPipeline": Pipe(call=_LIST),
-    "ZImageOmniPipeline": Pipe(call={**_LIST, "image": OMIT}),
     "ZImagePipeline": Pipe(call=_LIST),
 }
 CONTROLNETS: dict[str, dict[str, Any]] = {
     "FluxControlNetModel": {"in_channels": 4 * LATENTS},
     "QwenImageControlNetModel": {"in_channels": 4 * LATENTS},
+    "CosmosControlNetModel": {
+        "n_controlnet_blocks": 2,
+        "in_channels": LATENTS + 2,
+        "latent_channels": LATENTS + 2,
+        "model_channels": 48,
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "text_embed_dim": WIDTH,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 32, 32),
+        "img_context_dim_out": WIDTH,
+        "crossattn_proj_in_channels": WIDTH,
+        "encoder_hidden_states_channels": WIDTH,
+    },
     "ZImageControlNetModel": {
         "control_layers_places": [0],
         "control_refiner_layers_places": [0],
         "control_in_dim": LATENTS,
     },
-    "HunyuanDiT2DControlNetModel": {"patch_size": 2, "in_channels": LATENTS},
+    "HunyuanDiT2DControlNetModel": {
+        "patch_size": 2,
+        "in_channels": LATENTS,
+        "cross_attention_dim": WIDTH,
+        "cross_attention_dim_t5": WIDTH,
+        "pooled_projection_dim": POOLED,
+        "text_len": TEXT,
+        "text_len_t5": 5,
+        "sample_size": 16,
+        "transformer_num_layers": 2,
+    },
 }
