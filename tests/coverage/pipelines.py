@@ -26,7 +26,14 @@ import hf_sparse_attn as hsa
 from hf_sparse_attn.coverage.listing import quiet, short
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.hosts.diffusers_clock import Clock, Moment
-from tests.support.tiny_pipelines import pipeline_classes, tiny_call, tiny_pipeline
+from tests.support.tiny_pipelines import (
+    modular_call,
+    modular_classes,
+    pipeline_classes,
+    tiny_call,
+    tiny_modular,
+    tiny_pipeline,
+)
 from tests.support.tiny_pipelines_table import HEIGHT, PIPES, STEPS, WIDE, Pipe, image
 
 
@@ -38,9 +45,11 @@ class Forward:
         moment: what the clock found.
         told: (step, num_steps) as its layers were told, each once.
         aside: whether it is none of the denoising, as one that fills a cache.
+        patched: whether the transformer is one that is patched.
     """
 
     aside: bool = False
+    patched: bool = True
     moment: Moment | None = None
     told: set[tuple[int, int]] = field(default_factory=set)
 
@@ -71,7 +80,7 @@ class Row:
     pipeline: str
     scheduler: str
     variant: str
-    told: tuple[tuple[int, int | None], ...] = ()
+    told: tuple[tuple[int | None, int | None], ...] = ()
     ran: tuple[tuple[int, int], ...] = ()
     verdict: str = "right"
     why: str = ""
@@ -116,25 +125,31 @@ def _schedulers(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _schedulers(one)
 
 
-def evaluations(events: list[Any]) -> list[list[list[Forward]]]:
-    """The forwards of each evaluation of each run."""
+def evaluations(events: list[Any], stepless: bool) -> list[list[list[Forward]]]:
+    """The forwards of each evaluation of each run.
+
+    Args:
+        stepless: whether the pipeline steps without a scheduler, with one forward for each step.
+    """
     runs: list[list[list[Forward]]] = [[[]]]
     for event in events:
         if event == "set_timesteps" and runs[-1] != [[]]:
             runs.append([[]])
         elif isinstance(event, Forward) and not event.aside:
             runs[-1][-1].append(event)
+            if stepless:
+                runs[-1].append([])
         elif event == "step" and runs[-1][-1]:
             runs[-1].append([])
     return [[one for one in run if one] for run in runs if any(run)]
 
 
-def judged(row: dict[str, Any], calls: list[list[Any]]) -> Row:
+def judged(row: dict[str, str], calls: list[list[Any]], stepless: bool) -> Row:
     """The row of some calls, of which those that were aborted have the lengths of the last one."""
     ran, told, wrong, unknown = [], [], [], []
-    whole = evaluations(calls[-1])
+    whole = evaluations(calls[-1], stepless)
     for events in calls:
-        found = evaluations(events)
+        found = evaluations(events, stepless)
         # An aborted call is shorter than it would have been.
         aborted = "aborted" in events
         asides = [event.moment for event in events if isinstance(event, Forward) and event.aside]
@@ -142,9 +157,10 @@ def judged(row: dict[str, Any], calls: list[list[Any]]) -> Row:
         for number, run in enumerate(found):
             length = len(whole[number]) if aborted else len(run)
             for place, forwards in enumerate(run):
-                ran.append((place, length))
-                told.append(_told(forwards[0]))
-                for forward in forwards:
+                asked = [forward for forward in forwards if forward.patched]
+                ran += [(place, length)] if asked else []
+                told += [_told(forward) for forward in asked[:1]]
+                for forward in asked:
                     moment = forward.moment
                     if moment is None:
                         wrong.append(f"{place} of {length} was not asked about")
@@ -159,9 +175,8 @@ def judged(row: dict[str, Any], calls: list[list[Any]]) -> Row:
     return Row(**row, told=tuple(told), ran=tuple(ran), verdict=verdict, why="; ".join(list(why)[:3]))
 
 
-def _told(forward: Forward) -> tuple[int, int | None]:
-    assert forward.moment is not None
-    return forward.moment.step, forward.moment.num_steps
+def _told(forward: Forward) -> tuple[int | None, int | None]:
+    return (None, None) if forward.moment is None else (forward.moment.step, forward.moment.num_steps)
 
 
 def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]:
@@ -172,12 +187,15 @@ def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]
         patched: it, or a transformer or pipeline that it shares one with.
         calls: keyword arguments of each call.
     """
-    spy, aside = Spy(), PIPES.get(type(pipe).__name__, Pipe()).aside
+    spy, aside = Spy(), PIPES.get(_name(pipe), Pipe()).aside
+
+    ours = find_family(patched)[2]
 
     def began(module: Any, args: Any, given: dict[str, Any]) -> None:
-        spy.events.append(Forward(aside=aside(given)))
+        spy.events.append(Forward(aside=aside(given), patched=module in ours))
 
-    hooks = [module.register_forward_pre_hook(began, with_kwargs=True) for module in find_family(patched)[2]]
+    modules = dict.fromkeys((*ours, *find_family(pipe)[2]))
+    hooks = [module.register_forward_pre_hook(began, with_kwargs=True) for module in modules]
     found: list[list[Any]] = []
     try:
         with hsa.patch(patched, spy, min_tokens=0, backend="torch_gather"), watched(spy.events):
@@ -192,6 +210,10 @@ def run(pipe: Any, patched: Any, calls: list[dict[str, Any]]) -> list[list[Any]]
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _name(pipe: Any) -> str:
+    return type(pipe).__name__
 
 
 def aborting(pipe: Any, *_: Any) -> dict[str, Any]:
@@ -288,16 +310,27 @@ _DERIVED = {
 }
 
 
+def modular(pipe: Any) -> Iterator[Setting]:
+    """The settings of a modular pipeline."""
+    name = _name(pipe)
+    yield Setting("as it is", pipe, [modular_call(pipe, name)])
+    twice = [modular_call(pipe, name, steps) for steps in (STEPS, STEPS - 1)]
+    yield Setting("transformer patched, two calls", pipe, twice, pipe.transformer)
+    for scheduler in () if PIPES.get(name, Pipe()).stepless else _others(pipe.scheduler):
+        yield Setting("another scheduler", pipe, [modular_call(pipe, name)], scheduler=scheduler)
+
+
 def of_class(name: str) -> Iterator[Row]:
     """The rows of a pipeline class."""
+    of_blocks = name in modular_classes()
     try:
-        pipe = tiny_pipeline(name)
+        pipe = tiny_modular(name) if of_blocks else tiny_pipeline(name)
     except Exception as error:
         yield Row(name, "", "", verdict="not built", why=short(error))
         return
-    own = pipe.scheduler
-    for setting in chain(settings(pipe), more(name)):
-        if setting.pipe is pipe:
+    own = getattr(pipe, "scheduler", None)
+    for setting in modular(pipe) if of_blocks else chain(settings(pipe), more(name)):
+        if setting.pipe is pipe and own is not None:
             pipe.scheduler = own if setting.scheduler is None else setting.scheduler
         found = of_setting(setting)
         if found.verdict == "refused" and setting.variant == "as it is":
@@ -309,13 +342,14 @@ def of_class(name: str) -> Iterator[Row]:
 def of_setting(setting: Setting) -> Row:
     """The row of a pipeline in one setting."""
     pipe = setting.pipe
+    stepless = PIPES.get(_name(pipe), Pipe()).stepless
     row = {
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
+        "pipeline": _name(pipe),
+        "scheduler": "none" if stepless else type(pipe.scheduler).__name__,
         "variant": setting.variant,
     }
     try:
-        return judged(row, run(pipe, pipe if setting.patched is None else setting.patched, setting.calls))
+        return judged(row, run(pipe, pipe if setting.patched is None else setting.patched, setting.calls), stepless)
     except Exception as error:
         return Row(**row, verdict="refused", why=short(error))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 import diffusers
@@ -151,17 +151,24 @@ def tiny_call(pipe: Any, steps: int = STEPS, **more: Any) -> dict[str, Any]:
     given: dict[str, Any] = {}
     draw = torch.Generator().manual_seed(1)
     for key in call:
-        value = own[key] if key in own else _argument(key, call, draw)
-        if callable(value):
-            value = value()
-        if isinstance(value, tuple) and value and all(type(n) is int for n in value) and key not in _PLAIN:
-            value = torch.randn(value, generator=draw)
-        if value is not OMIT:
-            given[key] = value
+        given[key] = own[key] if key in own else _argument(key, call, draw)
+    given = _made(given, draw)
     if "num_inference_steps" in call:
         given["num_inference_steps"] = steps
     given.update({key: value for key, value in more.items() if value is not OMIT})
     return {key: value for key, value in given.items() if more.get(key) is not OMIT or key not in more}
+
+
+def _made(given: Mapping[str, Any], draw: torch.Generator) -> dict[str, Any]:
+    """Arguments of a call, with functions called and shapes made tensors."""
+    made = {}
+    for key, value in given.items():
+        one = value() if callable(value) else value
+        if isinstance(one, tuple) and one and all(type(n) is int for n in one) and key not in _PLAIN:
+            one = torch.randn(one, generator=draw)
+        if one is not OMIT:
+            made[key] = one
+    return made
 
 
 # Arguments whose tuples are no shapes.
@@ -175,7 +182,7 @@ _SIMPLE: Mapping[str, Any] = {
 }
 
 
-def _argument(key: str, call: Mapping[str, inspect.Parameter], draw: torch.Generator) -> Any:
+def _argument(key: str, call: Collection[str], draw: torch.Generator) -> Any:
     """What an argument of this name is in most pipelines; OMIT where the rules know none."""
     bare = key.removeprefix("negative_")
     if bare == "prompt":
@@ -198,3 +205,48 @@ def _argument(key: str, call: Mapping[str, inspect.Parameter], draw: torch.Gener
     if key == "video" and "image" not in call:
         return video()
     return OMIT
+
+
+def modular_classes() -> dict[str, type[Any]]:
+    """The modular pipelines of diffusers by name."""
+    found = {name: getattr(diffusers, name, None) for name in dir(diffusers)}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if isinstance(kind, type) and issubclass(kind, diffusers.ModularPipeline) and kind.default_blocks_name
+    }
+
+
+def modular_blocks(name: str) -> Any:
+    """What denoises in a modular pipeline, between what encodes and what decodes."""
+    blocks = getattr(diffusers.modular_pipelines, getattr(diffusers, name).default_blocks_name)()
+    return blocks.sub_blocks["denoise"]
+
+
+def tiny_modular(name: str) -> Any:
+    """A modular pipeline of the blocks that denoise, with random weights in float32."""
+    blocks, own = modular_blocks(name), PIPES.get(name, Pipe())
+    pipe = getattr(diffusers, name)(blocks=blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = {}
+        for spec in blocks.expected_components:
+            if spec.name in own.parts:
+                value = own.parts[spec.name]
+                made[spec.name] = value() if callable(value) else value
+            elif spec.name == "scheduler":
+                made[spec.name] = scheduler_of(name, spec.type_hint)
+            elif spec.default_creation_method == "from_pretrained":
+                made[spec.name] = _part(spec.name, spec.type_hint, inspect.Parameter.empty, own)
+    pipe.update_components(**made)
+    own.prepare(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def modular_call(pipe: Any, name: str, steps: int = STEPS) -> dict[str, Any]:
+    """Keyword arguments of a call of `tiny_modular`."""
+    wanted = [one.name for one in pipe.blocks.inputs if one.name]
+    own, draw = PIPES.get(name, Pipe()).call, torch.Generator().manual_seed(1)
+    given = {key: own[key] if key in own else _argument(key, wanted, draw) for key in dict.fromkeys((*wanted, *own))}
+    return {**_made(given, draw), "num_inference_steps": steps}

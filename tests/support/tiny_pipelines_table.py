@@ -33,6 +33,7 @@ class Pipe:
         call: arguments of its call, or functions that make them. A tuple of whole numbers is the shape of a random
             tensor.
         prepare: is handed the pipeline once it is built, and may replace what encodes prompts and images.
+        stepless: whether it steps without a scheduler, with one forward for each step.
         aside: whether a forward of these keyword arguments is none of the denoising, as one that fills a cache.
     """
 
@@ -40,6 +41,7 @@ class Pipe:
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] = lambda pipe: None
+    stepless: bool = False
     aside: Callable[[Mapping[str, Any]], bool] = lambda given: False
 
 
@@ -221,7 +223,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "CogVideoXFunControlPipeline": ("CogVideoXDDIMScheduler", {}),
     "DiTPipeline|LattePipeline": ("DDIMScheduler", {}),
     "PixArtSigma.*": ("DPMSolverMultistepScheduler", {}),
-    "Wan(Pipeline|ImageToVideo.*|VideoToVideo.*|VACE.*|Animate.*)|LucyEdit.*|ChronoEdit.*": (
+    "Wan(22)?(Modular|Image2Video).*|Wan22Vace.*|Wan(Pipeline|ImageToVideo.*|VideoToVideo.*|VACE.*|Animate.*)|LucyEdit.*|ChronoEdit.*": (
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     ),
@@ -229,7 +231,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0},
     ),
-    "HeliosPipeline": ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]}),
+    "HeliosPyramidDistilled.*": ("HeliosDMDScheduler", {}),
+    "HeliosPipeline|HeliosModular.*": ("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]}),
     "VQDiffusionPipeline": ("VQDiffusionScheduler", {"num_vec_classes": 17}),
 }
 
@@ -367,6 +370,50 @@ def _resizing(pipe: Any) -> None:
     functional = SimpleNamespace(resize=lambda mask, size, **_: torch.nn.functional.interpolate(mask, size))
     module = sys.modules[type(pipe.controlnet).__module__]
     module.transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST=0))
+
+
+_CONNECTED = {
+    f"{sign}connector_{name}": value
+    for sign in ("", "negative_")
+    for name, value in (
+        ("prompt_embeds", (1, TEXT, WIDTH)),
+        ("audio_prompt_embeds", (1, TEXT, WIDTH)),
+        ("attention_mask", _ONES),
+    )
+}
+_QWEN = {
+    f"{sign}{name}": value
+    for sign in ("", "negative_")
+    for name, value in (
+        ("qwen_prompt_embeds", (1, TEXT, WIDTH)),
+        ("qwen_attention_mask", _ONES),
+        ("t5_input_ids", torch.arange(TEXT)[None]),
+        ("t5_attention_mask", _ONES),
+    )
+}
+_KREA = {"transformer": {"in_channels": 4 * LATENTS}}
+_KREA_CALL = {
+    "prompt_embeds": (1, TEXT, 3, WIDTH),
+    "negative_prompt_embeds": (1, TEXT, 3, WIDTH),
+    "prompt_embeds_mask": _ONES.bool(),
+    "negative_prompt_embeds_mask": _ONES.bool(),
+}
+_SIXTEEN = {"in_channels": 16, "out_channels": 16}
+_HELIOS = {"num_latent_frames_per_chunk": 3, "history_sizes": lambda: [4, 2, 1], "width": 128}
+_PICTURE = {"image_latents": (1, LATENTS, 1, HEIGHT // 8, WIDE // 8)}
+
+
+def _conditioner() -> Any:
+    from diffusers.models.condition_embedders.condition_embedder_anima import AnimaTextConditioner
+
+    sizes = {"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "target_vocab_size": 32}
+    return AnimaTextConditioner(**sizes, num_layers=1, num_attention_heads=2, min_sequence_length=TEXT).eval()
+
+
+def _music() -> Any:
+    from diffusers.models.condition_embedders.condition_embedder_minimax_music3 import MiniMaxMusic3ConditionEncoder
+
+    return MiniMaxMusic3ConditionEncoder(condition_hidden_dim=WIDTH, num_condition_layers=2, out_dim=WIDTH).eval()
 
 
 PIPES: dict[str, Pipe] = {
@@ -601,7 +648,7 @@ PIPES: dict[str, Pipe] = {
     "FluxControlInpaintPipeline": Pipe(sizes=_CONTROL),
     "GlmImagePipeline": Pipe(
         sizes={"vae": _MEAN},
-        aside=lambda given: getattr(given.get("kv_caches"), "mode", None) == "write",
+        aside=lambda given: given["kv_caches"][0].mode == "write",
         call={"image": OMIT, "prior_token_ids": lambda: torch.arange(24)[None] % 32},
     ),
     "HunyuanDiTPipeline": Pipe(call=_HUNYUAN_DIT),
@@ -618,15 +665,7 @@ PIPES: dict[str, Pipe] = {
     "Kandinsky5I2VPipeline": Pipe(call=_KANDINSKY),
     "Kandinsky5T2VPipeline": Pipe(call=_KANDINSKY),
     "Kandinsky6TI2VAPipeline": Pipe(call={"image": OMIT, "sample_audio": False}),
-    "Krea2Pipeline": Pipe(
-        sizes={"transformer": {"in_channels": 4 * LATENTS}},
-        call={
-            "prompt_embeds": (1, TEXT, 3, WIDTH),
-            "negative_prompt_embeds": (1, TEXT, 3, WIDTH),
-            "prompt_embeds_mask": _ONES.bool(),
-            "negative_prompt_embeds_mask": _ONES.bool(),
-        },
-    ),
+    "Krea2Pipeline": Pipe(sizes=_KREA, call=_KREA_CALL),
     "LTX2ConditionPipeline": Pipe(call=_LTX2),
     "LTX2HDRPipeline": Pipe(call=_LTX2),
     "LTX2ImageToVideoPipeline": Pipe(call=_LTX2),
@@ -651,6 +690,54 @@ PIPES: dict[str, Pipe] = {
     "ZImageImg2ImgPipeline": Pipe(call=_LIST),
     "ZImageInpaintPipeline": Pipe(call=_LIST),
     "ZImagePipeline": Pipe(call=_LIST),
+    "AnimaModularPipeline": Pipe({"text_conditioner": _conditioner}, call=_QWEN),
+    "EchoModularPipeline": Pipe(
+        sizes={"transformer": {"audio_in_channels": 128, "audio_out_channels": 128}},
+        call={**_CONNECTED, "sigmas": lambda: [1.0, 0.8, 0.5, 0.0]},
+        stepless=True,
+    ),
+    "Flux3DistilledModularPipeline": Pipe(sizes={"transformer": {"flow_map": True}}),
+    "HeliosModularPipeline": Pipe(call={**_HELIOS, "sigmas": OMIT}),
+    "HunyuanVideo15ModularPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 65, "out_channels": 32}}, call={**_SECOND, "height": 32, "width": 48}
+    ),
+    "MiniMaxMusic3ModularPipeline": Pipe({"condition_encoder": _music}, call={"frame_hiddens": (1, 30, 2 * WIDTH)}),
+    "QwenImageLayeredModularPipeline": Pipe(call={"image_latents": (1, 1, LATENTS, HEIGHT // 8, WIDE // 8)}),
+    "HeliosPyramidModularPipeline": Pipe(call={**_HELIOS, "pyramid_num_inference_steps_list": lambda: [2, 3, 2]}),
+    "HeliosPyramidDistilledModularPipeline": Pipe(
+        call={**_HELIOS, "pyramid_num_inference_steps_list": lambda: [2, 3, 2]}
+    ),
+    "Ideogram4ModularPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 4 * LATENTS}, "unconditional_transformer": {"in_channels": 4 * LATENTS}},
+        call={
+            "text_features": (1, TEXT, WIDTH),
+            "text_lengths": torch.tensor([TEXT]),
+            "guidance_schedule": lambda: [7.0] * STEPS,
+        },
+    ),
+    "Krea2ModularPipeline": Pipe(sizes=_KREA, call=_KREA_CALL),
+    "Krea2TurboModularPipeline": Pipe(sizes=_KREA, call=_KREA_CALL),
+    "LTX2ModularPipeline": Pipe(call=_CONNECTED),
+    "LTX25ModularPipeline": Pipe(call=_CONNECTED),
+    "QwenImageEditModularPipeline": Pipe(call=_PICTURE),
+    "QwenImageEditPlusModularPipeline": Pipe(
+        call={"image_latents": lambda: [text(LATENTS, 1, HEIGHT // 8, WIDE // 8)]}
+    ),
+    "WanModularPipeline": Pipe(sizes={"transformer": _SIXTEEN}),
+    "Wan22ModularPipeline": Pipe(sizes={"transformer": _SIXTEEN, "transformer_2": _SIXTEEN}),
+    "Wan22VaceModularPipeline": Pipe(sizes={"transformer": _SIXTEEN, "transformer_2": _SIXTEEN}),
+    "WanImage2VideoModularPipeline": Pipe(
+        sizes={"transformer": {"in_channels": 36, "out_channels": 16, "image_dim": 12}},
+        call={"image_condition_latents": (1, 20, 3, HEIGHT // 8, WIDE // 8), "image_embeds": (1, 3, 12)},
+    ),
+    "Wan22Image2VideoModularPipeline": Pipe(
+        sizes={
+            "transformer": {"in_channels": 36, "out_channels": 16},
+            "transformer_2": {"in_channels": 36, "out_channels": 16},
+        },
+        call={"image_condition_latents": (1, 20, 3, HEIGHT // 8, WIDE // 8)},
+    ),
+    "ZImageModularPipeline": Pipe(call=_LIST),
 }
 CONTROLNETS: dict[str, dict[str, Any]] = {
     "FluxControlNetModel": {"in_channels": 4 * LATENTS},
