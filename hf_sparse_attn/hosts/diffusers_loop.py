@@ -122,7 +122,7 @@ def by_scheduler(pipeline: Any) -> Place:
         return Place(None, None)
     length, begin = len(scheduler.timesteps), getattr(scheduler, "begin_index", None) or 0
     if hasattr(scheduler, "step_index"):
-        # None before its first step, where a forward may be none of the run: one that fills a cache, as after the last.
+        # None before the first step: a forward there, as after the last, may be none of the run, but fill a cache.
         step = scheduler.step_index
         known = step is not None and begin <= step < length
         return Place(step - begin if known else None, length - begin)
@@ -206,6 +206,8 @@ def _head(before: Sequence[dis.Instruction]) -> _Head:
         elif step.opname == "LOAD_CONST" and isinstance(step.argval, slice):
             cuts.append((step.argval.start, step.argval.stop) if step.argval.step is None else None)
         elif step.opname.startswith(_STATEMENT):
+            # Python 3.13 may store the last value of a statement and load the first one of the next at once.
+            variables.update([step.argval[1]] if step.opname == "STORE_FAST_LOAD_FAST" else [])
             break
     return _Head(frozenset(variables), frozenset(attributes), cuts[0] if len(cuts) == 1 else None)
 

@@ -1,8 +1,8 @@
-"""`python -m tests.coverage.pipelines --output .github`: the steps that pipelines of diffusers tell, and those they ran.
+"""`python -m tests.coverage.pipelines --output .github`: the steps that pipelines are told, against those they ran.
 
-Every pipeline class that holds a transformer which can be patched is built tiny and run for a few steps. What a forward
-is told is compared with what the scheduler saw: a call of `set_timesteps` begins a run, and the forwards between two
-calls of `step` are one evaluation of it.
+Every pipeline class of diffusers that holds a transformer which can be patched is built tiny and run for a few steps.
+What a forward is told is compared with what the scheduler saw: a call of `set_timesteps` begins a run, and the
+forwards between two calls of `step` are one evaluation of it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import argparse
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,15 +25,20 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.coverage.listing import quiet, short
+from hf_sparse_attn.coverage.of_diffusers import diffusers_classes
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.hosts.diffusers_clock import Clock, Moment
+from tests.support.tiny_diffusers import tiny_sizes
 from tests.support.tiny_pipelines import (
+    classes_of,
+    modular_blocks,
     modular_call,
     modular_classes,
     pipeline_classes,
     tiny_call,
     tiny_modular,
     tiny_pipeline,
+    transformer_parts,
 )
 from tests.support.tiny_pipelines_table import HEIGHT, PIPES, STEPS, WIDE, Pipe, image
 
@@ -247,7 +253,8 @@ def settings(pipe: Any) -> Iterator[Setting]:
     again = [tiny_call(pipe, STEPS - 1), tiny_call(pipe, STEPS)]
     if "callback_on_step_end" in takes:
         again.insert(1, tiny_call(pipe, STEPS, callback_on_step_end=aborting))
-    yield Setting("transformer patched, a call aborted between two", pipe, again, pipe.transformer)
+    said = "a call aborted between two" if len(again) > 2 else "two calls"
+    yield Setting(f"transformer patched, {said}", pipe, again, pipe.transformer)
     if "true_cfg_scale" in takes:
         yield Setting("true guidance", pipe, [tiny_call(pipe, true_cfg_scale=3.0)])
     elif "guidance_scale" in takes:
@@ -354,33 +361,106 @@ def of_setting(setting: Setting) -> Row:
         return Row(**row, verdict="refused", why=short(error))
 
 
+def known() -> tuple[list[str], dict[str, str]]:
+    """The pipeline classes to run, and why others that hold a transformer are not, by name."""
+    families = {c.name: c.reason for c in diffusers_classes(sizes=tiny_sizes)}
+    chosen, others = [], {}
+    for name, kind in pipeline_classes().items():
+        parts = sorted({part.__name__ for part in transformer_parts(kind).values()})
+        if any(families.get(part, "") is None for part in parts):
+            chosen.append(name)
+        else:
+            others[name] = "; ".join(families[part] or "" for part in parts)
+    for name in modular_classes():
+        specs = modular_blocks(name).expected_components
+        parts = sorted({kind.__name__ for spec in specs for kind in classes_of(spec.type_hint)} & set(families))
+        if any(families[part] is None for part in parts):
+            chosen.append(name)
+        else:
+            others[name] = "; ".join(families[part] or "" for part in parts) or "has no transformer"
+    for name in dir(diffusers):
+        if name.endswith("Pipeline") and "dummy" in getattr(getattr(diffusers, name), "__module__", ""):
+            others[name] = "needs a package that is not installed"
+    return sorted(chosen), dict(sorted(others.items()))
+
+
+def steps(places: Sequence[tuple[int | None, int | None]]) -> str:
+    """Steps in few words: "0-3 of 4" is a run of four, "0-1, 3 of 4" one that left out its third."""
+    runs: list[tuple[list[list[Any]], int | None]] = []
+    for place, length in places:
+        ranges = runs[-1][0] if runs else []
+        if not ranges or runs[-1][1] != length or place is None or ranges[-1][1] is None or place <= ranges[-1][1]:
+            runs.append(([[place, place]], length))
+        elif place <= ranges[-1][1] + 1:
+            ranges[-1][1] = place
+        else:
+            ranges.append([place, place])
+    said = []
+    for ranges, length in runs:
+        parts = (str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+        said.append(f"{', '.join(parts)} of {'?' if length is None else length}")
+    counts = [(one, len(list(same))) for one, same in groupby(said)]
+    return "; ".join(one if count == 1 else f"{count} x {one}" for one, count in counts)
+
+
+def page(rows: Sequence[Row], others: Mapping[str, str]) -> str:
+    """The table as Markdown."""
+    counts = Counter(row.verdict for row in rows)
+    classes = {row.pipeline for row in rows if row.verdict != "not built"}
+    lines = [
+        "# Steps of pipelines",
+        "",
+        "What the forwards of a patched transformer are told of their step, in every pipeline class of diffusers "
+        f"{diffusers.__version__} that holds a transformer which can be patched, against what the scheduler saw: a "
+        "call of `set_timesteps` begins a run, and what runs between two calls of `step` is one evaluation of the "
+        "model. The pipelines are tiny and have random weights. `python -m tests.coverage.pipelines --output .github` "
+        "makes this page.",
+        "",
+        f"{len(classes)} classes in {counts['right'] + counts['unknown'] + counts['wrong']} settings: "
+        f"{counts['right']} right, {counts['unknown']} said to be unknown, {counts['wrong']} wrong.",
+        "",
+        "| class | scheduler | setting | steps told | steps run | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row.verdict in ("right", "unknown", "wrong"):
+            verdict = row.verdict + (f": {row.why}" if row.why else "")
+            cells = (row.pipeline, row.scheduler, row.variant, steps(row.told), steps(row.ran), verdict)
+            lines.append(f"| {' | '.join(cells)} |")
+    refused = sorted({(row.pipeline, row.scheduler) for row in rows if row.verdict == "refused"})
+    lines += ["", "## Not taken", "", "Settings that pipelines themselves refuse:", ""]
+    for scheduler, same in groupby(sorted(refused, key=lambda one: one[1]), key=lambda one: one[1]):
+        lines.append(f"- {scheduler}: {', '.join(name for name, _ in same)}")
+    lines += ["", "## Not run", ""]
+    lines += [f"- {row.pipeline}: could not be built: {row.why}" for row in rows if row.verdict == "not built"]
+    lines += [f"- {name}: {why}" for name, why in others.items()]
+    return "\n".join(lines) + "\n"
+
+
+def table(names: Sequence[str]) -> list[Row]:
+    """The rows of some pipeline classes."""
+    rows: list[Row] = []
+    with quiet("diffusers"):
+        for number, name in enumerate(names):
+            begin = time.process_time()
+            rows += of_class(name)
+            print(f"{number + 1} of {len(names)}: {name}, {time.process_time() - begin:.1f} s", file=sys.stderr)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="pipeline classes; all without it")
     parser.add_argument("--output", metavar="FOLDER", help="write pipelines.md there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    with quiet("diffusers"):
-        for name in args.only or [l.split()[0] for l in open("/tmp/dev/names.txt") if "yes" in l]:
-            begin = time.perf_counter()
-            rows += of_class(name)
-            print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
-    for r in rows:
-        print(
-            r.pipeline,
-            "|",
-            r.scheduler,
-            "|",
-            r.variant,
-            "|",
-            r.verdict,
-            "|",
-            r.why,
-            "|",
-            len(r.ran),
-            r.told if r.verdict != "right" else "",
-        )
+    names, others = (args.only, {}) if args.only else known()
+    said = page(table(names), others)
+    print(said, end="")
+    if args.output is not None:
+        path = Path(args.output) / "pipelines.md"
+        path.write_text(said)
+        print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

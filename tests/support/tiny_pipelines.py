@@ -10,16 +10,14 @@ from typing import Any, get_args
 import diffusers
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from hf_sparse_attn.coverage.of_diffusers import diffusers_kinds
 from tests.support.tiny_diffusers import tiny_model, tiny_sizes
 from tests.support.tiny_diffusers_rules import POOLED, TEXT, WIDTH
 from tests.support.tiny_pipelines_table import (
+    CONTROLNETS,
     FRAMES,
     HEIGHT,
-    CONTROLNETS,
-    LATENTS,
     OMIT,
     PIPES,
     SCHEDULERS,
@@ -40,7 +38,7 @@ _ABSENT = re.compile(
 
 
 def pipeline_classes() -> dict[str, type[Any]]:
-    """The pipeline classes of diffusers that have a transformer of a class which families of ours may know, by name."""
+    """The pipeline classes of diffusers that have a transformer, by name."""
     found = {}
     for name in dir(diffusers):
         kind = getattr(diffusers, name, None)
@@ -240,8 +238,16 @@ def tiny_modular(name: str) -> Any:
                 made[spec.name] = _part(spec.name, spec.type_hint, inspect.Parameter.empty, own)
     pipe.update_components(**made)
     own.prepare(pipe)
-    pipe.set_progress_bar_config(disable=True)
+    _silence(pipe.blocks)
     return pipe
+
+
+def _silence(blocks: Any) -> None:
+    """Without the bars that blocks draw by themselves."""
+    if hasattr(blocks, "set_progress_bar_config"):
+        blocks.set_progress_bar_config(disable=True)
+    for block in (getattr(blocks, "sub_blocks", None) or {}).values():
+        _silence(block)
 
 
 def modular_call(pipe: Any, name: str, steps: int = STEPS) -> dict[str, Any]:

@@ -89,11 +89,19 @@ VAES: dict[str, dict[str, Any]] = {
         "shift_factor": 0.1,
     },
     "AutoencoderKLWan": {
-        "base_dim": 3, "z_dim": LATENTS, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **_MEAN,
+        "base_dim": 3,
+        "z_dim": LATENTS,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        **_MEAN,
         "temperal_downsample": [False, True, True],
     },
     "AutoencoderKLQwenImage": {
-        "base_dim": 3, "z_dim": LATENTS, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **_MEAN,
+        "base_dim": 3,
+        "z_dim": LATENTS,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        **_MEAN,
         "temperal_downsample": [False, True, True],
     },
     "AutoencoderKLCogVideoX": {
@@ -105,7 +113,10 @@ VAES: dict[str, dict[str, Any]] = {
         "norm_num_groups": 2,
     },
     "AutoencoderKLAllegro": {
-        "latent_channels": LATENTS, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2,
+        "latent_channels": LATENTS,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
     },
     "AutoencoderKLHunyuanVideo": {
         "latent_channels": LATENTS,
@@ -125,14 +136,25 @@ VAES: dict[str, dict[str, Any]] = {
         "upsample_match_channel": False,
     },
     "AutoencoderKLHunyuanImage": {
-        "in_channels": 3, "out_channels": 3, "latent_channels": LATENTS, "block_out_channels": (32, 32, 32),
-        "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 32, "scaling_factor": 1.0,
-        "downsample_match_channel": False, "upsample_match_channel": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": LATENTS,
+        "block_out_channels": (32, 32, 32),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
+        "sample_size": 32,
+        "scaling_factor": 1.0,
+        "downsample_match_channel": False,
+        "upsample_match_channel": False,
     },
     "AutoencoderKLHunyuanImageRefiner": {
-        "latent_channels": LATENTS, "block_out_channels": (8, 8, 8), "layers_per_block": 1,
-        "spatial_compression_ratio": 4, "temporal_compression_ratio": 2,
-        "downsample_match_channel": False, "upsample_match_channel": False,
+        "latent_channels": LATENTS,
+        "block_out_channels": (8, 8, 8),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 2,
+        "downsample_match_channel": False,
+        "upsample_match_channel": False,
     },
     "AutoencoderKLLTXVideo": {
         "latent_channels": LATENTS,
@@ -145,62 +167,119 @@ VAES: dict[str, dict[str, Any]] = {
         "patch_size": 1,
     },
     "AutoencoderKLMagvit": {
-        "latent_channels": LATENTS, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 2,
+        "latent_channels": LATENTS,
+        "block_out_channels": [8, 8, 8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
     },
     "AutoencoderKLMochi": {
-        "latent_channels": LATENTS, **{k: tuple(v) for k, v in _MEAN.items()},
-        "encoder_block_out_channels": (32, 32, 32, 32), "decoder_block_out_channels": (32, 32, 32, 32),
+        "latent_channels": LATENTS,
+        **{k: tuple(v) for k, v in _MEAN.items()},
+        "encoder_block_out_channels": (32, 32, 32, 32),
+        "decoder_block_out_channels": (32, 32, 32, 32),
         "layers_per_block": (1, 1, 1, 1, 1),
     },
     "AutoencoderKLFlux2": {
-        "block_out_channels": (4, 4, 4, 4), "latent_channels": LATENTS, "norm_num_groups": 1, "layers_per_block": 1,
+        "block_out_channels": (4, 4, 4, 4),
+        "latent_channels": LATENTS,
+        "norm_num_groups": 1,
+        "layers_per_block": 1,
     },
     "AutoencoderKLCosmos": {
-        "latent_channels": LATENTS, "encoder_block_out_channels": (8, 8, 8, 8),
-        "decode_block_out_channels": (8, 8, 8, 8), "num_layers": 1, "latents_mean": None, "latents_std": None,
-        "attention_resolutions": (8,), "resolution": 64,
+        "latent_channels": LATENTS,
+        "encoder_block_out_channels": (8, 8, 8, 8),
+        "decode_block_out_channels": (8, 8, 8, 8),
+        "num_layers": 1,
+        "latents_mean": None,
+        "latents_std": None,
+        "attention_resolutions": (8,),
+        "resolution": 64,
     },
     "AutoencoderOobleck": {
-        "encoder_hidden_size": 4, "downsampling_ratios": [2, 2], "channel_multiples": [1, 1], "decoder_channels": 4,
-        "decoder_input_channels": LATENTS, "audio_channels": 2, "sampling_rate": 64,
+        "encoder_hidden_size": 4,
+        "downsampling_ratios": [2, 2],
+        "channel_multiples": [1, 1],
+        "decoder_channels": 4,
+        "decoder_input_channels": LATENTS,
+        "audio_channels": 2,
+        "sampling_rate": 64,
     },
     "AutoencoderKLLTX2Video": {
-        "latent_channels": LATENTS, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 3,
-        "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
-            "spatial_compression_ratio": 8,
+        "latent_channels": LATENTS,
+        "block_out_channels": (8,) * 4,
+        "decoder_block_out_channels": (8,) * 3,
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 4,
+        "patch_size": 1,
+        "spatial_compression_ratio": 8,
         "temporal_compression_ratio": 8,
     },
     "AutoencoderKLLTX2Audio": {
-        "base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 8,
+        "base_channels": 4,
+        "ch_mult": (1,),
+        "num_res_blocks": 1,
+        "latent_channels": 2,
+        "mel_bins": 8,
     },
     "LTX2TextConnectors": {
-        "caption_channels": WIDTH, "text_proj_in_factor": 1, "video_connector_num_attention_heads": 2,
-        "video_connector_attention_head_dim": 8, "video_connector_num_layers": 1,
-        "video_connector_num_learnable_registers": None, "audio_connector_num_attention_heads": 2,
-        "audio_connector_attention_head_dim": 8, "audio_connector_num_layers": 1,
-        "audio_connector_num_learnable_registers": None, "rope_type": "split",
+        "caption_channels": WIDTH,
+        "text_proj_in_factor": 1,
+        "video_connector_num_attention_heads": 2,
+        "video_connector_attention_head_dim": 8,
+        "video_connector_num_layers": 1,
+        "video_connector_num_learnable_registers": None,
+        "audio_connector_num_attention_heads": 2,
+        "audio_connector_attention_head_dim": 8,
+        "audio_connector_num_layers": 1,
+        "audio_connector_num_learnable_registers": None,
+        "rope_type": "split",
     },
     "AutoencoderSAME": {
-        "patch_size": 4, "encoder_channels": 8, "encoder_c_mults": (2,), "encoder_strides": (2,),
-        "encoder_transformer_depths": (1,), "latent_dim": LATENTS, "dim_heads": 8, "sampling_rate": 64,
+        "patch_size": 4,
+        "encoder_channels": 8,
+        "encoder_c_mults": (2,),
+        "encoder_strides": (2,),
+        "encoder_transformer_depths": (1,),
+        "latent_dim": LATENTS,
+        "dim_heads": 8,
+        "sampling_rate": 64,
     },
     "StableAudio3DurationEmbedder": {"output_dim": WIDTH, "fourier_dim": 8},
     "StableAudioProjectionModel": {
-        "text_encoder_dim": WIDTH, "conditioning_dim": WIDTH, "min_value": 0, "max_value": 10,
+        "text_encoder_dim": WIDTH,
+        "conditioning_dim": WIDTH,
+        "min_value": 0,
+        "max_value": 10,
     },
     "LongCatAudioDiTVae": {
-        "channels": 8, "c_mults": [1, 1], "strides": [2, 2], "latent_dim": LATENTS, "encoder_latent_dim": 2 * LATENTS,
-        "downsampling_ratio": 4, "sample_rate": 64,
+        "channels": 8,
+        "c_mults": [1, 1],
+        "strides": [2, 2],
+        "latent_dim": LATENTS,
+        "encoder_latent_dim": 2 * LATENTS,
+        "downsampling_ratio": 4,
+        "sample_rate": 64,
     },
     "AceStepConditionEncoder": {
-        "hidden_size": 48, "intermediate_size": 40, "text_hidden_dim": WIDTH, "timbre_hidden_dim": LATENTS,
-        "num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 8,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "text_hidden_dim": WIDTH,
+        "timbre_hidden_dim": LATENTS,
+        "num_lyric_encoder_hidden_layers": 1,
+        "num_timbre_encoder_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "sliding_window": 8,
     },
-    "VQModel": {"block_out_channels": (4,), "norm_num_groups": 1, "latent_channels": LATENTS, "num_vq_embeddings": 16,
+    "VQModel": {
+        "block_out_channels": (4,),
+        "norm_num_groups": 1,
+        "latent_channels": LATENTS,
+        "num_vq_embeddings": 16,
         "vq_embed_dim": LATENTS,
-        "vq_embed_dim": LATENTS},
-}  # fmt: skip
+    },
+}
 
 # Those that take latents in packs of two by two.
 _PACKED = {"in_channels": 4 * LATENTS, "out_channels": OMIT}
@@ -223,7 +302,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "CogVideoXFunControlPipeline": ("CogVideoXDDIMScheduler", {}),
     "DiTPipeline|LattePipeline": ("DDIMScheduler", {}),
     "PixArtSigma.*": ("DPMSolverMultistepScheduler", {}),
-    "Wan(22)?(Modular|Image2Video).*|Wan22Vace.*|Wan(Pipeline|ImageToVideo.*|VideoToVideo.*|VACE.*|Animate.*)|LucyEdit.*|ChronoEdit.*": (
+    "WanPipeline|Wan(Image|Video|VACE|Animate|Modular|22).*|LucyEdit.*|ChronoEdit.*": (
         "UniPCMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     ),
@@ -414,6 +493,12 @@ def _music() -> Any:
     from diffusers.models.condition_embedders.condition_embedder_minimax_music3 import MiniMaxMusic3ConditionEncoder
 
     return MiniMaxMusic3ConditionEncoder(condition_hidden_dim=WIDTH, num_condition_layers=2, out_dim=WIDTH).eval()
+
+
+def _audio_scheduler() -> Any:
+    from diffusers import MiniMaxH3Scheduler
+
+    return MiniMaxH3Scheduler()
 
 
 PIPES: dict[str, Pipe] = {
@@ -717,8 +802,8 @@ PIPES: dict[str, Pipe] = {
     ),
     "Krea2ModularPipeline": Pipe(sizes=_KREA, call=_KREA_CALL),
     "Krea2TurboModularPipeline": Pipe(sizes=_KREA, call=_KREA_CALL),
-    "LTX2ModularPipeline": Pipe(call=_CONNECTED),
-    "LTX25ModularPipeline": Pipe(call=_CONNECTED),
+    "LTX2ModularPipeline": Pipe(call={**_CONNECTED, "batch_size": 1, "dtype": torch.float32}),
+    "LTX25ModularPipeline": Pipe(call={**_CONNECTED, "batch_size": 1, "dtype": torch.float32}),
     "QwenImageEditModularPipeline": Pipe(call=_PICTURE),
     "QwenImageEditPlusModularPipeline": Pipe(
         call={"image_latents": lambda: [text(LATENTS, 1, HEIGHT // 8, WIDE // 8)]}
@@ -736,6 +821,11 @@ PIPES: dict[str, Pipe] = {
             "transformer_2": {"in_channels": 36, "out_channels": 16},
         },
         call={"image_condition_latents": (1, 20, 3, HEIGHT // 8, WIDE // 8)},
+    ),
+    "MiniMaxH3ModularPipeline": Pipe(
+        {"audio_scheduler": _audio_scheduler},
+        {"transformer": {"in_channels": 24}, "transformer_ref": {"in_channels": 24}},
+        call={"text_token_tags": torch.ones(TEXT).long(), "prompt_embeds": (TEXT, WIDTH), "num_frames": 124},
     ),
     "ZImageModularPipeline": Pipe(call=_LIST),
 }
