@@ -159,7 +159,7 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
             f"`attn_implementation` 'hsa:{name}' reads more of a layer than q, k and v: use hf_sparse_attn.patch()"
         )
     config: Any = module.config
-    if text:
+    if text and module.layer_idx >= 0:  # type: ignore[operator]
         index = int(module.layer_idx)  # type: ignore[arg-type]
     elif before is not None:
         index = before.record.index
@@ -171,8 +171,12 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # The towers of a model of several parts get the name with the rest: no reason to refuse it.
         log.warning("method %s needs causal attention: %s stays dense unless it is", name, type(module).__name__)
     record = LayerRecord(f"{type(module).__name__}.{index}", index)
-    dense = default_dense(module)
-    state = LayerState(record, Session(method, Policy(), "auto", False), layers, dense)
+    session, dense = Session(method, Policy(), "auto", False), default_dense(module)
+    # Layers of one model tell what is to be known once.
+    for other, known in list(_STATES.items()):
+        if known is not None and other.config is config:
+            session.notes = known.session.notes
+    state = LayerState(record, session, layers, dense)
     return replace(state, compiled=CompiledLayer(state, module, dense_function(dense, module)))
 
 

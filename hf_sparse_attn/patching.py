@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 # Where a patched module keeps its Patch; absent from modules that are not patched.
 PATCH_ATTRIBUTE = "_hf_sparse_attn_patch"
-# What the modules `copy` and `pickle` look for in an object itself before they look in its class.
-_ANSWERED = "__deepcopy__", "__reduce_ex__"
+# What the modules `copy` and `pickle` ask an object itself, before its class. Not `__deepcopy__`, which wrappers that
+# hand on what they lack (PEFT, torch.compile) would take for their own.
+_REDUCE = "__reduce_ex__"
 # What stands there in a deep copy.
 _COPY = "deep copy of a patched module, dense"
 _HOOKS = (
@@ -116,46 +117,28 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         """What this patch changed of a module; from the first change on copies of it are made without."""
         if id(module) not in self._changes:
             changes = self._changes[id(module)] = _Changes()
-            for name, answer in self._answers(module, changes).items():
-                self._set(module, name, answer)
+            self._set(module, _REDUCE, partial(self._reduce, module, changes))
         return self._changes[id(module)]
 
-    def _answers(self, module: nn.Module, changes: _Changes) -> dict[str, Any]:
-        """What stands in a module so that copies of it are made here."""
-        answers = partial(self._deep_copy, module, changes), partial(self._shallow_copy, module, changes)
-        return dict(zip(_ANSWERED, answers, strict=True))
-
-    def _shallow_copy(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
-        """What a shallow copy is made of; it shares the patch, and is unpatched with the module."""
+    def _reduce(self, module: nn.Module, changes: _Changes, protocol: Any) -> tuple[Any, ...]:
+        """What a copy of a module is made of: a shallow one shares the patch, a deep one is as without it."""
         made_of: Any = type(module).__reduce_ex__(module, protocol)
         make, args, state, *_ = made_of
         if self.removed:
             return make, args, changes.undone(state)
         made = make(*args)
-        return _Made(made), (), {**state, **self._answers(made, changes)}
+        shared = {**state, _REDUCE: partial(self._reduce, made, changes)}
+        return _Made(made), (), _State(shared, partial(self._deep_copy, state, changes))
 
-    def _deep_copy(self, module: nn.Module, changes: _Changes, memo: dict[int, Any]) -> nn.Module:
-        """A deep copy of a module as it would be without the patch, of which it only knows that there was one."""
+    def _deep_copy(self, state: dict[str, Any], changes: _Changes, memo: dict[int, Any]) -> dict[str, Any]:
+        """The attributes of a deep copy of a module, which knows only that there was a patch."""
         if not self._copied:
             self._copied = True
             log.warning("a deep copy of a patched model is dense: call patch() on the copy")
-        kind = type(module)
-        own = getattr(kind, "__deepcopy__", None)
-        if own is None:
-            made_of: Any = kind.__reduce_ex__(module, 4)
-            make, args, state, *_ = made_of
-            made: nn.Module = make(*args)
-            memo[id(module)] = made
-            made.__setstate__(copy.deepcopy(changes.undone(state), memo))
-        else:
-            # A class that forbids it raises here (fully_shard).
-            made = own(module, memo)
-            state = changes.undone(made.__dict__)
-            made.__dict__.clear()
-            made.__dict__.update(state)
+        copied = copy.deepcopy(changes.undone(state), memo)
         for mend in self._on_copy:
             mend(memo)
-        return made
+        return copied
 
     def report(self) -> Report:
         """What every patched layer did so far."""
@@ -273,12 +256,23 @@ class _Changes:
             before[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in self.hooks)
         if PATCH_ATTRIBUTE in self.attributes:
             before[PATCH_ATTRIBUTE] = _COPY
-        return {name: value for name, value in before.items() if value is not ABSENT and name not in _ANSWERED}
+        return {name: value for name, value in before.items() if value is not ABSENT and name != _REDUCE}
+
+
+class _State(dict[str, Any]):
+    """The attributes of a shallow copy; a deep copy has others."""
+
+    def __init__(self, shared: dict[str, Any], deep: Callable[[dict[int, Any]], dict[str, Any]]) -> None:
+        super().__init__(shared)
+        self.deep = deep
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return self.deep(memo)
 
 
 @dataclass
 class _Made(_Unpicklable):
-    """Gives a shallow copy to the module `copy`; the module `pickle` would keep it, and is refused."""
+    """Gives a copy to the module `copy`; the module `pickle` would keep it, and is refused."""
 
     module: nn.Module
 

@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant(
         "unknown names",
         REGISTRY,
-        "        if name not in self._entries:\n            raise",
-        "        if False:\n            raise",
+        "        if name not in self._entries:\n            lacking",
+        "        if False:\n            lacking",
     ),
     Mutant(
         "methods that are none",
@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "bounds where sparse was asked for",
         DECISION,
-        'session.judge.bound(q, ctx)) if session.policy.min_tokens == "auto" else SPARSE',
-        "session.judge.bound(q, ctx))",
+        'if session.policy.min_tokens != "auto":\n        return SPARSE',
+        "if False:\n        return SPARSE",
         DECIDED,
     ),
     Mutant("trials that are judged", DECISION, '"auto" and not record.on_trial', '"auto"', DECIDED),
@@ -237,7 +237,7 @@ MUTANTS = [
         "self.watcher is not None",
         DECIDED,
     ),
-    Mutant("declined, no fallback", SESSION, "fallback=True))", "fallback=False))", DECIDED),
+    Mutant("declined, no fallback", SESSION, "fallback=True), work)", "fallback=False), work)", DECIDED),
     Mutant(
         "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
     ),

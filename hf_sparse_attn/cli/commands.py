@@ -6,16 +6,15 @@ import argparse
 import json
 import logging
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from hf_sparse_attn import __version__
+from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.shipped import SHIPPED
 
@@ -33,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         exit status: 0, 1 where a check of `doctor` or `docs` failed, 2 for an error of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with _logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
         try:
             args = _parsed(argv)
-            with _importing(args.imports or ()):
+            with importing(args.imports or ()):
                 status = int(args.run(args))
             sys.stdout.flush()
             return status
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if "--debug" in argv or not isinstance(error, _user_errors()):
                 raise
-            message = " ".join(_said(error).split()) or type(error).__name__
+            message = " ".join(message_of(error).split()) or type(error).__name__
             print(f"{PROGRAM}: error: {message}", file=sys.stderr)
             return 2
 
@@ -59,32 +58,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     # A package that is missing is an ImportError, a training that diverged a FloatingPointError.
     return ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendUnavailable, DenseFallback
-
-
-def _said(error: Exception) -> str:
-    """What an error says; of an optional package that is missing, which extra brings it."""
-    from hf_sparse_attn.extras import MissingExtra, absent
-
-    package = None if isinstance(error, MissingExtra) else absent(error)
-    return str(error) if package is None else str(MissingExtra("the command", package))
-
-
-@contextmanager
-def _importing(modules: Sequence[str]) -> Iterator[None]:
-    """Within it modules are there that were asked for, also such as lie in the folder where the command was given."""
-    before = list(sys.path)
-    if modules:
-        sys.path.insert(0, os.getcwd())
-    try:
-        for name in modules:
-            try:
-                import_module(name)
-            # Whatever a file raises that is somebody's own.
-            except Exception as error:
-                raise ValueError(f"--import must name a module that can be imported, got {name!r}: {error}") from error
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -102,24 +75,15 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are raised: argparse itself would print the usage and leave the process."""
-
-    def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: (.+?) \(choose from (.*)\)", message)
-        known = [name.strip(" '") for name in choice[2].split(",")] if choice else []
-        raise ValueError(message + (nearest(choice[1].strip("'"), known) if choice else ""))
-
-
-def _parser() -> _Parser:
-    common = _Parser(add_help=False)
+def _parser() -> Parser:
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     common.add_argument(
         "--import", action="append", dest="imports", default=None, metavar="MODULE",
         help="a module that registers methods of your own, imported first; may be given more than once",
     )  # fmt: skip
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logs")
-    parser = _Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
+    parser = Parser(prog=PROGRAM, description="Sparse attention for pretrained Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -146,7 +110,7 @@ def _parser() -> _Parser:
     coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
 
     doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
-    doctor.add_argument("--backends", type=_list(str), metavar="A,B", help="try only these")
+    doctor.add_argument("--backends", type=list_of(str), metavar="A,B", help="try only these")
 
     bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
     bench.add_argument(
@@ -154,15 +118,15 @@ def _parser() -> _Parser:
         default="quick",
         help="kernels, patterns, layers, gpu (all that is promised of one), or quick: a little of the first three",
     )
-    bench.add_argument("--tokens", type=_list(int), metavar="N,N", help="8192,32768; quick: 4096")
-    bench.add_argument("--dims", type=_list(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
-    bench.add_argument("--dtypes", type=_list(str), metavar="T,T", help="float32,bfloat16; quick: float32")
-    bench.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25; quick: 0.125")
+    bench.add_argument("--tokens", type=list_of(int), metavar="N,N", help="8192,32768; quick: 4096")
+    bench.add_argument("--dims", type=list_of(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
+    bench.add_argument("--dtypes", type=list_of(str), metavar="T,T", help="float32,bfloat16; quick: float32")
+    bench.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25; quick: 0.125")
     bench.add_argument("--heads", type=int, metavar="N", help="8")
     bench.add_argument("--block", type=int, metavar="N", help="tokens in a block: 128")
     bench.add_argument("--causal", action=argparse.BooleanOptionalAction, help="kernels under a causal mask; off")
     bench.add_argument("--backward", action=argparse.BooleanOptionalAction, help="kernels with their backward; off")
-    bench.add_argument("--backends", type=_list(str), metavar="A,B", help="all but torch_reference")
+    bench.add_argument("--backends", type=list_of(str), metavar="A,B", help="all but torch_reference")
     bench.add_argument(
         "--min-tokens",
         type=lambda text: int(text) if text.isdigit() else text,
@@ -188,7 +152,7 @@ def _parser() -> _Parser:
         "model", help=f"folder or Hub id of a language model or video pipeline; or {', '.join(SHIPPED)}"
     )
     profiled.add_argument("--data", metavar="FILE", help="text to calibrate on; for a pipeline one prompt per line")
-    profiled.add_argument("--length", type=_list(int), metavar="N,N", help="tokens of a calibration text: 4096")
+    profiled.add_argument("--length", type=list_of(int), metavar="N,N", help="tokens of a calibration text: 4096")
     profiled.add_argument("--batches", type=int, default=4, metavar="N", help="texts of each length, or prompts: 4")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
@@ -199,7 +163,7 @@ def _parser() -> _Parser:
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(
         "--steps",
-        type=_list(float),
+        type=list_of(float),
         metavar="X,X",
         help="edges of step ranges that get choices of their own: 0.3 or 0.2,0.6",
     )
@@ -220,8 +184,8 @@ def _parser() -> _Parser:
     run = _printed("hf_sparse_attn.evaluation.run")
     evaluate = command("eval", run, "all methods at equal density on the shipped models: fidelity and quality")
     evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
-    evaluate.add_argument("--methods", type=_list(str), metavar="A,B", help="all whose density can be set")
-    evaluate.add_argument("--densities", type=_list(float), metavar="X,X", help="0.0625,0.125,0.25")
+    evaluate.add_argument("--methods", type=list_of(str), metavar="A,B", help="all whose density can be set")
+    evaluate.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25")
     evaluate.add_argument("--no-profile", action="store_true", help="without the mix that the profiler chooses")
     evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="bytes of a document: 4096")
     evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="held-out documents to read: 6")
@@ -244,19 +208,6 @@ def _parser() -> _Parser:
     docs.add_argument("--output", default=".github/docs", metavar="DIR", help="folder of the pages: .github/docs")
     docs.add_argument("--check", action="store_true", help="write nothing; name the pages that are not current")
     return parser
-
-
-def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """Parses comma-separated values."""
-
-    def parse(text: str) -> tuple[T, ...]:
-        try:
-            return tuple(kind(part.strip()) for part in text.split(","))
-        except ValueError:
-            name = getattr(kind, "__name__", "value")
-            raise argparse.ArgumentTypeError(f"must be {name}s separated by commas, got {text!r}") from None
-
-    return parse
 
 
 def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namespace], int]:
@@ -408,19 +359,3 @@ def _show(
 def _width() -> int:
     """Columns of the terminal, at least 100; tables narrower than that break every word."""
     return max(100, shutil.get_terminal_size((140, 24)).columns)
-
-
-@contextmanager
-def _logs_to_stderr(level: int) -> Iterator[None]:
-    """Logs of this package on stderr while a command runs; a caller in the same process keeps its own setting."""
-    logger = logging.getLogger("hf_sparse_attn")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Keyword arguments that a family's hooks add to a call: what the tokens are (vision_layout.Tokens), and which runs of
 # them see only themselves (vision_segments.Segments).
 TOKENS, SEGMENTS = "hsa_tokens", "hsa_segments"
+# One more that the hook of a model with shared layers adds: how often each of them ran in this forward, by its name.
+RUNS = "hsa_runs"
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -55,6 +57,7 @@ class LayerState:
         hints: what is known of the tokens of a bidirectional layer, or None where they are text.
         source: tells whether a call's keys are of another sequence; None where they never are.
         watch: keeps what else the method reads of the layer; None where it reads nothing.
+        later: of a module that is several layers, the states of its second and later runs in a forward.
         bound: the layers of the patch; None where there is none, as for native names.
     """
 
@@ -66,7 +69,15 @@ class LayerState:
     hints: Hints | None = None
     source: Source | None = None
     watch: LayerWatch | None = None
+    later: tuple[LayerState, ...] = ()
     bound: Bound | None = None
+
+    def of_run(self, runs: dict[str, int] | None) -> LayerState:
+        """The state of the run that begins, which is counted in `runs`; the first one's where nobody counts."""
+        if runs is None or not self.later:
+            return self
+        run = runs[self.record.name] = runs.get(self.record.name, -1) + 1
+        return self if run == 0 else self.later[min(run, len(self.later)) - 1]
 
 
 Find = Callable[[nn.Module], "LayerState | None"]
@@ -190,11 +201,13 @@ def attend(
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
-    now = find(module)
+    now, runs = find(module), kwargs.pop(RUNS, None)
     if now is not None and not torch.compiler.is_compiling():
         # In a pause, too: what runs again in backward must meet the same.
         recomputation.note(now.session)
     state = _state_here(now, module, attention_mask)
+    if state is not None:
+        state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None

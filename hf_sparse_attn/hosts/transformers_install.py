@@ -18,6 +18,7 @@ from hf_sparse_attn.hosts import NATIVE_PREFIX
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
 from hf_sparse_attn.hosts.transformers_hook import (
+    RUNS,
     LayerState,
     default_dense,
     dense_function,
@@ -83,20 +84,27 @@ def install_text(
         found = [(name, module) for name, module, holder in attention_modules(owner, wanted) if holder is owner]
         # Layers of encoders have no number of their own.
         own = [getattr(module, "layer_idx", None) for _, module in found]
-        numbers = [place if index is None else index for place, index in enumerate(own)]
-        for (name, module), index in zip(found, numbers, strict=True):
+        numbers = [place if index is None or index < 0 else index for place, index in enumerate(own)]
+        runs = _shared(owner.config, len(found)) or [[number] for number in numbers]
+        if any(len(indices) > 1 for indices in runs):
+            patch.hook(owner, "register_forward_pre_hook", _count_runs, with_kwargs=True)
+        for (name, module), indices in zip(found, runs, strict=True):
             for config in (owner.config, module.config):
                 configs.setdefault(id(config), config)
-            record = patch.session.record(f"{prefix}{name}", index)
             extra = known(module, owner)
             if patch.session.reads:
                 extra["watch"] = watch_layer(patch, module, name)
             dense = dense_name(module)
-            state = LayerState(record, patch.session, max(numbers) + 1, dense, bound=bound, **extra)
-            compiled = CompiledLayer(state, module, dense_function(dense, module))
-            bound.states[module] = state = replace(state, compiled=compiled)
+            states = []
+            for index in indices:
+                own_name = f"{prefix}{name}" if len(indices) == 1 else f"{prefix}{name} (layer {index})"
+                record = patch.session.record(own_name, index)
+                state = LayerState(record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, **extra)
+                compiled = CompiledLayer(state, module, dense_function(dense, module))
+                states.append(replace(state, compiled=compiled))
+            bound.states[module] = state = replace(states[0], later=tuple(states[1:]))
             patch.set_attribute(module, STATE_ATTRIBUTE, state)
-            places[name] = module, record
+            places[name] = module, state.record
         watched.append((owner, places))
     # The configs last: only they let calls come here.
     bound.configs.update(configs)
@@ -107,6 +115,25 @@ def install_text(
     for model in pretrained_models(patch.model):
         if hasattr(model, _PAGED):
             patch.set_attribute(model, _PAGED, _refuse_pages)
+
+
+def _shared(config: Any, modules: int) -> list[list[int]]:
+    """Which layers each attention module is, where layers share modules (ALBERT); else none."""
+    groups, inner = getattr(config, "num_hidden_groups", 0), getattr(config, "inner_group_num", 1)
+    if not groups or modules != groups * inner:
+        return []
+    layers: list[list[int]] = [[] for _ in range(modules)]
+    for layer in range(config.num_hidden_layers):
+        # As the model has it, rounding included.
+        group = int(layer / (config.num_hidden_layers / groups))
+        for place in range(inner):
+            layers[group * inner + place].append(layer * inner + place)
+    return layers
+
+
+def _count_runs(module: nn.Module, args: Any, kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+    """Before a forward: hands down what its shared layers count their runs in; see LayerWatch.before for `kwargs`."""
+    return None if kwargs is None else (args, {**kwargs, RUNS: {}})
 
 
 def _refuse_pages(*_: Any, **__: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import hf_sparse_attn as hsa
+from hf_sparse_attn import native
 from tests.support import tiny_lm, tiny_wan
 
 
@@ -243,3 +244,11 @@ def test_the_report_finds_out_what_a_gpu_was_not_waited_for(llama: Any) -> None:
             record.kept = [float(record.sparse[0]), 0.0]
         (note,) = patch.report().notes
         assert note.endswith("keeps all keys of some calls: nothing is saved there")
+
+
+def test_layers_of_a_native_model_tell_it_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr("hf_sparse_attn.policy.fewest_keys", lambda *_: 0)
+    model = tiny_lm.FAMILIES["llama"]("hsa:sliding_window")
+    model(tiny_lm.tokens(1, 300))
+    (note,) = native.report(model).notes
+    assert note.endswith(KEEPS) and caplog.messages == [note]

@@ -111,6 +111,27 @@ def test_a_copy_of_a_compiled_model_or_of_a_part(way: str) -> None:
     hsa.unpatch(twin)
 
 
+def test_a_copy_of_a_wrapper_that_hands_on_what_it_lacks() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    model, given = MODELS["wan"]()
+    dense = run(model, given)
+    wrapper = Wrapper(model)
+    hsa.patch(wrapper, **WINDOW)
+    twin = copy.deepcopy(wrapper)
+    assert type(twin) is Wrapper and torch.equal(run(twin.inner, given), dense)
+    hsa.unpatch(twin)
+
+
 def test_copies_of_a_pipeline() -> None:
     pipe = tiny_wan.pipeline("experts")
     dense = tiny_wan.generate(pipe)

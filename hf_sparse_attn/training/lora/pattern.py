@@ -92,7 +92,8 @@ def _step(operation: str, value: Any, at: int, name: str) -> int:
     if operation == "SUBPATTERN":
         return _follow(value[3], at, name)
     if operation.endswith("REPEAT"):
-        return _repeated(*value, at, name)
+        least, most, part = value
+        return _repeated(part, least, most, at, name)
     if operation == "AT":
         return at & _bits(len(name) + 1, lambda place: _is_at(str(value), place, name))
     if operation.startswith("ASSERT"):
@@ -103,7 +104,7 @@ def _step(operation: str, value: Any, at: int, name: str) -> int:
     return (at & _bits(len(name), lambda place: _is_char(operation, value, name[place]))) << 1
 
 
-def _repeated(least: int, most: int, items: Any, at: int, name: str) -> int:
+def _repeated(items: Any, least: int, most: int, at: int, name: str) -> int:
     for _ in range(least):
         after = _follow(items, at, name)
         # Once more changes nothing, however often it is asked for.
