@@ -32,6 +32,8 @@ _SCHEDULE = re.compile("step|sigma|time")
 _SNAPSHOTS = {"locals", "vars", "dir", "eval", "exec"}
 # What stands between the head of a loop and its first statement: how the next item gets its names.
 _UNPACKING = {"UNPACK_SEQUENCE", "CACHE", "EXTENDED_ARG", "SWAP", "NOP"}
+# What ends the statement before a loop.
+_STATEMENT = ("STORE_", "DELETE_", "POP_", "JUMP", "RETURN", "RAISE", "RERAISE", "RESUME", "SETUP_", "BEFORE_", "END_")
 
 
 class Place(NamedTuple):
@@ -53,12 +55,27 @@ class Found(NamedTuple):
     pipeline: Any = None
 
 
+class _Head(NamedTuple):
+    """What a `for` loop goes over.
+
+    Args:
+        variables, attributes: the names that its expression reads.
+        cut: (start, stop) of the one slice in it, each a number, None or the name of a variable; None where there is
+            no such slice.
+    """
+
+    variables: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
+    cut: tuple[int | str | None, int | str | None] | None = None
+
+
 class _Loop(NamedTuple):
-    """A `for` loop of a function: where its body is in the bytecode, and the names that it sets."""
+    """A `for` loop of a function: where its body is in the bytecode, the names that it sets, and what it goes over."""
 
     begin: int
     end: int
     names: tuple[str, ...]
+    head: _Head
 
 
 class _Code(NamedTuple):
@@ -105,8 +122,10 @@ def by_scheduler(pipeline: Any) -> Place:
         return Place(None, None)
     length, begin = len(scheduler.timesteps), getattr(scheduler, "begin_index", None) or 0
     if hasattr(scheduler, "step_index"):
-        # None before its first step.
-        return Place(max(0, (scheduler.step_index or begin) - begin), length - begin)
+        # None before the first step: a forward there, as after the last, may be none of the run, but fill a cache.
+        step = scheduler.step_index
+        known = step is not None and begin <= step < length
+        return Place(step - begin if known else None, length - begin)
     # Set only while the pipeline itself runs; its own number counts the steps that are left after `strength`.
     if getattr(pipeline, "_current_timestep", None) is not None:
         return Place(None, getattr(pipeline, "_num_timesteps", None) or length)
@@ -164,7 +183,41 @@ def _loops(steps: Sequence[dis.Instruction]) -> Iterator[_Loop]:
                 names += given[:1] if "LOAD" in after.opname else given
             if not after.opname.startswith("STORE_") and after.opname not in _UNPACKING:
                 break
-        yield _Loop(step.offset, step.argval, tuple(names))
+        yield _Loop(step.offset, step.argval, tuple(names), _head(steps[:number]))
+
+
+def _head(before: Sequence[dis.Instruction]) -> _Head:
+    """What a loop goes over.
+
+    Args:
+        before: the instructions in front of it; its expression are the last ones, back to the end of a statement.
+    """
+    variables: set[str] = set()
+    attributes: set[str] = set()
+    cuts: list[tuple[int | str | None, int | str | None] | None] = []
+    for number in range(len(before) - 1, -1, -1):
+        step = before[number]
+        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL")):
+            variables.update([step.argval] if isinstance(step.argval, str) else step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            attributes.add(step.argval)
+        elif step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
+            cuts.append(_cut(before[max(0, number - 2) : number]) if step.arg in (None, 0, 2) else None)
+        elif step.opname == "LOAD_CONST" and isinstance(step.argval, slice):
+            cuts.append((step.argval.start, step.argval.stop) if step.argval.step is None else None)
+        elif step.opname.startswith(_STATEMENT):
+            # Python 3.13 may store the last value of a statement and load the first one of the next at once.
+            variables.update([step.argval[1]] if step.opname == "STORE_FAST_LOAD_FAST" else [])
+            break
+    return _Head(frozenset(variables), frozenset(attributes), cuts[0] if len(cuts) == 1 else None)
+
+
+def _cut(bounds: Sequence[dis.Instruction]) -> tuple[int | str | None, int | str | None] | None:
+    """Start and stop of a slice, or None where these are more than a number or a variable each."""
+    if len(bounds) < 2 or any(b.opname not in ("LOAD_CONST", "LOAD_FAST", "LOAD_DEREF") for b in bounds):
+        return None
+    start, stop = (bound.argval for bound in bounds)
+    return start, stop
 
 
 def _place(
@@ -184,21 +237,68 @@ def _place(
     for loop in loops:
         items = [variables[name] for name in loop.names if name in variables]
         number = next((n for n in items if type(n) is int), None)
+        # What the loop says it goes over comes first, and last what may be made of its item (`t.expand(batch)`).
+        ranked = sorted(known, key=lambda one: one.rank(loop.head))
         for item in items:
             if type(item) is int and len(items) > 1:
                 continue
-            for schedule, of_scheduler in known:
-                at = _index(item, schedule, number) if of_scheduler or library or owner is not None else None
-                if at is None:
-                    continue
-                # An enumeration that starts before or after the schedule goes over a part of it.
-                start = 0 if number is None or number > at else at - number
-                return Place(at - start, len(schedule) - start)
+            for schedule in ranked:
+                if schedule.of_scheduler or library or owner is not None:
+                    place = _at(item, number, schedule, loop.head, variables)
+                    if place is not None:
+                        return place
     return None
 
 
-def _schedules(variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...]) -> Iterator[tuple[Any, bool]]:
-    """What may be looped over, each with whether it is (a part of) a scheduler's timesteps; what is nearest first."""
+class _Schedule(NamedTuple):
+    """What may be looped over.
+
+    Args:
+        value: a tensor [steps, ...] or a sequence.
+        name: of the variable that it is; None for one that an object has as `timesteps`.
+        of_scheduler: whether it is (a part of) a scheduler's timesteps.
+    """
+
+    value: Any
+    name: str | None
+    of_scheduler: bool
+
+    def rank(self, head: _Head) -> int:
+        """Its place among those that a loop may go over, by what its expression reads."""
+        if self.read_by(head):
+            return 0
+        if self.name is None:
+            return 2
+        return 1 if _length(self.value) > 1 else 3
+
+    def read_by(self, head: _Head) -> bool:
+        """Whether the expression of a loop reads it."""
+        return "timesteps" in head.attributes if self.name is None else self.name in head.variables
+
+
+def _at(item: Any, number: int | None, schedule: _Schedule, head: _Head, variables: Mapping[str, Any]) -> Place | None:
+    """Where a loop is, if it goes over a schedule.
+
+    Args:
+        item, number: the loop's item, and its own count, or None.
+        head: what the loop goes over.
+        variables: of the function.
+    """
+    place, length = _index(item, schedule.value, number), _length(schedule.value)
+    if place is None:
+        return None
+    bounds = [variables.get(b) if isinstance(b, str) else b for b in head.cut or ()]
+    if bounds and schedule.read_by(head) and all(b is None or type(b) is int for b in bounds):
+        part = range(length)[slice(*bounds)]
+        if place in part and (number is None or part.index(place) == number):
+            return Place(part.index(place), len(part))
+    # An enumeration that starts before or after the schedule goes over a part of it.
+    start = 0 if number is None or number > place else place - number
+    return Place(place - start, length - start)
+
+
+def _schedules(variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...]) -> Iterator[_Schedule]:
+    """What may be looped over; what is nearest first."""
     held = [value for value in variables.values() if isinstance(value, schedulers)]
     own = getattr(owner, "scheduler", None)
     # A pipeline that a script holds brings its scheduler along.
@@ -206,13 +306,17 @@ def _schedules(variables: Mapping[str, Any], owner: Any, schedulers: tuple[type,
     others = [getattr(value, "scheduler", None) for value in variables.values() if isinstance(value, pipelines)]
     times = [s.timesteps for s in (own, *held, *others) if isinstance(s, schedulers) and hasattr(s, "timesteps")]
     memory = {_memory(t) for t in times} - {None}
-    state = getattr(variables.get("block_state"), "timesteps", None)
-    named = [value for name, value in variables.items() if _SCHEDULE.search(name)]
-    for value in (*named, state):
-        if isinstance(value, (Tensor, list, tuple)) and _length(value) > 0:
-            yield value, _memory(value) in memory
+    named = [(name, value) for name, value in variables.items() if _SCHEDULE.search(name)]
+    for name, value in (*named, (None, getattr(variables.get("block_state"), "timesteps", None))):
+        if isinstance(value, (Tensor, list, tuple)) and _length(value) > 0 and not _repeats(value):
+            yield _Schedule(value, name, _memory(value) in memory)
     for value in times:
-        yield value, True
+        yield _Schedule(value, None, True)
+
+
+def _repeats(value: Any) -> bool:
+    """Whether it is one number at many places, as a time for each sample of a batch."""
+    return isinstance(value, Tensor) and len(value) > 1 and value.stride(0) == 0
 
 
 def _length(value: Any) -> int:
