@@ -226,7 +226,8 @@ class Forwards:
             self.session.notes.add(GUESSED)
         for attention in self.attentions[transformer]:
             reason = self.why_lost(transformer, attention)
-            if reason is not None:
+            # Another thread may just have removed the patch and put on the next.
+            if reason is not None and not self.session.ended:
                 self._warn(f"{reason}: call patch() after such changes")
                 self.session.give_up(self.layers[attention].record, reason)
         branch = self.clock.generation.branch

@@ -161,6 +161,9 @@ def watch_changes(
         # A copy is another model, and what a graph calls was looked up while tracing.
         if now is not own() or torch.compiler.is_compiling() or as_before(session).reason is not None:
             return
+        # Another thread puts the patch on or takes it off.
+        if session.ended or not session.begun:
+            return
         for i, (held, record) in enumerate(known):
             module: Any = held()
             found = _at(now, names[i])
