@@ -73,7 +73,7 @@ class _Installation:
         self.family = family
         self.forwards = Forwards(patch, family, self.why_lost)
         self.compiled: list[CompiledModel | CompiledLayer] = []
-        self.scoped: dict[type[Any], type[Any]] = {}
+        self.scoped: dict[int, type[Any]] = {}
         self.tickets: list[Tensor] = []
 
     def install(self) -> None:
@@ -194,12 +194,11 @@ class _Installation:
         processor = own_value(attention, "processor")
         if layer.way == "function":
             kind = type(processor)
-            # Layers may share one processor.
-            if kind not in self.scoped.values():
-                if kind not in self.scoped:
-                    self.scoped[kind] = scoped_class(kind, self.attention.answer_for)
-                processor.__class__ = self.scoped[kind]
-                self.patch.on_remove(unscope, processor, self.scoped[kind])
+            # Layers may share one processor; a scoped class is equal to the one that it stands for.
+            if not any(kind is scoped for scoped in self.scoped.values()):
+                scoped = self.scoped.setdefault(id(kind), scoped_class(kind, self.attention.answer_for))
+                processor.__class__ = scoped
+                self.patch.on_remove(unscope, processor, scoped)
             return
         stand_in = self.family.stand_in(processor, self.backend, self.patch.session)
         if stand_in is None:

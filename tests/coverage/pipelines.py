@@ -329,7 +329,7 @@ def modular(pipe: Any) -> Iterator[Setting]:
 
 def of_class(name: str) -> Iterator[Row]:
     """The rows of a pipeline class."""
-    of_blocks = name in modular_classes()
+    of_blocks = issubclass(getattr(diffusers, name), diffusers.ModularPipeline)
     try:
         pipe = tiny_modular(name) if of_blocks else tiny_pipeline(name)
     except Exception as error:

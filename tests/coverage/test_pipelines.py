@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = Path(__file__).parents[2] / ".github" / "pipelines.md"
 # What cannot be built small here.
-NOT_BUILT: set[str] = {"MiniMaxH3ModularPipeline", "Wan22VaceModularPipeline"}
+NOT_BUILT: set[str] = {"Wan22VaceModularPipeline"}
 # A time that the body of the loop overwrites, a controlnet's loop of closures, a part of a schedule, a matrix of steps
 # and blocks.
 FEW = (

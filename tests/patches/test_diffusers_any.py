@@ -468,14 +468,20 @@ def test_two_calls_of_a_compiled_layer() -> None:
     torch._dynamo.reset()
 
 
-def test_packed_segments_stay_dense() -> None:
+def test_packed_segments_are_sequences_of_their_own() -> None:
     model, given = tiny.build("Ideogram4Transformer2DModel")
     given["segment_ids"] = given["segment_ids"].clone()
     given["segment_ids"][:, :20] = 1
     own = run(model, given)
-    with hsa.patch(model, "sliding_window", **SPARSE) as patch:
-        assert torch.equal(run(model, given), own)
-    assert all("differs from query to query" in next(iter(r.reasons)) for r in patch.report().layers)
+    with hsa.patch(model, "sliding_window", strict=True, **{**SPARSE, "window": 1 << 20}) as patch:
+        assert (run(model, given) - own).abs().max() <= 1e-5
+    assert all((r.sparse_calls, r.dense_calls) == (1, 0) for r in patch.report().layers)
+    with hsa.patch(model, "sliding_window", strict=True, **{**SPARSE, "window": 2, "sink": 0}):
+        sparse = run(model, given)
+        # What the other segment holds has no part in one.
+        given["hidden_states"] = given["hidden_states"].clone()
+        given["hidden_states"][:, :20] += 1.0
+        assert torch.equal(run(model, given)[:, 20:], sparse[:, 20:]) and not torch.equal(sparse, own)
 
 
 def test_coverage_lists_every_class_with_its_way_or_its_reason() -> None:

@@ -824,8 +824,8 @@ PIPES: dict[str, Pipe] = {
     ),
     "MiniMaxH3ModularPipeline": Pipe(
         {"audio_scheduler": _audio_scheduler},
-        {"transformer": {"in_channels": 24}, "transformer_ref": {"in_channels": 24}},
-        call={"text_token_tags": torch.ones(TEXT).long(), "prompt_embeds": (TEXT, WIDTH), "num_frames": 124},
+        {part: {"in_channels": 24, "audio_in_channels": 32} for part in ("transformer", "transformer_ref")},
+        call={"text_token_tags": torch.ones(TEXT).long(), "prompt_embeds": (1, TEXT, WIDTH), "num_frames": 124},
     ),
     "ZImageModularPipeline": Pipe(call=_LIST),
 }
