@@ -31,11 +31,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def made_on_cpu() -> AbstractContextManager[object]:
     """Within it tensors are made on the CPU where nothing else is said, whatever torch.set_default_device says."""
-    cpu = torch.device("cpu")
-    # torch.compile cannot follow the question.
-    if torch.compiler.is_compiling():
+    # A graph that is traced cannot ask for it.
+    if torch.compiler.is_compiling() or torch.get_default_device().type == "cpu":
         return nullcontext()
-    return nullcontext() if torch.get_default_device() == cpu else cpu
+    return torch.device("cpu")
 
 
 def _enabled(device: torch.device) -> bool:
