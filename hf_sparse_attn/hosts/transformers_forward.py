@@ -109,10 +109,12 @@ def forwards_here() -> list[Forward]:
     return _HERE.forwards[::-1]
 
 
-def sleeps(session: Session) -> bool:
-    """Whether what runs in this thread runs as without the patch of a session."""
-    forward = next((f for f in reversed(_HERE.forwards) if f.bound.session is session), None)
-    return forward is None or forward.asleep or session.paused
+def sleeps(bound: Bound) -> bool:
+    """Whether what runs in this thread runs as without the patch; backward may run a part outside of any forward."""
+    forward = next((f for f in reversed(_HERE.forwards) if f.bound is bound), None)
+    if forward is None:
+        return bound.session.ended or bound.session.paused or began_before(bound)
+    return forward.asleep or bound.session.paused
 
 
 def values_here() -> dict[Any, Any]:
