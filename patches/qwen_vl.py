@@ -242,18 +242,18 @@ def _install_vision(patch: Patch, visual: Any, prefix: str) -> None:
         # Flash attention takes all segments in one call anyhow; eager is for those who want the weights.
         log.info("vision tower left as it is: its attention is %s, not sdpa", " and ".join(sorted(names)) or "unknown")
         return
-    bind(patch, [visual])
+    bound = bind(patch, [visual])
     for index, (name, module) in enumerate(found):
         record = patch.session.record(f"{prefix}{name}", index)
         record.exact = True
-        tell = _whole_row(patch.session, record, cuts)
+        tell = _whole_row(bound, record, cuts)
         patch.hook(module, "register_forward_pre_hook", tell, with_kwargs=True)
     configs = {id(module.config): module.config for _, module in found}
     for config in configs.values():
         switch(patch, config)
 
 
-def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
+def _whole_row(bound: Any, record: LayerRecord, cuts: Any) -> Callable[..., Any]:
     """A pre-hook for an attention of the tower: transformers cuts nothing, the hook is told where to."""
     from hf_sparse_attn.hosts.transformers_forward import sleeps
     from hf_sparse_attn.hosts.transformers_hook import SEGMENTS
@@ -264,7 +264,7 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
             kwargs is None
             or torch.compiler.is_compiling()
             or in_program()
-            or sleeps(session)
+            or sleeps(bound)
             or not is_switched(module.config)
         ):
             return None

@@ -88,6 +88,7 @@ class _Installation:
         before = next((layer.backend for layer in forwards.layers.values()), None)
         self.attention = Attention(forwards, dispatch, before)
         self._register(tables, backend_type, before)
+        self.patch.on_remove(forwards.forget)
         for transformer, attentions in forwards.attentions.items():
             self._install_model(transformer)
             self._install_blocks(transformer)

@@ -253,6 +253,13 @@ class Forwards:
         if outer is not None and outer.ticket is not None:
             self.thread.traced.ticket = outer.ticket
 
+    def forget(self) -> None:
+        """Forgets what an interrupt has left behind in this thread, when the patch goes."""
+        running = innermost()
+        while running is not None and running.owner == self.number:
+            running = running.outer
+        _RUNNING.set(running)
+
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Notes the tensors of a block, by which its recomputation in backward is known again."""
         if torch.compiler.is_compiling() or kwargs is None:

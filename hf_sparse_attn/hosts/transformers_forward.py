@@ -57,6 +57,10 @@ class Bound(Uncopied):
         known = [f for f in _HERE.forwards if f.asleep or f in f.bound.at_work]
         _HERE.forwards = [*(f for f in known if runs_here([f.module()])), forward]
 
+    def forget(self) -> None:
+        """Forgets what an interrupt has left behind in this thread, when the patch goes."""
+        _HERE.forwards = [f for f in _HERE.forwards if f.bound is not self]
+
     def after(self, module: nn.Module, *_: object) -> None:
         """Runs after an owner, also where it raised."""
         if torch.compiler.is_compiling():
@@ -81,6 +85,7 @@ def bind(patch: Patch, modules: Iterable[nn.Module]) -> Bound:
     """Has the forwards of modules noted until a patch is removed."""
     owners = list(modules)
     bound = Bound(patch.session, patch.at_work, tuple(ref(module) for module in owners))
+    patch.on_remove(bound.forget)
     for module in owners:
         patch.hook(module, "register_forward_pre_hook", bound.before)
         patch.hook(module, "register_forward_hook", bound.after, always_call=True)
@@ -104,10 +109,12 @@ def forwards_here() -> list[Forward]:
     return _HERE.forwards[::-1]
 
 
-def sleeps(session: Session) -> bool:
-    """Whether what runs in this thread runs as without the patch of a session."""
-    forward = next((f for f in reversed(_HERE.forwards) if f.bound.session is session), None)
-    return forward is None or forward.asleep or session.paused
+def sleeps(bound: Bound) -> bool:
+    """Whether what runs in this thread runs as without the patch; backward may run a part outside of any forward."""
+    forward = next((f for f in reversed(_HERE.forwards) if f.bound is bound), None)
+    if forward is None:
+        return bound.session.ended or bound.session.paused or began_before(bound)
+    return forward.asleep or bound.session.paused
 
 
 def values_here() -> dict[Any, Any]:
