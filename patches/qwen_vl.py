@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
@@ -260,19 +261,18 @@ def _whole_row(session: Session, record: LayerRecord, cuts: Any) -> Callable[...
     from hf_sparse_attn.hosts.transformers_switch import is_switched
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        if (
-            kwargs is None
-            or torch.compiler.is_compiling()
-            or in_program()
-            or sleeps(session)
-            or not is_switched(module.config)
-        ):
+        if kwargs is None or torch.compiler.is_compiling() or in_program():
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
         # Of a patch before, whose forward is still at work, there may be others.
-        if edges is None or SEGMENTS in given:
+        if edges is None or SEGMENTS in given or not is_switched(module.config):
             return None
+        # Backward that runs a layer again is handed the tensor of its forward, which was cut or was not.
+        again = recomputation.in_backward() and not session.ended and edges in cuts
+        if sleeps(session) and not again:
+            return None
+        recomputation.note(session)
         if edges not in cuts:
             cuts[edges] = Cut.at(edges)
         cut, length = cuts[edges], given["hidden_states"].shape[0]
