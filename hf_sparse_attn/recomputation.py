@@ -41,15 +41,16 @@ def note(session: Session) -> None:
 
 def is_of_before(session: Session) -> bool:
     """Whether backward runs attention again of a forward before the patch: none since is known."""
-    return not session.checkpointed and _in_backward()
+    return not session.checkpointed and in_backward()
 
 
 def is_of_unknown(session: Session) -> bool:
     """Whether backward runs attention again where forwards under the patch were checkpointed."""
-    return session.checkpointed and _in_backward()
+    return session.checkpointed and in_backward()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether backward runs in this thread, and no forward within it."""
     return _RUNNING.get() is None and torch._C._current_graph_task_id() != -1
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.family import has_class, pretrained_models
 from hf_sparse_attn.hosts.vision_layout import IMAGE, TEXT, VIDEO, Tokens, read_tokens, text_tokens
@@ -260,18 +261,19 @@ def _whole_row(bound: Any, record: LayerRecord, cuts: Any) -> Callable[..., Any]
     from hf_sparse_attn.hosts.transformers_switch import is_switched
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
-        if (
-            kwargs is None
-            or torch.compiler.is_compiling()
-            or in_program()
-            or sleeps(bound)
-            or not is_switched(module.config)
-        ):
+        if kwargs is None or torch.compiler.is_compiling() or in_program():
+            return None
+        # In a pause, too: what runs again in backward must meet the same.
+        recomputation.note(bound.session)
+        if sleeps(bound) or not is_switched(module.config):
             return None
         given = _by_name(module, args, kwargs)
         edges = given.get("cu_seqlens")
         # Of a patch before, whose forward is still at work, there may be others.
         if edges is None or SEGMENTS in given:
+            return None
+        # Backward that runs a layer again hands it the tensor of its forward, which was cut or was not.
+        if edges not in cuts and recomputation.in_backward():
             return None
         if edges not in cuts:
             cuts[edges] = Cut.at(edges)

@@ -14,7 +14,7 @@ from tests.support.tiny_families import MODELS, WINDOW, output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("llama", "encoder", "vit", "wan", "hunyuan_video", "function")
+KINDS = ("llama", "encoder", "vit", "qwen_vl", "wan", "hunyuan_video", "function")
 REMOVED = r"was removed: call backward\(\) before remove\(\)"
 PAUSED = r"must both be within patch.paused\(\)"
 
@@ -35,7 +35,7 @@ def built(kind: str, reentrant: bool = False) -> tuple[Any, dict[str, Any]]:
         # Its inputs must require gradients.
         for name in given.keys() & {"hidden_states", "pixel_values"}:
             given[name] = given[name].requires_grad_()
-        if kind in ("llama", "encoder"):
+        if kind in ("llama", "encoder", "qwen_vl"):
             model.enable_input_require_grads()
     return model, given
 
@@ -65,7 +65,7 @@ def test_backward_after_removal_says_so(kind: str, reentrant: bool) -> None:
         output(model, given).square().mean().backward()
     assert same(gradients(model), right)
     # Without checkpointing nothing runs again.
-    model.gradient_checkpointing_disable() if kind in KINDS[:3] else model.disable_gradient_checkpointing()
+    model.gradient_checkpointing_disable() if kind in KINDS[:4] else model.disable_gradient_checkpointing()
     with hsa.patch(model, **WINDOW):
         loss = output(model, given).square().mean()
     loss.backward()
