@@ -12,12 +12,14 @@ import dis
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from hf_sparse_attn.hosts.loop_head import UNREAD, Cut, Head, Loop, loops_of
 
 _PIPELINES = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
@@ -30,10 +32,6 @@ _OWNERS = ("self", "components")
 _SCHEDULE = re.compile("step|sigma|time")
 # Functions that hand out the variables of their caller.
 _SNAPSHOTS = {"locals", "vars", "dir", "eval", "exec"}
-# What stands between the head of a loop and its first statement: how the next item gets its names.
-_UNPACKING = {"UNPACK_SEQUENCE", "UNPACK_EX", "CACHE", "EXTENDED_ARG", "SWAP", "NOP"}
-# What ends the statement before a loop.
-_STATEMENT = ("STORE_", "DELETE_", "POP_", "JUMP", "RETURN", "RAISE", "RERAISE", "RESUME", "SETUP_", "BEFORE_", "END_")
 
 
 class Place(NamedTuple):
@@ -55,53 +53,11 @@ class Found(NamedTuple):
     pipeline: Any = None
 
 
-# A bound of a slice that is neither a number nor a variable.
-_UNREAD: Any = object()
-
-
-class _Cut(NamedTuple):
-    """A part of what a name holds: start, stop and step of a slice, each a number, None, a variable's name or _UNREAD.
-
-    Args:
-        name: of a variable or an attribute.
-    """
-
-    name: str | None
-    start: Any = None
-    stop: Any = None
-    step: Any = None
-
-
-_UNKNOWN = _Cut(None, _UNREAD, _UNREAD)
-
-
-class _Head(NamedTuple):
-    """What a `for` loop goes over.
-
-    Args:
-        variables, attributes: the names that its expression reads.
-        cuts: the parts that it goes over side by side, of names that are cut somewhere in it.
-    """
-
-    variables: frozenset[str] = frozenset()
-    attributes: frozenset[str] = frozenset()
-    cuts: tuple[_Cut, ...] = ()
-
-
-class _Loop(NamedTuple):
-    """A `for` loop of a function: where its body is in the bytecode, the names that it sets, and what it goes over."""
-
-    begin: int
-    end: int
-    names: tuple[str, ...]
-    head: _Head
-
-
 class _Code(NamedTuple):
     """A function: its code, its loops, and whether it may hold the one copy of its variables itself."""
 
     code: CodeType
-    loops: tuple[_Loop, ...]
+    loops: tuple[Loop, ...]
     snapshot: bool
 
 
@@ -186,98 +142,12 @@ def _read(code: CodeType) -> _Code:
         steps = list(dis.get_instructions(code))
         # An attribute of that name is something else.
         snapshot = any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in steps)
-        known = _READ[id(code)] = _Code(code, tuple(_loops(steps)), snapshot)
+        known = _READ[id(code)] = _Code(code, tuple(loops_of(steps)), snapshot)
     return known
 
 
-def _loops(steps: Sequence[dis.Instruction]) -> Iterator[_Loop]:
-    """The `for` loops of a function, outer ones first."""
-    for number, step in enumerate(steps):
-        if step.opname != "FOR_ITER":
-            continue
-        names: list[str] = []
-        for after in steps[number + 1 :]:
-            if after.opname.startswith("STORE_") and isinstance(after.argval, (str, tuple)):
-                given = (after.argval,) if isinstance(after.argval, str) else after.argval
-                names += given[:1] if "LOAD" in after.opname else given
-            if not after.opname.startswith("STORE_") and after.opname not in _UNPACKING:
-                break
-        yield _Loop(step.offset, step.argval, tuple(names), _head(steps[:number]))
-
-
-def _head(before: Sequence[dis.Instruction]) -> _Head:
-    """What a loop goes over.
-
-    Args:
-        before: the instructions in front of it; its expression are the last ones, back to the end of a statement.
-    """
-    read: list[tuple[str, Any]] = []
-    for step in reversed(before):
-        if step.opname.startswith(_STATEMENT):
-            # Python 3.13 may store the last value of a statement and load the first one of the next at once.
-            read += [("variable", step.argval[1])] if step.opname == "STORE_FAST_LOAD_FAST" else []
-            break
-        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL")):
-            names = [step.argval] if isinstance(step.argval, str) else step.argval
-            read += [("variable", name) for name in reversed(names)]
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            read.append(("attribute", step.argval))
-        elif step.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
-            # Newer versions keep the slices of numbers ready.
-            read.append(("slice" if isinstance(step.argval, slice) else "number", step.argval))
-        elif step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
-            read.append(("cut", step.arg or 2))
-        elif step.opname == "BINARY_OP" and step.argrepr.startswith("+"):
-            read.append(("sum", None))
-        else:
-            read.append((step.opname, None))
-    names = {kind: frozenset(n for k, n in read if k == kind) for kind in ("variable", "attribute")}
-    return _Head(names["variable"], names["attribute"], _cuts(read[::-1]))
-
-
-def _cuts(read: Sequence[tuple[str, Any]]) -> tuple[_Cut, ...]:
-    """The parts that an expression goes over.
-
-    Args:
-        read: (what it is, its value) of its instructions.
-    """
-    cuts: list[_Cut] = []
-    bounds: set[int] = set()
-    for at, (kind, value) in enumerate(read):
-        if kind not in ("slice", "cut"):
-            continue
-        first = at - value if kind == "cut" else at
-        given = [(k, v) for k, v in read[max(0, first) : at]]
-        known = all(k in ("variable", "number") for k, _ in given) and first > 0
-        if kind == "slice":
-            own: list[Any] = [value.start, value.stop, value.step]
-        elif known:
-            own = [v for _, v in given]
-        else:
-            own = [_UNREAD, None if read[at - 1] == ("number", None) else _UNREAD]
-        if known:
-            bounds.update(range(first, at))
-        name = read[first - 1][1] if known and read[first - 1][0] in ("variable", "attribute") else None
-        cuts.append(_Cut(name, *own))
-    whole = [v for at, (k, v) in enumerate(read) if k in ("variable", "attribute") and at not in bounds]
-    for name in {cut.name for cut in cuts if cut.name is not None}:
-        if whole.count(name) > sum(cut.name == name for cut in cuts):
-            # What is added to a part may be as long as the whole.
-            cuts = [c for c in cuts if c.name != name or ("sum", None) not in read]
-            cuts.insert(0, _Cut(name))
-    called = {v for k, v in read if k in ("variable", "attribute")}
-    if "reversed" in called:
-        cuts = [_UNKNOWN] if cuts else [_Cut("", None, None, -1)]
-    elif "islice" in called:
-        cuts = [_UNKNOWN]
-    elif "chain" in called or (("sum", None) in read and all(c[1:] != (None, None, None) for c in cuts)):
-        # One after the other.
-        cuts = []
-    return tuple(cuts)
-
-
 def _place(
-    loops: Iterable[_Loop], variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...], library: bool
+    loops: Iterable[Loop], variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...], library: bool
 ) -> Place | None:
     """Where the innermost loop over a schedule is.
 
@@ -323,7 +193,7 @@ class _Schedule(NamedTuple):
     name: str | None
     of_scheduler: bool
 
-    def rank(self, head: _Head) -> int:
+    def rank(self, head: Head) -> int:
         """Its place among those that a loop may go over, by what its expression reads."""
         if self.read_by(head):
             return 0
@@ -331,13 +201,13 @@ class _Schedule(NamedTuple):
             return 2
         return 1 if _length(self.value) > 1 else 3
 
-    def read_by(self, head: _Head) -> bool:
+    def read_by(self, head: Head) -> bool:
         """Whether the expression of a loop reads it."""
         return "timesteps" in head.attributes if self.name is None else self.name in head.variables
 
 
 def _at(
-    item: Any, number: int | None, schedule: _Schedule, head: _Head, variables: Mapping[str, Any], library: bool
+    item: Any, number: int | None, schedule: _Schedule, head: Head, variables: Mapping[str, Any], library: bool
 ) -> Place | None:
     """Where a loop is, if it goes over a schedule.
 
@@ -357,7 +227,7 @@ def _at(
         if place in part and (number is None or part.index(place) == number):
             return Place(part.index(place), min(map(len, parts)))
     # Where a part begins, the loop's own count tells; nothing tells where it ends.
-    dark = len(parts) < len(cuts) and (number is None or any(cut.stop is _UNREAD for cut in cuts))
+    dark = len(parts) < len(cuts) and (number is None or any(cut.stop is UNREAD for cut in cuts))
     if not library and (dark or any(cut.step is not None for cut in cuts)):
         return None
     # An enumeration that starts before or after the schedule goes over a part of it.
@@ -365,9 +235,9 @@ def _at(
     return Place(place - start, length - start)
 
 
-def _part(cut: _Cut, length: int, variables: Mapping[str, Any]) -> range | None:
+def _part(cut: Cut, length: int, variables: Mapping[str, Any]) -> range | None:
     """The places of a schedule that a loop goes over, or None where that cannot be read."""
-    bounds = [variables.get(b, _UNREAD) if isinstance(b, str) else b for b in cut[1:]]
+    bounds = [variables.get(b, UNREAD) if isinstance(b, str) else b for b in cut[1:]]
     if any(b is not None and type(b) is not int for b in bounds) or bounds[2] == 0:
         return None
     return range(length)[slice(*bounds)]

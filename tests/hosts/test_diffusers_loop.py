@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse_attn.hosts.diffusers_loop import Place, _Cut, _Head, _head, by_scheduler, running
+from hf_sparse_attn.hosts.diffusers_loop import Place, by_scheduler, running
+from hf_sparse_attn.hosts.loop_head import Cut, Head, head_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -225,7 +226,7 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
     [
         (
             [("STORE_FAST_LOAD_FAST", ("timesteps", "timesteps")), ("GET_ITER", None)],
-            _Head(frozenset({"timesteps"}), frozenset()),
+            Head(frozenset({"timesteps"}), frozenset()),
         ),
         (
             [
@@ -237,7 +238,7 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
                 ("BINARY_OP", None),
                 ("GET_ITER", None),
             ],
-            _Head(frozenset({"self", "steps"}), frozenset({"timesteps"}), (_Cut("timesteps", None, -1),)),
+            Head(frozenset({"self", "steps"}), frozenset({"timesteps"}), (Cut("timesteps", None, -1),)),
         ),
         (
             [
@@ -247,11 +248,11 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
                 ("BINARY_SLICE", None),
                 ("GET_ITER", None),
             ],
-            _Head(frozenset({"timesteps", "start"}), frozenset(), (_Cut("timesteps", "start", None),)),
+            Head(frozenset({"timesteps", "start"}), frozenset(), (Cut("timesteps", "start", None),)),
         ),
     ],
     ids=["one instruction for two", "a constant slice", "a slice of two"],
 )
-def test_heads_in_the_bytecode_of_newer_pythons(code: list[tuple[str, Any]], head: _Head) -> None:
+def test_heads_in_the_bytecode_of_newer_pythons(code: list[tuple[str, Any]], head: Head) -> None:
     steps: Any = [SimpleNamespace(opname=name, argval=value, arg=None, argrepr="") for name, value in code]
-    assert _head(steps) == head
+    assert head_of(steps) == head
