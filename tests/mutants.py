@@ -242,11 +242,11 @@ MUTANTS = [
         "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
     ),
     Mutant("loop, one that has ended", LOOP, "if loop.begin <= frame.f_lasti < loop.end", "if True", STEPS),
-    Mutant("loop, over anything", LOOP, "if of_scheduler or library or owner is not None else None", "", STEPS),
+    Mutant("loop, over anything", LOOP, "if schedule.of_scheduler or library or owner is not None:", "if True:", STEPS),
     Mutant(
         "loop, a part of the schedule",
         LOOP,
-        "start = 0 if number is None or number > at else at - number",
+        "start = 0 if number is None or number > place else place - number",
         "start = 0",
         STEPS,
     ),

@@ -12,12 +12,14 @@ import dis
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from hf_sparse_attn.hosts.loop_head import UNREAD, Cut, Head, Loop, loops_of
 
 _PIPELINES = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
@@ -30,10 +32,6 @@ _OWNERS = ("self", "components")
 _SCHEDULE = re.compile("step|sigma|time")
 # Functions that hand out the variables of their caller.
 _SNAPSHOTS = {"locals", "vars", "dir", "eval", "exec"}
-# What stands between the head of a loop and its first statement: how the next item gets its names.
-_UNPACKING = {"UNPACK_SEQUENCE", "CACHE", "EXTENDED_ARG", "SWAP", "NOP"}
-# What ends the statement before a loop.
-_STATEMENT = ("STORE_", "DELETE_", "POP_", "JUMP", "RETURN", "RAISE", "RERAISE", "RESUME", "SETUP_", "BEFORE_", "END_")
 
 
 class Place(NamedTuple):
@@ -55,34 +53,11 @@ class Found(NamedTuple):
     pipeline: Any = None
 
 
-class _Head(NamedTuple):
-    """What a `for` loop goes over.
-
-    Args:
-        variables, attributes: the names that its expression reads.
-        cut: (start, stop) of the one slice in it, each a number, None or the name of a variable; None where there is
-            no such slice.
-    """
-
-    variables: frozenset[str] = frozenset()
-    attributes: frozenset[str] = frozenset()
-    cut: tuple[int | str | None, int | str | None] | None = None
-
-
-class _Loop(NamedTuple):
-    """A `for` loop of a function: where its body is in the bytecode, the names that it sets, and what it goes over."""
-
-    begin: int
-    end: int
-    names: tuple[str, ...]
-    head: _Head
-
-
 class _Code(NamedTuple):
     """A function: its code, its loops, and whether it may hold the one copy of its variables itself."""
 
     code: CodeType
-    loops: tuple[_Loop, ...]
+    loops: tuple[Loop, ...]
     snapshot: bool
 
 
@@ -167,61 +142,12 @@ def _read(code: CodeType) -> _Code:
         steps = list(dis.get_instructions(code))
         # An attribute of that name is something else.
         snapshot = any(s.argval in _SNAPSHOTS and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in steps)
-        known = _READ[id(code)] = _Code(code, tuple(_loops(steps)), snapshot)
+        known = _READ[id(code)] = _Code(code, tuple(loops_of(steps)), snapshot)
     return known
 
 
-def _loops(steps: Sequence[dis.Instruction]) -> Iterator[_Loop]:
-    """The `for` loops of a function, outer ones first."""
-    for number, step in enumerate(steps):
-        if step.opname != "FOR_ITER":
-            continue
-        names: list[str] = []
-        for after in steps[number + 1 :]:
-            if after.opname.startswith("STORE_") and isinstance(after.argval, (str, tuple)):
-                given = (after.argval,) if isinstance(after.argval, str) else after.argval
-                names += given[:1] if "LOAD" in after.opname else given
-            if not after.opname.startswith("STORE_") and after.opname not in _UNPACKING:
-                break
-        yield _Loop(step.offset, step.argval, tuple(names), _head(steps[:number]))
-
-
-def _head(before: Sequence[dis.Instruction]) -> _Head:
-    """What a loop goes over.
-
-    Args:
-        before: the instructions in front of it; its expression are the last ones, back to the end of a statement.
-    """
-    variables: set[str] = set()
-    attributes: set[str] = set()
-    cuts: list[tuple[int | str | None, int | str | None] | None] = []
-    for number in range(len(before) - 1, -1, -1):
-        step = before[number]
-        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL")):
-            variables.update([step.argval] if isinstance(step.argval, str) else step.argval)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            attributes.add(step.argval)
-        elif step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
-            cuts.append(_cut(before[max(0, number - 2) : number]) if step.arg in (None, 0, 2) else None)
-        elif step.opname == "LOAD_CONST" and isinstance(step.argval, slice):
-            cuts.append((step.argval.start, step.argval.stop) if step.argval.step is None else None)
-        elif step.opname.startswith(_STATEMENT):
-            # Python 3.13 may store the last value of a statement and load the first one of the next at once.
-            variables.update([step.argval[1]] if step.opname == "STORE_FAST_LOAD_FAST" else [])
-            break
-    return _Head(frozenset(variables), frozenset(attributes), cuts[0] if len(cuts) == 1 else None)
-
-
-def _cut(bounds: Sequence[dis.Instruction]) -> tuple[int | str | None, int | str | None] | None:
-    """Start and stop of a slice, or None where these are more than a number or a variable each."""
-    if len(bounds) < 2 or any(b.opname not in ("LOAD_CONST", "LOAD_FAST", "LOAD_DEREF") for b in bounds):
-        return None
-    start, stop = (bound.argval for bound in bounds)
-    return start, stop
-
-
 def _place(
-    loops: Iterable[_Loop], variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...], library: bool
+    loops: Iterable[Loop], variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...], library: bool
 ) -> Place | None:
     """Where the innermost loop over a schedule is.
 
@@ -233,18 +159,22 @@ def _place(
         library: whether the function is one of diffusers. Others may loop over anything: there a loop counts that goes
             over the timesteps of a scheduler.
     """
-    known = list(_schedules(variables, owner, schedulers))
     for loop in loops:
+        known = list(_schedules(variables, owner, schedulers, loop.head.variables))
         items = [variables[name] for name in loop.names if name in variables]
-        number = next((n for n in items if type(n) is int), None)
+        count = variables.get(loop.names[0]) if loop.names else None
+        number = count if type(count) is int else None
         # What the loop says it goes over comes first, and last what may be made of its item (`t.expand(batch)`).
         ranked = sorted(known, key=lambda one: one.rank(loop.head))
+        if loop.head.cuts and not library:
+            # What others would say of it is of the whole.
+            ranked = [one for one in ranked if one.read_by(loop.head)] or ranked
         for item in items:
             if type(item) is int and len(items) > 1:
                 continue
             for schedule in ranked:
                 if schedule.of_scheduler or library or owner is not None:
-                    place = _at(item, number, schedule, loop.head, variables)
+                    place = _at(item, number, schedule, loop.head, variables, library)
                     if place is not None:
                         return place
     return None
@@ -263,7 +193,7 @@ class _Schedule(NamedTuple):
     name: str | None
     of_scheduler: bool
 
-    def rank(self, head: _Head) -> int:
+    def rank(self, head: Head) -> int:
         """Its place among those that a loop may go over, by what its expression reads."""
         if self.read_by(head):
             return 0
@@ -271,47 +201,81 @@ class _Schedule(NamedTuple):
             return 2
         return 1 if _length(self.value) > 1 else 3
 
-    def read_by(self, head: _Head) -> bool:
+    def read_by(self, head: Head) -> bool:
         """Whether the expression of a loop reads it."""
         return "timesteps" in head.attributes if self.name is None else self.name in head.variables
 
 
-def _at(item: Any, number: int | None, schedule: _Schedule, head: _Head, variables: Mapping[str, Any]) -> Place | None:
+def _at(
+    item: Any, number: int | None, schedule: _Schedule, head: Head, variables: Mapping[str, Any], library: bool
+) -> Place | None:
     """Where a loop is, if it goes over a schedule.
 
     Args:
         item, number: the loop's item, and its own count, or None.
         head: what the loop goes over.
-        variables: of the function.
+        variables, library: see _place.
     """
     place, length = _index(item, schedule.value, number), _length(schedule.value)
     if place is None:
         return None
-    bounds = [variables.get(b) if isinstance(b, str) else b for b in head.cut or ()]
-    if bounds and schedule.read_by(head) and all(b is None or type(b) is int for b in bounds):
-        part = range(length)[slice(*bounds)]
+    own = schedule.name or "timesteps"
+    cuts = [cut for cut in head.cuts if cut.name in (own, "", None)] if schedule.read_by(head) else []
+    parts = [part for cut in cuts if (part := _part(cut, length, variables)) is not None]
+    # They are gone over side by side, and the shortest ends it.
+    for part in parts:
         if place in part and (number is None or part.index(place) == number):
-            return Place(part.index(place), len(part))
+            return Place(part.index(place), min(map(len, parts)))
+    # Where a part begins, the loop's own count tells; nothing tells where it ends.
+    dark = len(parts) < len(cuts) and (number is None or any(cut.stop is UNREAD for cut in cuts))
+    if not library and (dark or any(cut.step is not None for cut in cuts)):
+        return None
     # An enumeration that starts before or after the schedule goes over a part of it.
     start = 0 if number is None or number > place else place - number
     return Place(place - start, length - start)
 
 
-def _schedules(variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...]) -> Iterator[_Schedule]:
-    """What may be looped over; what is nearest first."""
+def _part(cut: Cut, length: int, variables: Mapping[str, Any]) -> range | None:
+    """The places of a schedule that a loop goes over, or None where that cannot be read."""
+    bounds = [variables.get(b, UNREAD) if isinstance(b, str) else b for b in cut[1:]]
+    if any(b is not None and type(b) is not int for b in bounds) or bounds[2] == 0:
+        return None
+    return range(length)[slice(*bounds)]
+
+
+def _schedules(
+    variables: Mapping[str, Any], owner: Any, schedulers: tuple[type, ...], read: frozenset[str]
+) -> Iterator[_Schedule]:
+    """What may be looped over; what is nearest first.
+
+    Args:
+        variables, owner, schedulers: see _place.
+        read: variables that the loop reads; they may have any name where they hold timesteps of a scheduler.
+    """
     held = [value for value in variables.values() if isinstance(value, schedulers)]
     own = getattr(owner, "scheduler", None)
     # A pipeline that a script holds brings its scheduler along.
     pipelines = _loaded(_PIPELINES)
     others = [getattr(value, "scheduler", None) for value in variables.values() if isinstance(value, pipelines)]
     times = [s.timesteps for s in (own, *held, *others) if isinstance(s, schedulers) and hasattr(s, "timesteps")]
-    memory = {_memory(t) for t in times} - {None}
+    memory = {place for t in times if (place := _memory(t)) is not None}
     named = [(name, value) for name, value in variables.items() if _SCHEDULE.search(name)]
+    for other in sorted(read - {name for name, _ in named}):
+        value = variables.get(other)
+        if isinstance(value, (Tensor, list, tuple)) and _is_of(value, memory):
+            yield _Schedule(value, other, True)
     for name, value in (*named, (None, getattr(variables.get("block_state"), "timesteps", None))):
         if isinstance(value, (Tensor, list, tuple)) and _length(value) > 0 and not _repeats(value):
-            yield _Schedule(value, name, _memory(value) in memory)
+            yield _Schedule(value, name, _is_of(value, memory))
     for value in times:
         yield _Schedule(value, None, True)
+
+
+def _is_of(value: Tensor | list[Any] | tuple[Any, ...], memory: set[int]) -> bool:
+    """Whether a tensor, or every tensor of a list, lies in the timesteps of a scheduler."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) > 0 and _memory(value) in memory
+    return len(value) > 0 and all(_memory(one) in memory for one in value)
 
 
 def _repeats(value: Any) -> bool:
@@ -346,10 +310,10 @@ def _index(item: Any, schedule: Any, number: int | None) -> int | None:
             place, rest = divmod(behind, schedule.stride(0) or 1)
             return place if rest == 0 and 0 <= place < len(schedule) else None
         return number if _equals(item, schedule, number) else None
-    if number is not None:
-        return number if _equals(item, schedule, number) else None
     same = [place for place, one in enumerate(schedule) if one is item]
-    return same[0] if len(same) == 1 else None
+    if len(same) == 1:
+        return same[0]
+    return number if _equals(item, schedule, number) else None
 
 
 def _equals(item: Any, schedule: Any, number: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse_attn.hosts.diffusers_loop import Place, _Head, _head, by_scheduler, running
+from hf_sparse_attn.hosts.diffusers_loop import Place, by_scheduler, running
+from hf_sparse_attn.hosts.loop_head import Cut, Head, head_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -118,6 +120,97 @@ def test_a_loop_of_the_users_own_goes_over_a_part(pipe: Pipe) -> None:
     assert seen == places(2)
 
 
+def parts(scheduler: Any, seen: list[Any]) -> None:
+    part = scheduler.timesteps[2:]
+    for _t in part:
+        look(seen)
+
+
+def listed(scheduler: Any, seen: list[Any]) -> None:
+    part = [t for t in scheduler.timesteps if t < scheduler.timesteps[1]]
+    for _t in part:
+        look(seen)
+
+
+def thinned_out(scheduler: Any, seen: list[Any]) -> None:
+    for _i, _t in enumerate(scheduler.timesteps[::2]):
+        look(seen)
+
+
+def backward(scheduler: Any, seen: list[Any]) -> None:
+    levels = list(scheduler.timesteps)
+    for _t in reversed(levels):
+        look(seen)
+
+
+def backward_with_a_count(scheduler: Any, seen: list[Any]) -> None:
+    levels = list(scheduler.timesteps)
+    for _i, _t in enumerate(levels[::-1]):
+        look(seen)
+
+
+def backward_before(scheduler: Any, seen: list[Any]) -> None:
+    levels = list(scheduler.timesteps)[::-1]
+    for _t in levels:
+        look(seen)
+
+
+def neighbours(scheduler: Any, seen: list[Any]) -> None:
+    for _t, _next in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:], strict=True):
+        look(seen)
+
+
+def neighbours_with_an_end(scheduler: Any, seen: list[Any]) -> None:
+    for _t, _next in zip(scheduler.timesteps, scheduler.timesteps[1:].tolist() + [0.0] * 1, strict=True):
+        look(seen)
+
+
+def one_after_the_other(scheduler: Any, seen: list[Any]) -> None:
+    for _t in itertools.chain(scheduler.timesteps[:2], scheduler.timesteps[2:]):
+        look(seen)
+
+
+def with_the_rest(scheduler: Any, seen: list[Any]) -> None:
+    for _t, *_more in zip(scheduler.timesteps, "abcd", strict=True):
+        look(seen)
+
+
+@pytest.mark.parametrize(
+    "loop, count",
+    {
+        parts: 2,
+        listed: 2,
+        thinned_out: 2,
+        backward: 4,
+        backward_with_a_count: 4,
+        backward_before: 4,
+        neighbours: 3,
+        neighbours_with_an_end: 4,
+        one_after_the_other: 4,
+        with_the_rest: 4,
+    }.items(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_parts_of_a_schedule_under_any_name_and_in_any_order(pipe: Pipe, loop: Any, count: int) -> None:
+    seen: list[Any] = []
+    loop(pipe.scheduler, seen)
+    assert seen == places(count)
+
+
+def test_a_part_that_cannot_be_read_is_none(pipe: Pipe) -> None:
+    """What is not known is no step at all, rather than a wrong one."""
+    seen: list[Any] = []
+    timesteps, held = pipe.scheduler.timesteps, 1
+    scheduler = pipe.scheduler
+    for _t in timesteps[len(timesteps) - held - 1 :]:
+        look(seen)
+    for _t in itertools.islice(timesteps, 2):
+        look(seen)
+    for _i, _t in reversed(list(enumerate(timesteps))):
+        look(seen)
+    assert scheduler is not None and seen == [None] * 8
+
+
 def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe: Pipe) -> None:
     """A forward that fills a cache runs there, and is none of the run."""
     assert by_scheduler(pipe) == Place(None, 4)
@@ -133,7 +226,7 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
     [
         (
             [("STORE_FAST_LOAD_FAST", ("timesteps", "timesteps")), ("GET_ITER", None)],
-            _Head(frozenset({"timesteps"}), frozenset()),
+            Head(frozenset({"timesteps"}), frozenset()),
         ),
         (
             [
@@ -145,7 +238,7 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
                 ("BINARY_OP", None),
                 ("GET_ITER", None),
             ],
-            _Head(frozenset({"self", "steps"}), frozenset({"timesteps"}), (None, -1)),
+            Head(frozenset({"self", "steps"}), frozenset({"timesteps"}), (Cut("timesteps", None, -1),)),
         ),
         (
             [
@@ -155,11 +248,11 @@ def test_a_scheduler_tells_no_step_before_its_first_one_and_after_its_last(pipe:
                 ("BINARY_SLICE", None),
                 ("GET_ITER", None),
             ],
-            _Head(frozenset({"timesteps", "start"}), frozenset(), ("start", None)),
+            Head(frozenset({"timesteps", "start"}), frozenset(), (Cut("timesteps", "start", None),)),
         ),
     ],
     ids=["one instruction for two", "a constant slice", "a slice of two"],
 )
-def test_heads_in_the_bytecode_of_newer_pythons(code: list[tuple[str, Any]], head: _Head) -> None:
-    steps: Any = [SimpleNamespace(opname=name, argval=value, arg=None) for name, value in code]
-    assert _head(steps) == head
+def test_heads_in_the_bytecode_of_newer_pythons(code: list[tuple[str, Any]], head: Head) -> None:
+    steps: Any = [SimpleNamespace(opname=name, argval=value, arg=None, argrepr="") for name, value in code]
+    assert head_of(steps) == head
