@@ -242,7 +242,7 @@ MUTANTS = [
         "windows of a layer", RULES, "reach > window and not plan.own", "reach >= window and not plan.own", DECIDED
     ),
     Mutant("loop, one that has ended", LOOP, "if loop.begin <= frame.f_lasti < loop.end", "if True", STEPS),
-    Mutant("loop, over anything", LOOP, "if schedule.of_scheduler or library or owner is not None:", "if True:", STEPS),
+    Mutant("loop, over anything", LOOP, "if schedule.of_scheduler or library or owner is not None", "if True", STEPS),
     Mutant(
         "loop, a part of the schedule",
         LOOP,
