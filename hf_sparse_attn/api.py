@@ -93,7 +93,7 @@ def patch(
         params = {**default_params(found[0], found[2], method), **params}
     made = make_method(method, params, _KEYWORDS)  # type: ignore[arg-type]  # paths are profiles
     policy = Policy(
-        dense_layers=dense_layers if dense_layers is None or isinstance(dense_layers, int) else tuple(dense_layers),
+        dense_layers=tuple(dense_layers) if hasattr(dense_layers, "__iter__") else dense_layers,  # type: ignore[arg-type]
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
@@ -150,6 +150,7 @@ def attention(
     sinks: Tensor | None = None,
     is_causal: bool | None = None,
     grid: tuple[int, int, int] | None = None,
+    **params: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention as a function; causal, unless `is_causal`, `grid` or `ctx` says otherwise.
 
@@ -168,6 +169,7 @@ def attention(
         is_causal: whether a query sees only the keys up to its own; short for a `ctx`. None means yes, for a video no.
         grid: (frames, height, width) of a video in raster order that is all the tokens; short for a `ctx`. With text
             beside the video give `Context(TokenLayout.video(..., text_before=, text_after=))`.
+        **params: the method's parameters, where `method` is a name.
 
     Returns:
         output [batch, heads, q_len, value dim] in the dtype of `q`, with the log-sum-exp if asked for. Under autocast
@@ -181,6 +183,10 @@ def attention(
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = cast_inputs(q, k, v)
     check_tensors(q, k, v)
+    if params:
+        if isinstance(method, BlockPattern):
+            raise TypeError(f"`params` must be empty when `method` is a pattern, got {', '.join(sorted(params))}")
+        method = make_method(method, params)
     if is_traced():
         raise RuntimeError("sparse attention must not be traced by torch.jit, which sees no kernel; use torch.export")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):

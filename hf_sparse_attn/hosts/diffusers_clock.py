@@ -96,14 +96,15 @@ class Clock:
         if announced.step is not None:
             num_steps = announced.num_steps or (place or by_scheduler(found.pipeline or patched)).num_steps
             return _moment(announced.step, num_steps)
+        stale = False
         if place is None:
             place = by_scheduler(found.pipeline or patched)
-            if found.pipeline is None and place.step == 0:
-                place = place._replace(step=None)
+            # Of a pipeline that does not run it may be left over from a run that was aborted.
+            stale = found.pipeline is None and place.step is not None
         if place.step is not None:
             # What was counted belongs to a run that is over.
             self._note(time=None, count=0, way=0)
-            return _moment(place.step, place.num_steps)
+            return _moment(place.step, place.num_steps, guessed=stale)
         return _moment(self._count(time), place.num_steps, guessed=True)
 
     def _count(self, time: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Segment, TokenLayout
+from tests.support import tiny_lm
 
 GRID = (3, 4, 5)
 
@@ -76,3 +77,17 @@ BOTH = "`is_causal` and `grid` must be left out beside a `ctx`, which says it"
 def test_what_does_not_fit_is_refused(method: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         hsa.attention(*qkv(), method, **given)
+
+
+def test_parameters_of_a_method_given_by_name() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 100, 16)
+    made = hsa.get_method("sliding_window")(window=20, sink=2, block_size=16)
+    got = hsa.attention(q, k, v, "sliding_window", window=20, sink=2, block_size=16)
+    assert torch.equal(got, hsa.attention(q, k, v, made))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`dense_layers` must be a number of layers or a list"):
+        hsa.patch(tiny_lm.FAMILIES["llama"](), "sliding_window", dense_layers=0.5)
+    with pytest.raises(TypeError, match="got windoww"):
+        hsa.attention(q, k, v, "sliding_window", windoww=20)
+    with pytest.raises(TypeError, match="`params` must be empty"):
+        hsa.attention(q, k, v, hsa.BlockPattern.dense(100, 100, causal=True, block=16), window=20)

@@ -160,6 +160,23 @@ def test_nothing_is_left_of_an_aborted_run() -> None:
     assert told(pipe, act) == [*steps(6)[:3], *steps(4)]
 
 
+def test_a_bare_call_after_an_aborted_run_is_a_guess() -> None:
+    pipe = tiny_wan.pipeline()
+
+    def abort(*_: Any) -> Any:
+        raise Stop
+
+    with hsa.patch(pipe, dense_steps=0.3, **SPARSE) as patch:
+        with pytest.raises(Stop):
+            pipe(
+                prompt_embeds=torch.randn(1, 9, 32), negative_prompt_embeds=torch.randn(1, 9, 32), height=32, width=48,
+                num_frames=9, num_inference_steps=4, output_type="latent", callback_on_step_end=abort,
+            )  # fmt: skip
+        assert not patch.report().notes
+        wan_call(pipe.transformer, 500)
+        assert patch.report().notes == (GUESSED,)
+
+
 @pytest.mark.parametrize("kind", ["experts", "v2v", "ti2v"])
 def test_two_experts_are_one_run(kind: str) -> None:
     pipe = tiny_wan.pipeline(kind)
