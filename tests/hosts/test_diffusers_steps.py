@@ -256,6 +256,16 @@ def sliced(model: nn.Module) -> None:
         wan_call(model, t)
 
 
+def handed_out(model: nn.Module) -> None:
+    scheduler = euler(9)
+
+    def rest() -> Any:
+        return scheduler.timesteps[5:]
+
+    for _, t in enumerate(rest()):
+        wan_call(model, t)
+
+
 def rising(model: nn.Module) -> None:
     scheduler = euler(4)
     for t in scheduler.timesteps:
@@ -295,7 +305,7 @@ def in_a_generator(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "loop",
-    [numbered, bare, from_the_middle, sliced, rising, in_a_function, in_a_task, in_a_generator],
+    [numbered, bare, from_the_middle, sliced, handed_out, rising, in_a_function, in_a_task, in_a_generator],
     ids=lambda f: f.__name__,
 )
 def test_a_loop_over_the_timesteps_of_a_scheduler(loop: Callable[[nn.Module], None]) -> None:
