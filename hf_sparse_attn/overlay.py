@@ -54,10 +54,15 @@ class Overlay:
                 _TOP.pop((id(self.owner), self.name), None)
             if self.yields and self.owner.__dict__.get(self.name) is not self.value:
                 return
-            if self.before is ABSENT:
-                self.owner.__dict__.pop(self.name, None)
-            else:
-                self.owner.__dict__[self.name] = self.before
+            put_back(self.owner, self.name, self.before)
+
+
+def put_back(owner: Any, name: str, before: Any) -> None:
+    """Gives an instance attribute a value back, or with ABSENT its absence."""
+    if before is ABSENT:
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = before
 
 
 def value_before(owner: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import FULL
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.overlay import ABSENT, Overlay, value_before
+from hf_sparse_attn.overlay import ABSENT, Overlay, put_back, value_before
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.session import Session, Uncopied
 
@@ -231,15 +231,7 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
 def restoring(owner: Any, name: str) -> Callable[[], None]:
     """What gives an instance attribute the value back, or the absence, that it has now."""
-    before = owner.__dict__.get(name, ABSENT)
-
-    def restore() -> None:
-        if before is ABSENT:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = before
-
-    return restore
+    return partial(put_back, owner, name, owner.__dict__.get(name, ABSENT))
 
 
 @dataclass
@@ -291,6 +283,14 @@ def changed(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     finally:
         for owner, was in before:
             setattr(owner, name, was)
+
+
+def submodule_at(owner: nn.Module, path: str) -> nn.Module | None:
+    """The submodule of a path, or None; quicker than get_submodule, for it is asked in every decoding step."""
+    at: nn.Module | None = owner
+    for part in path.split("."):
+        at = None if at is None else at._modules.get(part)
+    return at
 
 
 def active_patch(module: object) -> Patch | None:

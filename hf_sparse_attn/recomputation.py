@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_sparse_attn.compiled import in_program, refuse_program
-from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.session import Session
 
@@ -59,8 +57,7 @@ def watch(patch: Patch) -> None:
     session = patch.session
 
     def enter(module: nn.Module, args: Any) -> None:
-        if in_program() and as_before(session).reason is None:
-            refuse_program()
+        session.check_program()
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             _RUNNING.set(_Forward(False, _RUNNING.get()))
 

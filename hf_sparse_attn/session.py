@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_sparse_attn import decision
 from hf_sparse_attn.autocast import made_on_cpu, no_autocast
+from hf_sparse_attn.compiled import in_program, refuse_program
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.judge import Judge
 from hf_sparse_attn.cost.timing import compare
@@ -136,6 +137,11 @@ class Session(Uncopied):
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         if self.strict:
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
+
+    def check_program(self) -> None:
+        """Raises where the model is made into a program (compiled.in_program), unless it runs as it did before."""
+        if in_program() and decision.as_before(self).reason is None:
+            refuse_program()
 
     def as_before(self, record: LayerRecord, work: Work | None = None) -> bool:
         """Whether a call runs as in the unpatched model, to the bit: by method "dense", or in a pause, not counted."""

@@ -251,7 +251,7 @@ MUTANTS = [
         STEPS,
     ),
     Mutant("loop, variables kept", LOOP, "found.clear()", "pass", STEPS),
-    Mutant("loop, a user's copy of them", LOOP, "(_is_library(frame) or not _may_hold(frame.f_code))", "True", STEPS),
+    Mutant("loop, a user's copy of them", LOOP, "if code.snapshot and not library:", "if False:", STEPS),
     Mutant("steps, announced by the user", CLOCK, "if announced.step is not None:", "if False:", STEPS),
     Mutant("steps, first way alone", CLOCK, "now.way in (0, way)", "way < 0", STEPS),
     Mutant("steps, largest time", CLOCK, "time.double().mean()", "time.max()", STEPS),

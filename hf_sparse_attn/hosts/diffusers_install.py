@@ -29,7 +29,7 @@ from hf_sparse_attn.hosts.diffusers_run import Attention, CompiledLayer, Compile
 from hf_sparse_attn.hosts.diffusers_state import Forwards
 from hf_sparse_attn.hosts.sdpa_hook import is_scoped, scoped_class, unscope
 from hf_sparse_attn.overlay import own_value
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, submodule_at
 
 _NUMBERS = itertools.count()
 
@@ -197,8 +197,9 @@ class _Installation:
             kind = type(processor)
             # Layers may share one processor; a scoped class is equal to the one that it stands for.
             if not any(kind is scoped for scoped in self.scoped.values()):
-                scoped = self.scoped.setdefault(id(kind), scoped_class(kind, self.attention.answer_for))
-                processor.__class__ = scoped
+                if id(kind) not in self.scoped:
+                    self.scoped[id(kind)] = scoped_class(kind, self.attention.answer_for)
+                processor.__class__ = scoped = self.scoped[id(kind)]
                 self.patch.on_remove(unscope, processor, scoped)
             return
         stand_in = self.family.stand_in(processor, self.backend, self.patch.session)
@@ -225,7 +226,4 @@ class _Installation:
 
 def _holds(transformer: nn.Module, path: str, attention: nn.Module) -> bool:
     """Whether an attention is still a part of a transformer, be it inside of what wraps a block."""
-    try:
-        return transformer.get_submodule(path) is attention or any(m is attention for m in transformer.modules())
-    except AttributeError:
-        return any(m is attention for m in transformer.modules())
+    return submodule_at(transformer, path) is attention or any(m is attention for m in transformer.modules())

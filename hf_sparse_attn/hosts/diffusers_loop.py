@@ -73,16 +73,18 @@ def running() -> Found:
         return Found()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        loops = [loop for loop in _read(frame.f_code).loops if loop.begin <= frame.f_lasti < loop.end]
-        own = any(name in frame.f_code.co_varnames for name in _OWNERS)
-        # To look at the variables writes them to that copy, which is a user's own business.
-        if (loops or own) and (_is_library(frame) or not _may_hold(frame.f_code)):
-            with _variables(frame) as variables:
-                owner = next(
-                    (variables[n] for n in ("self", "components") if isinstance(variables.get(n), pipelines)), None
-                )
+        code = _read(frame.f_code)
+        loops = [loop for loop in code.loops if loop.begin <= frame.f_lasti < loop.end]
+        if loops or any(name in frame.f_code.co_varnames for name in _OWNERS):
+            library = _is_library(frame)
+            # To look at the variables writes them to that copy, which is a user's own business.
+            if code.snapshot and not library:
+                frame = frame.f_back
+                continue
+            with _variables(frame, code.snapshot) as variables:
+                owner = next((x for n in _OWNERS if isinstance(x := variables.get(n), pipelines)), None)
                 pipeline = owner if pipeline is None else pipeline
-                place = _place(reversed(loops), variables, owner, schedulers, _is_library(frame)) if loops else None
+                place = _place(reversed(loops), variables, owner, schedulers, library) if loops else None
             if place is not None:
                 return Found(place, pipeline)
         frame = frame.f_back
@@ -117,20 +119,20 @@ def _is_library(frame: FrameType) -> bool:
 
 
 @contextmanager
-def _variables(frame: FrameType) -> Iterator[Mapping[str, Any]]:
-    """The variables of a running function by name, which are not kept alive for longer than it keeps them itself."""
+def _variables(frame: FrameType, snapshot: bool) -> Iterator[Mapping[str, Any]]:
+    """The variables of a running function by name, which are not kept alive for longer than it keeps them itself.
+
+    Args:
+        frame: of the function.
+        snapshot: whether it may hold the copy of its variables itself, which is then left as it is.
+    """
     found = frame.f_locals
     try:
         yield found
     finally:
         # Before Python 3.13 a function keeps the copy that was made of its variables until it ends.
-        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and not _may_hold(frame.f_code):
+        if type(found) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED and not snapshot:
             found.clear()
-
-
-def _may_hold(code: CodeType) -> bool:
-    """Whether a function may itself hold the one copy of its variables that Python before 3.13 makes."""
-    return _read(code).snapshot
 
 
 def _read(code: CodeType) -> _Code:

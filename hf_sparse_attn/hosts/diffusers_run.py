@@ -90,7 +90,7 @@ class Attention:
             return self.dispatch(query, key, value, mask, dropout_p, is_causal, scale, **last)
 
         if in_program():
-            self.forwards.check_program()
+            self.session.check_program()
             return own(query, key, value, attn_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if not torch.compiler.is_compiling():
@@ -123,7 +123,7 @@ class Attention:
     def answer_for(self, attention: Any) -> Answer | None:
         """What the processor of an attention gets where it calls PyTorch's function; see sdpa_hook.scoped_class."""
         if in_program():
-            self.forwards.check_program()
+            self.session.check_program()
             return None
         running, here = self.forwards.called(attention), innermost()
         if running is None or running.layer is None:

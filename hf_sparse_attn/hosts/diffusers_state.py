@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_sparse_attn.at_work import Forward, calls_here, runs_here
-from hf_sparse_attn.compiled import in_program, refuse_program
+from hf_sparse_attn.compiled import in_program
 from hf_sparse_attn.context import LayerInputs
-from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts import compiled_layer as opaque
 from hf_sparse_attn.hosts.diffusers_clock import GUESSED, Clock
 from hf_sparse_attn.hosts.diffusers_model import (
@@ -213,11 +212,6 @@ class Forwards:
     def original(self, module: Any) -> Any:
         """The module itself, or what it is a replica of (nn.DataParallel runs each batch in new ones)."""
         return self.originals.get(id(module.__dict__.get(NUMBER)), module)
-
-    def check_program(self) -> None:
-        """Refuses to become part of a program, unless the model runs as it did before."""
-        if as_before(self.session).reason is None:
-            refuse_program()
 
     def begin(self, transformer: Any, time: Any, tokens: Tokens) -> tuple[int, Call]:
         """Notes a forward, and the number under which compiled layers find it."""

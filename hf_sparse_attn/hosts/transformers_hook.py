@@ -18,7 +18,6 @@ from transformers.modeling_utils import AttentionInterface
 from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.compiled import in_program, refuse_program
-from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
@@ -211,8 +210,8 @@ def attend(
     if state is not None and state.source is not None and state.source.other:
         # Cross-attention is never touched, nor counted.
         state = None
-    if state is not None and in_program() and as_before(state.session).reason is None:
-        refuse_program()
+    if state is not None:
+        state.session.check_program()
     described = attention_mask.wanted.values() if isinstance(attention_mask, MaskSpec) else ()
     # By a native name graphs break here.
     graph = torch.compiler.is_compiling() and original is not None

@@ -27,7 +27,7 @@ from hf_sparse_attn.hosts.transformers_hook import (
 )
 from hf_sparse_attn.hosts.transformers_inputs import watch_layer
 from hf_sparse_attn.hosts.transformers_switch import is_switched, mend_copy, original, switch_off, switch_on
-from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.patching import Patch, submodule_at
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.session import Session
 
@@ -166,7 +166,7 @@ def watch_changes(
             return
         for i, (held, record) in enumerate(known):
             module: Any = held()
-            found = _at(now, names[i])
+            found = submodule_at(now, names[i])
             if found is not module:
                 # What wraps a layer, as checkpointing and compilation do, moves it.
                 name = next((name for name, m in now.named_modules() if m is module), None)
@@ -179,17 +179,6 @@ def watch_changes(
                 session.give_up(record, f"attn_implementation set to {now_set!r} after the patch")
 
     return look
-
-
-def _at(owner: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of this name, or None; quicker than get_submodule, for it is asked in every decoding step."""
-    at: Any = owner
-    for part in name.split("."):
-        at = at._modules.get(part)
-        if at is None:
-            return None
-    found: nn.Module = at
-    return found
 
 
 def dense_name(module: Any) -> str:

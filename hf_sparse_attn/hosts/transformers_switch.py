@@ -11,11 +11,11 @@ from typing import Any
 
 from hf_sparse_attn.hosts import PATCHED_PREFIX
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
+from hf_sparse_attn.overlay import ABSENT, put_back
 
 log = logging.getLogger(__name__)
 
 _FIELD = "_attn_implementation_internal"
-_ABSENT: Any = object()
 
 
 @dataclass
@@ -58,7 +58,7 @@ def switch_on(config: Any, register: Callable[[str, str], object]) -> None:
         name = f"{PATCHED_PREFIX}{own}"
         register(name, own)
         gone = weakref.ref(config, lambda _: _SWITCHES.pop(key, None))
-        _SWITCHES[key] = _Switch(gone, 1, config.__dict__.get(_FIELD, _ABSENT))
+        _SWITCHES[key] = _Switch(gone, 1, config.__dict__.get(_FIELD, ABSENT))
         config.__dict__[_FIELD] = name
 
 
@@ -106,18 +106,11 @@ def _settle(key: int) -> None:
     if not now.startswith(PATCHED_PREFIX):
         log.warning("attn_implementation was set to %r while the model was patched; it is left so", now)
     else:
-        _restore(config, known.before)
+        put_back(config, _FIELD, known.before)
 
 
 def mend_copy(config: Any, memo: dict[int, Any]) -> None:
     """Lets the copy of a config, if the memo of a deep copy has one, hold what the config held before."""
     known, made = _SWITCHES.get(id(config)), memo.get(id(config))
     if known is not None and made is not None and is_switched(made):
-        _restore(made, known.before)
-
-
-def _restore(config: Any, before: Any) -> None:
-    if before is _ABSENT:
-        config.__dict__.pop(_FIELD, None)
-    else:
-        config.__dict__[_FIELD] = before
+        put_back(made, _FIELD, known.before)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hf_sparse_attn as hsa
 from tests.support import tiny_encoders
-from tests.support.served import DENSE, MODELS, SETTINGS, Served, quick_turns
+from tests.support.served import DENSE, MODELS, SETTINGS, Served, learnt, quick_turns
 from tests.support.tiny_lm import FAMILIES as TEXT
 from tests.support.tiny_lm import tokens
 
@@ -27,11 +27,7 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module", params=MODELS)
 def served(request: Any) -> Served:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = MODELS[request.param]().learn()
-    torch.set_num_threads(before)
-    return made
+    return learnt(request.param)
 
 
 def test_threads_with_shapes_of_their_own(served: Served) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 from weakref import ref
 
 import pytest
-import torch
 
 from hf_sparse_attn.hosts.transformers_forward import forwards_here
-from tests.support.served import DENSE, MODELS, InTheMiddle, Served
+from tests.support.served import DENSE, MODELS, InTheMiddle, Served, learnt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,11 +20,7 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module", params=MODELS)
 def served(request: Any) -> Served:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = MODELS[request.param]().learn()
-    torch.set_num_threads(before)
-    return made
+    return learnt(request.param)
 
 
 # Of models of images `rope_deltas` is the last call's.
