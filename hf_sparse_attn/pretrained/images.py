@@ -41,7 +41,7 @@ def images(count: int, seed: int = 0, names: Sequence[str] = HELD_OUT) -> list[n
         from PIL import Image
     rng = random.Random(seed)
     order: list[str] = []
-    found = []
+    found: list[np.ndarray[Any, Any]] = []
     while len(found) < count:
         order = order or rng.sample(list(names), len(names))
         with Image.open(folder / order.pop()) as opened:

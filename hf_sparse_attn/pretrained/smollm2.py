@@ -48,8 +48,8 @@ def model_folder() -> Path:
         MissingExtra: as `load_model`.
         OSError: the folder cannot be written.
     """
+    from filelock import FileLock
     from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock
 
     source = package_folder(_WHAT, PACKAGE)
     folder = Path(constants.HF_HOME) / "hf_sparse_attn" / f"{PACKAGE}-{version(PACKAGE)}"
@@ -57,7 +57,7 @@ def model_folder() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of processes that want it at once one makes it, the others wait.
-    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             _convert(source, folder)
     return folder
@@ -70,7 +70,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package_folder(_WHAT, "gguf")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
     # What was read is float32 by now; transformers would write it as if it were still quantised, and refuses to.
     model.hf_quantizer = None

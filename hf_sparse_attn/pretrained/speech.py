@@ -54,13 +54,14 @@ def speak(text: str) -> np.ndarray[Any, Any]:
     library, rate = _library()
     parts: list[np.ndarray[Any, Any]] = []
 
-    @_Sound
     def heard(samples: Any, count: int, _: Any) -> int:
         if samples and count > 0:
             parts.append(np.ctypeslib.as_array(samples, (count,)).astype(np.float32) / 32768)
         return 0
 
-    library.espeak_SetSynthCallback(heard)
+    # Held by a name for as long as the library may call it.
+    callback = _Sound(heard)
+    library.espeak_SetSynthCallback(callback)
     said = text.encode()
     library.espeak_Synth(said, ctypes.c_size_t(len(said) + 1), 0, _CHARACTERS, 0, _UTF8, None, None)
     library.espeak_Synchronize()
