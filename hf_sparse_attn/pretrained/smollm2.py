@@ -41,18 +41,24 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(model_folder())
 
 
+def cache_folder() -> Path:
+    """Where the folder of the model is kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf_sparse_attn"
+
+
 def model_folder() -> Path:
-    """An ordinary folder of the model in float32 (538 MB), under HF_HOME; made once, for to read the file takes 20 s.
+    """An ordinary folder of the model in float32 (538 MB), made once: to read the GGUF file takes 20 s.
 
     Raises:
         MissingExtra: as `load_model`.
         OSError: the folder cannot be written.
     """
     from filelock import FileLock
-    from huggingface_hub import constants
 
     source = package_folder(_WHAT, PACKAGE)
-    folder = Path(constants.HF_HOME) / "hf_sparse_attn" / f"{PACKAGE}-{version(PACKAGE)}"
+    folder = cache_folder() / f"{PACKAGE}-{version(PACKAGE)}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
