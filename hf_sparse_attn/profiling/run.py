@@ -21,7 +21,7 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pattern.rows import head_densities
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiles.measurements import Measurements, weights_of
+from hf_sparse_attn.profiles.measurements import DEFAULT_METRIC, Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
 from hf_sparse_attn.profiling.budget import SOLVERS, BudgetError, Choice, choose, choose_elastic, pareto
 from hf_sparse_attn.profiling.evaluate import evaluate
@@ -40,7 +40,7 @@ def profile(
     batches: Iterable[Batch],
     candidates: Sequence[str | Method] | None = None,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",
@@ -198,7 +198,7 @@ def from_measurements(
     found: Measurements,
     model: Fingerprint,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",
