@@ -64,7 +64,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and args.recipe is not None:
+    if args.command == "train":
+        # Behind an option argparse sees no positional that may be left out.
+        if args.recipe is None and rest and not rest[0].startswith("-"):
+            args.recipe = rest.pop(0)
         args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.settings]
     if rest:
@@ -87,8 +90,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common], help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **more: Any
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[common], help=text, description=text, **more
+        )
         made.set_defaults(run=run)
         return made
 
@@ -193,7 +200,10 @@ def _parser() -> Parser:
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
 
-    train = command("train", _train, "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention")
+    text = "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention"
+    train = command("train", _train, text, add_help=False)
+    train.add_argument("-h", "--help", action="store_true", help="this help; after a recipe, its keys")
+    train.set_defaults(usage=train.format_help)
     train.add_argument("recipe", nargs="?", help="a YAML file, or one that comes with the package; none lists those")
     train.add_argument("settings", nargs="*", metavar="key=value", help="in place of the file's: optimizer.beta1=0.9")
     train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
@@ -328,6 +338,14 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.help:
+        from hf_sparse_attn.cli import recipe_help
+
+        if args.recipe is None:
+            print(args.usage(), end="")
+            return 0
+        found = recipe_help.keys_of(args.recipe, args.settings)
+        return _show(args, found, lambda: recipe_help.render(found, shutil.get_terminal_size((100, 24)).columns))
     from hf_sparse_attn.cli import train as train_command
 
     return train_command.main(args, _width())
