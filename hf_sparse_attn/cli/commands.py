@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_sparse_attn import __version__
-from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of
+from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of, plain_where_needed
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.shipped import SHIPPED
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         exit status: 0, 1 where a check of `doctor` or `docs` failed, 2 for an error of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO), plain_where_needed():
         try:
             args = _parsed(argv)
             with importing(args.imports or ()):
@@ -108,8 +108,9 @@ def _parser() -> Parser:
     demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
 
-    methods = command("methods", _methods, "list the sparse attention methods")
-    methods.add_argument("--markdown", action="store_true", help="the tables of the documents")
+    methods = command("methods", _methods, "list the sparse attention methods, or tell all about one")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one, and draw its pattern")
+    methods.add_argument("--markdown", action="store_true", help="the tables, or the page, of the documents")
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
@@ -231,6 +232,8 @@ def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namesp
 
 
 def _methods(args: argparse.Namespace) -> int:
+    if args.name is not None:
+        return _method(args)
     from hf_sparse_attn.documents import catalog
     from hf_sparse_attn.tables import markdown, table
 
@@ -252,6 +255,17 @@ def _methods(args: argparse.Namespace) -> int:
         return f"{methods}\n\n{table(columns, presets, title='Presets (quality=)', width=_width())}"
 
     return _show(args, document, text)
+
+
+def _method(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.documents import method_page, method_text
+
+    width = _terminal()
+    if args.markdown and not args.json:
+        print(method_page.page(args.name, method_text.evaluation()), end="")
+        return 0
+    found = method_text.record(args.name, width)
+    return _show(args, found, lambda: method_text.render(found, width))
 
 
 def _coverage(args: argparse.Namespace) -> int:
@@ -345,7 +359,7 @@ def _train(args: argparse.Namespace) -> int:
             print(args.usage(), end="")
             return 0
         found = recipe_help.keys_of(args.recipe, args.settings)
-        return _show(args, found, lambda: recipe_help.render(found, shutil.get_terminal_size((100, 24)).columns))
+        return _show(args, found, lambda: recipe_help.render(found, _terminal()))
     from hf_sparse_attn.cli import train as train_command
 
     return train_command.main(args, _width())
@@ -372,6 +386,11 @@ def _show(
     for note in notes:
         print(note, file=sys.stderr)
     return 0
+
+
+def _terminal() -> int:
+    """Columns of the terminal, for text."""
+    return min(140, max(40, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _width() -> int:
