@@ -201,6 +201,26 @@ def _parser() -> Parser:
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
 
+    run = _printed("hf_sparse_attn.cli.sample", _width)
+    sampled = command("sample", run, "make a clip with sparse attention, alone or beside the dense one")
+    sampled.add_argument("model", help="moving_wan, or the folder or Hub id of a pipeline that makes videos")
+    sampled.add_argument("--method", metavar="NAME", help="a method, or the folder or Hub id of a profile")
+    sampled.add_argument("--density", type=float, metavar="X", help="share of the pairs to keep; moving_wan: 0.25")
+    sampled.add_argument(
+        "--set", action="append", metavar="PARAM=VALUE", help="a parameter of the method; may be given more than once"
+    )
+    sampled.add_argument("--quality", metavar="WORD", help="parameters of the method: high, balanced or fast")
+    sampled.add_argument("--compare", action="store_true", help="the dense clip beside it, and how near it comes")
+    sampled.add_argument("--prompt", metavar="TEXT", help='what to show; moving_wan: "red disc down-left"')
+    sampled.add_argument("--steps", type=int, metavar="N", help="denoising steps; moving_wan: 8")
+    sampled.add_argument("--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}')
+    sampled.add_argument("--seed", type=int, default=0, help="0")
+    sampled.add_argument("--frames-per-second", type=int, default=8, metavar="N", help="of the film: 8")
+    sampled.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    sampled.add_argument("--device", help="cuda where there is one, else cpu")
+    sampled.add_argument("--dtype", default="auto", help="of a pipeline: auto, float32, bfloat16 or float16: auto")
+    sampled.add_argument("--output", metavar="FILE", help=".mp4 or .gif; moving_wan_radial.mp4, say, if not given")
+
     text = "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention"
     train = command("train", _train, text, add_help=False)
     train.add_argument("-h", "--help", action="store_true", help="this help; after a recipe, its keys")
