@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time, causal_tiles, distinct_tiles
 
@@ -31,6 +31,23 @@ def check_share(name: str, value: object) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"`{name}` must be more than 0 and at most 1, got {value}")
     return float(value)
+
+
+def check_amount(name: str, value: object, minimum: int) -> int | float:
+    """Returns a number of tokens or blocks of at least `minimum`, or a share of those of a call in (0, 1), a float.
+
+    A share of 1 is refused: as a parameter it would be equal to one token.
+    """
+    if not isinstance(value, float):
+        return check_int(name, value, minimum)
+    if not 0 < value < 1:
+        raise ValueError(f"`{name}` must be an int, or as a float a share in (0, 1), got {value}")
+    return value
+
+
+def amount_of(value: int | float, total: int) -> int:
+    """The number that a parameter of `check_amount` stands for where a call has `total`; a share is at least one."""
+    return max(1, round(value * total)) if isinstance(value, float) else value
 
 
 def pool_blocks(x: Tensor, size: int) -> Tensor:

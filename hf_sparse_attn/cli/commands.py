@@ -157,11 +157,19 @@ def _parser() -> Parser:
     run = _printed("hf_sparse_attn.cli.profile", _width)
     profiled = command("profile", run, "find out which method each head tolerates, and choose within a budget")
     profiled.add_argument(
-        "model", help=f"folder or Hub id of a language model or video pipeline; or {', '.join(SHIPPED)}"
+        "model", help=f"folder or Hub id of a model or pipeline, a GGUF file, or {', '.join(SHIPPED)}"
     )
     profiled.add_argument("--data", metavar="FILE", help="text to calibrate on; for a pipeline one prompt per line")
-    profiled.add_argument("--length", type=list_of(int), metavar="N,N", help="tokens of a calibration text: 4096")
-    profiled.add_argument("--batches", type=int, default=4, metavar="N", help="texts of each length, or prompts: 4")
+    profiled.add_argument("--images", metavar="DIR", help="pictures to calibrate on, for a model of images")
+    profiled.add_argument("--audio", metavar="DIR", help="WAV files to calibrate on, for a model of speech")
+    profiled.add_argument(
+        "--length", type=list_of(int), metavar="N,N", help="tokens of a text: 4096, or all positions of the model"
+    )
+    profiled.add_argument("--size", type=int, metavar="N", help="side of an image in pixels: as the model has it")
+    profiled.add_argument(
+        "--batches", type=int, default=4, metavar="N", help="texts of each length, images, recordings or prompts: 4"
+    )
+    profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, last_query_sums, rank_descending
+from hf_sparse_attn.selection import amount_of, check_amount, check_block_size, last_query_sums, rank_descending
 
 # First columns and nearest diagonals that are always kept, as in the published run-time code.
 _FORCED_VERTICALS = 30
@@ -43,8 +44,9 @@ class VerticalSlash(Method):
         earlier queries need other keys than the last ones, as in training on packed documents.
 
     Args:
-        vertical: columns kept, at least 0 (30 are kept in any case).
-        slash: diagonals kept, at least 0 (50 are kept in any case).
+        vertical: columns kept, at least 0 (30 are kept in any case); or, as a float in (0, 1), a share of the keys,
+            which means the same at any length.
+        slash: diagonals kept, at least 0 (50 are kept in any case), or a share of the keys like `vertical`.
         last_queries: queries that estimate, at least 1.
         block_size: queries in a row and keys in a block, a power of two from 16 to 256; 64 as published.
 
@@ -56,14 +58,14 @@ class VerticalSlash(Method):
     needs = frozenset({"causal"})
     knob = Knob("slash", 1, 1 << 30, log=True, integer=True)
 
-    vertical: int = 1000
-    slash: int = 6096
+    vertical: int | float = 1000
+    slash: int | float = 6096
     last_queries: int = 64
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_int("vertical", self.vertical, 0)
-        check_int("slash", self.slash, 0)
+        check_amount("vertical", self.vertical, 0)
+        check_amount("slash", self.slash, 0)
         check_int("last_queries", self.last_queries, 1)
         check_block_size(self.block_size)
 
@@ -76,7 +78,11 @@ class VerticalSlash(Method):
 
     def turned(self, value: float) -> Method:
         """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
-        return replace(self, slash=round(value), vertical=round(value * self.vertical / max(1, self.slash)))
+        if isinstance(self.vertical, float) != isinstance(self.slash, float):
+            # A number and a share have no proportion before the length is known.
+            return replace(self, slash=round(value))
+        most = max(1, self.slash) if isinstance(self.slash, int) else self.slash
+        return replace(self, slash=round(value), vertical=round(value * self.vertical / most))
 
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
@@ -84,8 +90,8 @@ class VerticalSlash(Method):
         vertical_score, slash_score = last_query_sums(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
         vertical_score[..., :_FORCED_VERTICALS] = torch.inf
         slash_score[..., :_FORCED_SLASHES] = torch.inf
-        vertical = min(n, max(self.vertical, _FORCED_VERTICALS))
-        slash = min(n, max(self.slash, _FEWEST_SLASHES))
+        vertical = min(n, max(amount_of(self.vertical, n), _FORCED_VERTICALS))
+        slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
         return (
             rank_descending(vertical_score)[..., :vertical].sort(-1).values,
             rank_descending(slash_score)[..., :slash].sort(-1).values,
@@ -94,12 +100,18 @@ class VerticalSlash(Method):
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""
         n = ctx.layout.kv_len
-        slash = min(n, max(self.slash, _FEWEST_SLASHES))
+        slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
         return 0.0 if ctx.layout.query_start else slash * (slash + 1) / (n * (n + 1))
 
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the estimating queries, once for columns and once for diagonals; see Method.choosing_pairs."""
         return 2.0 * self.last_queries * ctx.layout.kv_len
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
+        mixes = ((1 / 16, 1 / 64), (1 / 8, 1 / 64), (1 / 32, 1 / 32), (1 / 16, 1 / 16), (1 / 8, 1 / 8))
+        return [{"vertical": vertical, "slash": slash} for vertical, slash in mixes]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

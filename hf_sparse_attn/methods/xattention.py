@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
@@ -138,6 +139,11 @@ class XAttention(Method):
         """One logit for each `stride` pairs, of a mere product; see Method.choosing_pairs."""
         seen = 0.5 if ctx.layout.is_causal and not ctx.layout.query_start else 1.0
         return 0.5 * seen * ctx.layout.q_len * ctx.layout.kv_len / self.stride
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Shares of the attention that are held; see Method.candidates."""
+        return [{"threshold": held, "stride": 8} for held in (0.5, 0.7, 0.9)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
