@@ -169,6 +169,9 @@ def _parser() -> Parser:
     profiled.add_argument(
         "--batches", type=int, default=4, metavar="N", help="texts of each length, images, recordings or prompts: 4"
     )
+    profiled.add_argument(
+        "--held-out", type=int, default=0, metavar="N", help="more such inputs, to run the finished profile on: 0"
+    )
     profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(

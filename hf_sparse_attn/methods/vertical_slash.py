@@ -110,7 +110,14 @@ class VerticalSlash(Method):
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
-        mixes = ((1 / 16, 1 / 64), (1 / 8, 1 / 64), (1 / 32, 1 / 32), (1 / 16, 1 / 16), (1 / 8, 1 / 8))
+        mixes = (
+            (1 / 16, 1 / 64),
+            (1 / 8, 1 / 64),
+            (1 / 4, 1 / 64),
+            (1 / 32, 1 / 32),
+            (1 / 16, 1 / 16),
+            (1 / 8, 1 / 8),
+        )
         return [{"vertical": vertical, "slash": slash} for vertical, slash in mixes]
 
     @classmethod

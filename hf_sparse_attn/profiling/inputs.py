@@ -337,7 +337,7 @@ def _run_within(whole: Any, batch: Mapping[str, Any]) -> Callable[[Any], Any]:
     def run(part: Any) -> Any:
         device = next(whole.parameters()).device
         out = whole(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()})
-        return getattr(out, "loss", None)
+        return out if getattr(out, "loss", None) is None else out.loss
 
     return run
 

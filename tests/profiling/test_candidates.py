@@ -59,8 +59,8 @@ def test_they_are_for_the_longest_text_that_is_known() -> None:
 @pytest.mark.parametrize("layout", [TokenLayout.causal, TokenLayout.bidirectional], ids=["causal", "both ways"])
 def test_they_keep_their_density_at_other_lengths(layout: Any) -> None:
     for method in default_candidates(layout(1024)):
-        # Those that hold a share of flat attention keep what they need.
-        if method.name in ("flexprefill", "xattention"):
+        # Of flat attention those that hold a share of it keep most, and diagonals lie apart, a block each.
+        if method.name in ("flexprefill", "xattention", "vertical_slash"):
             continue
         here, there = (_pattern(method, layout(n)).density(layout(n).density_count) for n in (1024, 4096))
         # Blocks and the least that a method keeps weigh less where there are more tokens.
