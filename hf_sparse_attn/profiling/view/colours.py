@@ -27,7 +27,8 @@ _RAMPS = {
     ),
 }
 _DARK_DENSE = "#39424D"
-_INKS = "#16191D", "#FFFFFF"
+# Of these two one can always be read: the contrast of the better is at least 4.58.
+_INKS = "#000000", "#FFFFFF"
 
 
 def level_class(figure: str, share: float) -> str:

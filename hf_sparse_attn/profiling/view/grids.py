@@ -44,13 +44,9 @@ def method_grid(profile: HeadProfile, plan: int, links: Links) -> str:
     key = "".join(f"<li>{shown[i]}</li>" for i in used)
     caption = "One cell per head; in brackets, the number of heads. Equal hues are one method at several parameters."
     caption += " Underlined heads lead to their attention." if links else ""
-    shape = choice.shape
+    below = f'<ul class="key">{key}</ul>'
     return _figure(
-        f"methods-{plan}",
-        "Method of each head",
-        _table(shape, cell, "letters"),
-        f'<ul class="key">{key}</ul>',
-        caption,
+        f"methods-{plan}", "Method of each head", choice.shape, cell, f"letters {_tiny(choice.shape)}", below, caption
     )
 
 
@@ -79,9 +75,9 @@ def figure_grid(profile: HeadProfile, figure: str, plan: int) -> str:
     }[figure]
     caption += "; in the last column, the mean of the layer."
     caption += " Cells with a question mark are not known." if np.isnan(values).any() else ""
-    kind = "small" if values.shape[1] > _MOST_NUMBERS else ""
+    kind = _tiny(values.shape)
     title = f"{words(figure).capitalize()} of each head"
-    return _figure(f"{figure}-{plan}", title, _table(values.shape, cell, kind, mean), scale, caption)
+    return _figure(f"{figure}-{plan}", title, values.shape, cell, kind, scale, caption, mean)
 
 
 def named(profile: HeadProfile, labels: Sequence[str]) -> list[Markup]:
@@ -101,16 +97,21 @@ def named(profile: HeadProfile, labels: Sequence[str]) -> list[Markup]:
     ]
 
 
-def _figure(name: str, title: str, table: str, below: str, caption: str) -> str:
-    return (
-        f'<figure><p class="title" id="{name}">{escape(title)}</p><div class="scroll">{table.replace("?NAME", name)}</div>{below}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _tiny(shape: tuple[int, ...]) -> str:
+    return "tiny" if shape[1] > _MOST_NUMBERS else ""
 
 
-def _table(
-    shape: tuple[int, ...], cell: Callable[[int, int], str], kind: str, mean: Callable[[int], str] | None = None
+def _figure(
+    name: str,
+    title: str,
+    shape: tuple[int, ...],
+    cell: Callable[[int, int], str],
+    kind: str,
+    below: str,
+    caption: str,
+    mean: Callable[[int], str] | None = None,
 ) -> str:
+    """A table of all layers and heads with its title above, and its key and caption below."""
     layers, heads = shape
     last = "" if mean is None else '<th scope="col" class="mean">mean</th>'
     top = "".join(f'<th scope="col">{head}</th>' for head in range(heads))
@@ -119,9 +120,11 @@ def _table(
         cells = "".join(cell(layer, head) for head in range(heads))
         ending = "" if mean is None else f'<td class="mean">{mean(layer)}</td>'
         rows.append(f'<tr><th scope="row">{layer}</th>{cells}{ending}</tr>')
+    head = f"<thead><tr><td></td>{top}{last}</tr></thead>"
+    table = f'<table class="map {kind}" aria-labelledby="{name}">{head}<tbody>{"".join(rows)}</tbody></table>'
     return (
-        f'<table class="map {kind}" aria-labelledby="?NAME"><thead><tr><td></td>{top}{last}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
+        f'<figure><p class="title" id="{name}">{escape(title)}</p><div class="scroll">{table}</div>{below}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
