@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from hf_sparse_attn.bench.patterns import scaled
 from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.cost.timing import threads
-from hf_sparse_attn.evaluation.equal_density import fit_density
+from hf_sparse_attn.evaluation.equal_density import VARIES, DensityCurve, Dial, Fit, correct_density, is_near
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.evaluation.result import PROFILED, SUBJECTS, estimate_share
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
@@ -69,72 +70,188 @@ def turnable_methods(wanted: Sequence[str] | None) -> list[str]:
     return list(wanted or (name for name, cls in METHODS.items() if cls.knob is not None and not cls.reads))
 
 
+# Runs the model with a method on inputs that are not scored; gives the density that its report tells.
+Measure = Callable[[Method], float]
+
+
+class Contestant(NamedTuple):
+    """A method, or the mix of a profile, that is to be scored.
+
+    Args:
+        name: the method, or PROFILED.
+        wanted: density asked for; None for what is scored as it is.
+        fit: the method turned to it.
+        dial: what it was turned by; None for what has no such thing.
+        step: as in `correct_density`.
+    """
+
+    name: str
+    wanted: float | None
+    fit: Fit
+    dial: Dial | None = None
+    step: Callable[[float], float] = lambda density: density
+
+
+class Trial(NamedTuple):
+    """What the scored runs of a method gave.
+
+    Args:
+        density: by their reports.
+        figures: fields of the row, `paired` among them.
+    """
+
+    density: float
+    figures: dict[str, Any]
+
+
 def fitted(
-    names: Sequence[str], densities: Sequence[float], calls: Sequence[Call], skipped: dict[str, str], title: str
-) -> Iterator[tuple[str, float, Method]]:
-    """Every method at every density on captured calls, with a bar: (name, density asked for, the method turned to it).
+    names: Sequence[str], densities: Sequence[float], calls: Sequence[Call], measure: Measure, skipped: dict[str, str],
+    title: str,
+) -> Iterator[Contestant]:  # fmt: skip
+    """Every method at every density, fitted on captured calls and corrected by runs, with a bar.
 
     Args:
         names, densities: of the methods, and what they are turned to.
         calls: of the model.
+        measure: gives what a method keeps in runs.
         skipped: gets the reasons of what is left out, by method.
         title: of the bar.
     """
     with tqdm(total=len(names) * len(densities), desc=title, leave=False, disable=None) as bar:
         for name in names:
             method = base_method(name, calls[0].ctx.layout)
-            reason = method.why_not(calls[0].ctx)
-            if reason is not None:
-                skipped[name] = reason
+            # Of several kinds of calls the method may apply to some.
+            own = [call for call in calls if method.why_not(call.ctx) is None]
+            if not own:
+                skipped[name] = str(method.why_not(calls[0].ctx))
                 bar.update(len(densities))
                 continue
+            if method.knob is None:
+                yield Contestant(name, None, Fit(method, measure(method)))
+                bar.update(len(densities))
+                continue
+            curve = DensityCurve(method, own)
             known: dict[Method, float] = {}
             beyond: list[str] = []
             for density in densities:
                 bar.set_postfix_str(f"{name} at {density:g}")
-                found = fit_density(method, density, calls).method
-                if found in known:
-                    beyond.append(f"{density:g} is out of reach, the nearest is what is shown for {known[found]:g}")
+                found = correct_density(curve.dial, curve.nearest(density), density, measure, curve.nearest)
+                if found.method in known:
+                    shown = known[found.method]
+                    beyond.append(f"{density:g} is out of reach, the nearest is what is shown for {shown:g}")
                 else:
-                    known[found] = density
-                    yield name, density, found
+                    known[found.method] = density
+                    yield Contestant(name, density, found, curve.dial, curve.nearest)
                 bar.update()
             if beyond:
                 skipped[name] = "; ".join(beyond)
 
 
-def common_figures(method: Method, name: str, wanted: float | None, reference: Reference) -> dict[str, Any]:
-    """The fields of Row that are measured on captured calls; density is left to the caller."""
-    seen = reference.compare(method)
+def settled(contestant: Contestant, run: Callable[[Method], Trial]) -> tuple[Contestant, Trial]:
+    """The scored runs of a contestant, at the density asked for.
+
+    What differs from input to input may keep more or less of those that are scored than of the one by which it was
+    corrected. It is then turned once more by what the scored runs keep; no figure of quality is looked at.
+
+    Args:
+        contestant: fitted and corrected on other inputs.
+        run: runs the model with a method on all inputs.
+
+    Returns:
+        the contestant as it was scored, and what that gave.
+    """
+    trials: dict[Method, Trial] = {}
+
+    def kept(method: Method) -> float:
+        if method not in trials:
+            trials[method] = run(method)
+        return trials[method].density
+
+    fit, wanted = contestant.fit, contestant.wanted
+    density = kept(fit.method)
+    if wanted is None:
+        return contestant, trials[fit.method]
+    if contestant.dial is not None and not fit.limit and not is_near(density, wanted):
+        fit = correct_density(contestant.dial, fit.value, wanted, kept, contestant.step)
+        fit = fit._replace(limit=fit.limit and VARIES)
+        contestant = contestant._replace(fit=fit)
+    return contestant, trials[fit.method]
+
+
+def measured_density(applied: Patch) -> float:
+    """The share of the visible pairs that the runs under a patch computed, by its report; of prefill alone."""
+    found = applied.report().prefill_density
+    return 1.0 if found is None else found
+
+
+def common_figures(contestant: Contestant, trial: Trial, reference: Reference) -> dict[str, Any]:
+    """The fields of a row: those that every row has, and what the scored runs gave.
+
+    Args:
+        contestant, trial: what was scored, and what that gave.
+        reference: captured calls to measure fidelity on.
+    """
+    name, wanted, fit = contestant[:3]
+    seen = reference.compare(fit.method)
+    limit = "" if wanted is None or is_near(trial.density, wanted) else fit.limit or VARIES
     return {
         "name": name,
-        "label": label_of(method),
+        "label": label_of(fit.method),
         "wanted": wanted,
+        "density": trial.density,
         "recall": seen.recall,
         "output_error": seen.output_error,
-        "estimate_share": estimate_share(method, reference.calls),
+        "estimate_share": estimate_share(fit.method, reference.calls),
+        "limit": limit,
+        **trial.figures,
     }
 
 
 def profiles_within(
-    model: Any, batches: Sequence[Any], metric: str, densities: Sequence[float], skipped: dict[str, str]
-) -> dict[float, HeadProfile]:
-    """The choice for each density from one measurement; where no choice is as sparse, the reason goes to `skipped`."""
+    model: Any, batches: Sequence[Any], metric: str, densities: Sequence[float], skipped: dict[str, str],
+    measure: Measure,
+) -> Iterator[Contestant]:  # fmt: skip
+    """The choice for each density from one measurement; where no choice is as sparse, the reason goes to `skipped`.
+
+    Args:
+        model, batches, metric: as in `profile`.
+        densities: budgets.
+        skipped: gets reasons.
+        measure: gives what a method keeps in runs, by which the budget is corrected.
+    """
     measured = profile(model, batches, budget=1.0, metric=metric)
-    assert measured.measurements is not None
-    found = {}
+
+    @cache
+    def chosen(budget: float) -> Method:
+        assert measured.measurements is not None
+        return from_measurements(measured.measurements, measured.model, budget, metric).method()
+
+    low = 1e-6
+    try:
+        chosen(low)
+    except BudgetError as error:
+        low = max(error.least) * (1 + 1e-6)
+    dial = Dial(chosen, low, 1.0)
     for density in densities:
         try:
-            found[density] = from_measurements(measured.measurements, measured.model, density, metric)
+            chosen(density)
         except BudgetError as error:
             skipped[f"{PROFILED} at {density:g}"] = str(error)
-    return found
+            continue
+        fit = correct_density(dial, density, density, measure, lambda budget: budget)
+        yield Contestant(PROFILED, density, fit, dial)
 
 
 def dense_figures() -> dict[str, Any]:
     """The same for dense attention, which is what the others are compared with."""
-    own = {"name": "dense", "label": "dense", "wanted": None}
+    own = {"name": "dense", "label": "dense", "wanted": None, "density": 1.0}
     return {**own, "recall": 1.0, "output_error": 0.0, "estimate_share": 0.0}
+
+
+def dense_of(model: Any) -> str:
+    """What runs where nothing is sparse, in words: the attention that a model has without a patch."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return f"the unpatched {type(model).__name__}" + (f" ({implementation} attention)" if implementation else "")
 
 
 def main(args: argparse.Namespace) -> str:

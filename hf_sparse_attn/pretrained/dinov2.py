@@ -79,7 +79,7 @@ def load_model() -> Any:
     rest = _unnamed(stored, "onnx::Reshape", patches * _WIDTH)
     found["embeddings.position_embeddings"] = torch.cat([first.view(1, 1, _WIDTH), rest.view(1, -1, _WIDTH)], 1)
     # Only a training that masks patches looks at it.
-    found["embeddings.mask_token"] = torch.zeros_like(model.embeddings.mask_token)
+    found["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     model.load_state_dict(found)
     return model.eval()
 

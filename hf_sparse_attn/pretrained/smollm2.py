@@ -41,23 +41,29 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(model_folder())
 
 
+def cache_folder() -> Path:
+    """Where the folder of the model is kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf_sparse_attn"
+
+
 def model_folder() -> Path:
-    """An ordinary folder of the model in float32 (538 MB), under HF_HOME; made once, for to read the file takes 20 s.
+    """An ordinary folder of the model in float32 (538 MB), made once: to read the GGUF file takes 20 s.
 
     Raises:
         MissingExtra: as `load_model`.
         OSError: the folder cannot be written.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock
+    from filelock import FileLock
 
     source = package_folder(_WHAT, PACKAGE)
-    folder = Path(constants.HF_HOME) / "hf_sparse_attn" / f"{PACKAGE}-{version(PACKAGE)}"
+    folder = cache_folder() / f"{PACKAGE}-{version(PACKAGE)}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Of processes that want it at once one makes it, the others wait.
-    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             _convert(source, folder)
     return folder
@@ -70,7 +76,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package_folder(_WHAT, "gguf")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
     # What was read is float32 by now; transformers would write it as if it were still quantised, and refuses to.
     model.hf_quantizer = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,6 @@ calibration_sentences = (
     "Nobody remembered who had written the song, although every child in the city could sing it by heart.",
 )
 
-# AUDIO_OUTPUT_SYNCHRONOUS, POS_CHARACTER and espeakCHARS_UTF8 of speak_lib.h.
-_NOTHING_IS_PLAYED, _CHARACTERS, _UTF8 = 2, 1, 1
-_Sound = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-
 
 def speak(text: str) -> np.ndarray[Any, Any]:
     """English speech.
@@ -45,31 +42,27 @@ def speak(text: str) -> np.ndarray[Any, Any]:
         text: what is said.
 
     Returns:
-        the waveform at 16 kHz, float32 in [-1, 1], [samples].
+        the waveform at 16 kHz, float32 in [-1, 1], [samples]; the same for the same text.
 
     Raises:
         ValueError: the text is empty, or nothing can be said of it.
         MissingExtra: espeakng-loader is not installed.
+        OSError: its library cannot be run here.
     """
-    library, rate = _library()
-    parts: list[np.ndarray[Any, Any]] = []
-
-    @_Sound
-    def heard(samples: Any, count: int, _: Any) -> int:
-        if samples and count > 0:
-            parts.append(np.ctypeslib.as_array(samples, (count,)).astype(np.float32) / 32768)
-        return 0
-
-    library.espeak_SetSynthCallback(heard)
-    said = text.encode()
-    library.espeak_Synth(said, ctypes.c_size_t(len(said) + 1), 0, _CHARACTERS, 0, _UTF8, None, None)
-    library.espeak_Synchronize()
-    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    with needing("speech"):
+        import espeakng_loader
+    files = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+    command = [sys.executable, "-I", str(Path(__file__).with_name("espeak.py")), *files]
+    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(f"eSpeak NG must be able to speak, got {done.stderr.decode(errors='replace').strip()}")
+    rate = int(np.frombuffer(done.stdout, np.int32, 1)[0])
+    wave = np.frombuffer(done.stdout, np.int16, offset=4).astype(np.float32) / 32768
     if not wave.any():
         raise ValueError(f"`text` must be something that can be said, got {text!r}")
-    # Band-limited, through its spectrum: espeak knows one rate alone.
+    # Through its spectrum, so that nothing above the new band folds down: espeak knows one rate alone.
     size = round(len(wave) * RATE / rate)
-    spectrum = np.fft.rfft(wave)[: size // 2 + 1]
+    spectrum = np.fft.rfft(wave)[: size // 2]
     return (np.fft.irfft(spectrum, size) * (size / len(wave))).astype(np.float32).clip(-1, 1)
 
 
@@ -97,16 +90,3 @@ def _words(text: str) -> list[str]:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     return BasicTextNormalizer()(text).split()
-
-
-@cache
-def _library() -> tuple[ctypes.CDLL, int]:
-    """The library, ready to speak English, and the rate of its samples."""
-    with needing("speech"):
-        import espeakng_loader
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    data = espeakng_loader.get_data_path()
-    rate = library.espeak_Initialize(_NOTHING_IS_PLAYED, 0, data.encode(), 0)
-    if rate <= 0 or library.espeak_SetVoiceByName(b"en-us"):
-        raise OSError(f"espeakng-loader must hold the data of an English voice, found none in {data}")
-    return library, rate

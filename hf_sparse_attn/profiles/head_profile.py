@@ -101,6 +101,12 @@ class HeadProfile:
             f"{len(self.methods)} methods, {len(self.plans)} step ranges, density {self.density:.4g})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the model, the budget and what was reached, and the methods in use."""
+        from hf_sparse_attn.profiles.notebook import render
+
+        return render(self)
+
     @property
     def density(self) -> float:
         """Mean density of all heads over the schedule; NaN where no head's is known."""
