@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
@@ -105,6 +106,12 @@ class VerticalSlash(Method):
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the estimating queries, once for columns and once for diagonals; see Method.choosing_pairs."""
         return 2.0 * self.last_queries * ctx.layout.kv_len
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
+        parts = ((16, 64), (8, 64), (4, 64), (32, 32), (16, 16), (8, 8))
+        return [{"vertical": 1 / vertical, "slash": 1 / slash} for vertical, slash in parts]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
