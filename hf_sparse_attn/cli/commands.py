@@ -177,7 +177,7 @@ def _parser() -> Parser:
     profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
-    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
+    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; its default if not given")
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(

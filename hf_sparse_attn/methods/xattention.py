@@ -165,8 +165,8 @@ class XAttention(Method):
 
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
-        """Shares of the attention that are held; see Method.candidates."""
-        return [{"threshold": held, "stride": 8} for held in (0.5, 0.7, 0.9)]
+        """By density, which holds on inputs that were not measured; see Method.candidates."""
+        return [{"density": share, "stride": 8} for share in (1 / 16, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
