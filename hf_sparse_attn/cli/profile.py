@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.profiling.inputs import check_dtype, load
+from hf_sparse_attn.profiling.inputs import check_dtype, load, read_call
 from hf_sparse_attn.profiling.run import check_settings, profile
 from hf_sparse_attn.profiling.view.report import render, summary
 from hf_sparse_attn.sharing.files import make_folder
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, width: int) -> str:
     if args.query_blocks is not None:
         check_int("query_blocks", args.query_blocks, 1)
     check_dtype(args.dtype)
-    call = None if args.call is None else _call(args.call)
+    call = None if args.call is None else read_call(args.call)
     candidates = None if args.candidates is None else _candidates(Path(args.candidates))
     make_folder(args.output)
     model, batches, source = load(
@@ -76,17 +76,6 @@ def main(args: argparse.Namespace, width: int) -> str:
         return json.dumps(document, indent=2)
     use = f"saved in {args.output}: hf_sparse_attn.patch(model, {str(args.output)!r})"
     return f"{render(document, width)}\n\n{use}"
-
-
-def _call(text: str) -> dict[str, Any]:
-    """The arguments of a pipeline's call."""
-    try:
-        call = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`call` must be a JSON object, got {text}: {error}") from error
-    if not isinstance(call, dict):
-        raise ValueError(f"`call` must be a JSON object, got {text}")
-    return call
 
 
 def _candidates(path: Path) -> list[Any]:
