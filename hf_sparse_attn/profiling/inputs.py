@@ -128,7 +128,7 @@ def load(
     if model in NAMES:
         return _pretrained(given, torch.device(device))
     file = _gguf(model)
-    if file is None and _is_pipeline(model):
+    if file is None and is_pipeline(model):
         given.refuse_all_but("prompts", "data", "call", "dtype")
         return _pipeline(given, torch.device(device))
     given.refuse("prompts", "call")
@@ -283,23 +283,24 @@ def _gguf(model: str) -> tuple[str, str] | None:
     return "/".join(path.parts[:2]), path.parts[2]
 
 
-def _is_pipeline(model: str) -> bool:
+def is_pipeline(model: str) -> bool:
     """Whether a folder or repository holds a pipeline, and not a model of transformers.
 
     Raises:
         ValueError, OSError: it holds neither, or nothing that can be run.
     """
     with loading(model, besides=SHIPPED):
-        is_pipeline = _file_of(model, "model_index.json") is not None
+        whole = _file_of(model, "model_index.json") is not None
         config = _file_of(model, "config.json")
-        if config is None and not is_pipeline:
-            raise ValueError("it holds neither config.json nor model_index.json")
+        if config is None and not whole:
+            unseen = "" if Path(model).is_dir() else ", as far as the Hub can be reached"
+            raise ValueError(f"it holds neither config.json nor model_index.json{unseen}")
         keys = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    if not is_pipeline and "_class_name" in keys:
+    if not whole and "_class_name" in keys:
         raise ValueError(
             f"`model` must be a whole pipeline, for a transformer alone does not tell what to run it on; got {model}"
         )
-    return is_pipeline
+    return whole
 
 
 def _file_of(model: str, name: str) -> Path | None:
