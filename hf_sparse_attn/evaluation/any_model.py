@@ -37,6 +37,8 @@ from hf_sparse_attn.profiling.inputs import load, read_call, read_text
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.shipped.byte_llama import default_metric
 
+# Inputs to score where nothing is said.
+INPUTS = 4
 # Inputs to fit and profile with, and to correct densities by, where there are enough besides those that are scored.
 _CALIBRATION, _CORRECTION = 2, 1
 # Attention calls that densities are fitted on, and such that fidelity is measured on.
@@ -95,7 +97,7 @@ def evaluate(
         ValueError, OSError: as `load`; or inputs that no attention is seen on.
     """
     begin = time.perf_counter()
-    known = None if args.profile is None else _profile(args.profile)
+    known = None if args.profile is None else load_profile(args.profile)
     model, batches, source = load(
         args.model,
         texts=_texts(args.texts),
@@ -104,7 +106,7 @@ def evaluate(
         prompts=args.prompts,
         length=None if args.tokens is None else [args.tokens],
         size=args.size,
-        count=check_int("inputs", args.inputs, 1) + _CALIBRATION + _CORRECTION,
+        count=(args.inputs or INPUTS) + _CALIBRATION + _CORRECTION,
         part=args.part,
         call=None if args.call is None else read_call(args.call),
         dtype=args.dtype,
@@ -137,7 +139,7 @@ def evaluate(
     rows: list[Row] = [ModelRow(figures=_means(whole), **dense_figures())]
     contestants = fitted(names, densities, calls, measure, skipped, Path(args.model).name)
     if known is not None:
-        own: Iterator[Contestant] = iter([Contestant(f"profile {args.profile}", None, Fit(known.method(), 0.0))])
+        own: Iterator[Contestant] = iter([as_it_is(args.profile, known)])
     else:
         own = _mixes(args.model, model, calibration, densities, skipped, measure) if profiled else iter(())
     for contestant in chain(contestants, own):
@@ -147,11 +149,21 @@ def evaluate(
     return Result("model", setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
 
 
-def _profile(source: str) -> HeadProfile:
+def load_profile(source: str) -> HeadProfile:
+    """The profile to score.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = find_profile(source)
     if found is None:
         raise ValueError(f"`profile` must be the folder or Hub id of a head profile, got {source!r}")
     return found
+
+
+def as_it_is(source: str, profile: HeadProfile) -> Contestant:
+    """A finished profile among what is scored."""
+    return Contestant(f"profile {source}", None, Fit(profile.method(), 0.0))
 
 
 def _shared_out(batches: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], str]:

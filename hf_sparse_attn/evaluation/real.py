@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.api import patch
+from hf_sparse_attn.evaluation.any_model import as_it_is, load_profile
 from hf_sparse_attn.evaluation.fidelity import Reference
+from hf_sparse_attn.evaluation.outputs import captured
 from hf_sparse_attn.evaluation.paired import Paired
 from hf_sparse_attn.evaluation.result import Result, Row
 from hf_sparse_attn.evaluation.run import (
+    Contestant,
     Trial,
     common_figures,
     dense_figures,
@@ -26,11 +29,10 @@ from hf_sparse_attn.evaluation.run import (
     settled,
 )
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.profiling.observe import Call, observing
 from hf_sparse_attn.shipped.byte_llama import default_metric
 
-# Layers whose attention calls densities are fitted on and fidelity is measured on, spread over the model.
-_LAYERS = 8
+# Attention calls, spread over the model, that densities are fitted on and fidelity is measured on.
+_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Subject:
 
 
 @torch.no_grad()
-def compare(subject: Subject, names: Sequence[str], densities: Sequence[float], profiled: bool) -> Result:
+def compare(
+    subject: Subject, names: Sequence[str], densities: Sequence[float], profiled: bool, profile: str | None = None
+) -> Result:
     """Scores the methods on a model.
 
     Args:
@@ -71,11 +75,18 @@ def compare(subject: Subject, names: Sequence[str], densities: Sequence[float], 
         names: methods, all with a knob.
         densities: kept shares of the visible pairs.
         profiled: also score the mix that the profiler chooses at each density.
+        profile: folder or Hub id of a head profile to score in its place.
+
+    Raises:
+        ValueError: `profile` is none, or one of another model.
     """
     begin = time.perf_counter()
     model, skipped = subject.model, dict[str, str]()
-    calls = _captured(subject, subject.calibration[0])
-    held_out = Reference(_captured(subject, subject.correction))
+    known = None if profile is None else load_profile(profile)
+    if known is not None:
+        known.check(model)
+    calls = captured(model, lambda: subject.run(subject.calibration[0]), _CALLS)
+    held_out = Reference(captured(model, lambda: subject.run(subject.correction), _CALLS))
     dense = list(map(subject.output, subject.scored))
     whole = [subject.figures(out, out) for out in dense]
 
@@ -92,25 +103,16 @@ def compare(subject: Subject, names: Sequence[str], densities: Sequence[float], 
 
     rows = [subject.row(**dense_figures(), **_means(whole))]
     contestants = fitted(names, densities, calls, measure, skipped, subject.name)
-    metric = default_metric(subject.name)
-    mixes = profiles_within(model, subject.calibration, metric, densities, skipped, measure) if profiled else ()
-    for contestant in chain(contestants, mixes):
+    own: Iterable[Contestant] = ()
+    if known is not None:
+        own = [as_it_is(str(profile), known)]
+    elif profiled:
+        metric = default_metric(subject.name)
+        own = profiles_within(model, subject.calibration, metric, densities, skipped, measure)
+    for contestant in chain(contestants, own):
         rows.append(subject.row(**common_figures(*settled(contestant, run), held_out)))
     return Result(subject.name, subject.setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
 
 
-def relative_error(found: torch.Tensor, dense: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the dense tensor."""
-    return float((found.double() - dense.double()).norm() / dense.double().norm())
-
-
 def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(one[name] for one in found) for name in found[0]}
-
-
-def _captured(subject: Subject, batch: Any) -> list[Call]:
-    """The attention calls of some layers in a dense run."""
-    calls: list[Call] = []
-    with observing(subject.model, lambda seen: calls.append(Call(seen.q, seen.k, seen.v, seen.ctx))):
-        subject.run(batch)
-    return calls[:: max(1, len(calls) // _LAYERS)]
