@@ -22,6 +22,7 @@ from hf_sparse_attn.evaluation.result import PROFILED, SHIPPED_AS, SUBJECTS, est
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
@@ -279,8 +280,10 @@ def main(args: argparse.Namespace) -> str:
         make_folder(output)
     names = turnable_methods(args.methods)
     subjects = [subject for subject in SUBJECTS if args.model in (subject, "all")]
+    if args.model in NAMES:
+        subjects = [args.model]
     if subjects:
-        _refuse_inputs(args)
+        _refuse_inputs(args, _TAKEN.get(args.model, ("tokens",)))
     with threads(args.threads):
         results = [
             import_module(f"hf_sparse_attn.evaluation.{subject}").evaluate(
@@ -303,9 +306,16 @@ def _model(first: str | None, named: str | None) -> str:
     return {name: subject for subject, name in SHIPPED_AS.items()}.get(model, model)
 
 
-def _refuse_inputs(args: argparse.Namespace) -> None:
+# What models with inputs of their own take of the options for any model; the shipped ones, "tokens" alone.
+_TAKEN = {
+    "smollm2": ("inputs", "tokens", "profile"), "dinov2": ("inputs", "size", "profile"),
+    "whisper": ("inputs", "profile"),
+}  # fmt: skip
+
+
+def _refuse_inputs(args: argparse.Namespace, taken: Sequence[str]) -> None:
     """Options that would be ignored for a model with inputs of its own."""
-    own = ("texts", "images", "audio", "prompts", "profile", "size", "part", "call", "device")
-    given = [f"--{name}" for name in own if getattr(args, name) is not None]
+    own = ("texts", "images", "audio", "prompts", "inputs", "profile", "tokens", "size", "part", "call", "device")
+    given = [f"--{name}" for name in own if name not in taken and getattr(args, name) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} must be left out for {args.model}, which has inputs of its own")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.evaluation.real import Subject, compare
+from hf_sparse_attn.evaluation.compare import Subject, compare
 from hf_sparse_attn.evaluation.result import Result, Row, difference
 from hf_sparse_attn.pretrained import smollm2, texts
 
@@ -64,7 +64,7 @@ def evaluate(
     """Scores the methods on SmolLM2 in bfloat16.
 
     Args:
-        args: `tokens` and `inputs` of the command, either None for the default.
+        args: `tokens`, `inputs` and `profile` of the command, each None for the default.
         names, densities, profiled: as in `compare`.
         output: unused; this model has no picture of its own.
 
@@ -73,10 +73,11 @@ def evaluate(
         MissingExtra: the packages of the extra `real` are not installed.
     """
     tokens, count = args.tokens or TOKENS, args.inputs or TEXTS
-    model, tokenizer = smollm2.load_model(torch.bfloat16), smollm2.load_tokenizer()
+    tokenizer = smollm2.load_tokenizer()
     # More texts than there are: the same with other needles.
     fitted, other, third = _documents(tokenizer, texts.CALIBRATION, 3, tokens)
     scored = _documents(tokenizer, texts.HELD_OUT, count, tokens)
+    model = smollm2.load_model(torch.bfloat16)
 
     def output_of(document: texts.NeedleDocument) -> _Read:
         logits = model(document.token_ids, use_cache=False).logits
@@ -96,7 +97,7 @@ def evaluate(
             output=output_of,
             figures=_figures,
         ),
-        names, densities, profiled,
+        names, densities, profiled, args.profile,
     )  # fmt: skip
 
 
