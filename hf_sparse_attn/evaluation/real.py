@@ -114,5 +114,5 @@ def compare(
     return Result(subject.name, subject.setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
 
 
-def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+def _means(found: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {name: fmean(one[name] for one in found) for name in found[0]}

@@ -23,11 +23,12 @@ def rows(capsys: Any, *options: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_dinov2(capsys: Any, tmp_path: Path) -> None:
     options = ["--size", "224", "--inputs", "2", "--no-profile", "--output", str(tmp_path)]
     dense, sparse = rows(capsys, "--model", "dinov2", *options)
     assert dense["state_error"] == dense["saliency"] == 0
-    assert 0.02 < sparse["state_error"] < 0.5 and 0 < sparse["saliency"] < 0.2
+    assert 0.02 < sparse["state_error"] < 0.8 and 0 < sparse["saliency"] < 0.2
     assert sparse["density"] == pytest.approx(0.25, rel=0.15)
     assert len(sparse["paired"]["state_error"]["differences"]) == 2
     assert "state error" in (tmp_path / "eval.md").read_text()
