@@ -68,6 +68,8 @@ def test_a_profile_in_place_of_a_mix(capsys: Any, tmp_path: Path) -> None:
         (["smollm2", "--size", "224"], "--size must be left out for smollm2, which has inputs of its own"),
         (["dinov2", "--tokens", "640"], "--tokens must be left out for dinov2, which has inputs of its own"),
         (["whisper", "--audio", "a.wav", "--part", "x"], "--audio and --part must be left out for whisper"),
+        (["dinov2", "--dtype", "bfloat16"], "--dtype must be left out for dinov2"),
+        (["whisper", "--seed", "3"], "--seed must be left out for whisper"),
         (["language", "--inputs", "3"], "--inputs must be left out for language"),
         (["dinov2", "--inputs", "0"], "`inputs` must be at least 1, got 0"),
     ],
