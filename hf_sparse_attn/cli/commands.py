@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_sparse_attn import __version__
-from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of
+from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of, plain_where_needed
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.shipped import SHIPPED
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         exit status: 0, 1 where a check of `doctor` or `docs` failed, 2 for an error of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO), plain_where_needed():
         try:
             args = _parsed(argv)
             with importing(args.imports or ()):
@@ -65,7 +65,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and args.recipe is not None:
+    if args.command == "train":
+        # Behind an option argparse sees no positional that may be left out.
+        if args.recipe is None and rest and not rest[0].startswith("-"):
+            args.recipe = rest.pop(0)
         args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.settings]
     if rest:
@@ -88,8 +91,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common], help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **more: Any
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[common], help=text, description=text, **more
+        )
         made.set_defaults(run=run)
         return made
 
@@ -102,8 +109,9 @@ def _parser() -> Parser:
     demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
 
-    methods = command("methods", _methods, "list the sparse attention methods")
-    methods.add_argument("--markdown", action="store_true", help="the tables of the documents")
+    methods = command("methods", _methods, "list the sparse attention methods, or tell all about one")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one, and draw its pattern")
+    methods.add_argument("--markdown", action="store_true", help="the tables, or the page, of the documents")
 
     coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
@@ -162,12 +170,15 @@ def _parser() -> Parser:
     profiled.add_argument(
         "--batches", type=int, default=4, metavar="N", help="texts of each length, images, recordings or prompts: 4"
     )
+    profiled.add_argument(
+        "--held-out", type=int, default=0, metavar="N", help="more such inputs, to run the finished profile on: 0"
+    )
     profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
-    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
+    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; its default if not given")
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(
@@ -221,7 +232,30 @@ def _parser() -> Parser:
     evaluate.add_argument("--seed", type=int, default=0, help="of the noise of a pipeline: 0")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
 
-    train = command("train", _train, "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention")
+    run = _printed("hf_sparse_attn.cli.sample", _width)
+    sampled = command("sample", run, "make a clip with sparse attention, alone or beside the dense one")
+    sampled.add_argument("model", help="moving_wan, or the folder or Hub id of a pipeline that makes videos")
+    sampled.add_argument("--method", metavar="NAME", help="a method, or the folder or Hub id of a profile")
+    sampled.add_argument("--density", type=float, metavar="X", help="share of the pairs to keep; moving_wan: 0.25")
+    sampled.add_argument(
+        "--set", action="append", metavar="PARAM=VALUE", help="a parameter of the method; may be given more than once"
+    )
+    sampled.add_argument("--quality", metavar="WORD", help="parameters of the method: high, balanced or fast")
+    sampled.add_argument("--compare", action="store_true", help="the dense clip beside it, and how near it comes")
+    sampled.add_argument("--prompt", metavar="TEXT", help='what to show; moving_wan: "red disc down-left"')
+    sampled.add_argument("--steps", type=int, metavar="N", help="denoising steps; moving_wan: 8")
+    sampled.add_argument("--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}')
+    sampled.add_argument("--seed", type=int, default=0, help="0")
+    sampled.add_argument("--frames-per-second", type=int, default=8, metavar="N", help="of the film: 8")
+    sampled.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    sampled.add_argument("--device", help="cuda where there is one, else cpu")
+    sampled.add_argument("--dtype", default="auto", help="of a pipeline: auto, float32, bfloat16 or float16: auto")
+    sampled.add_argument("--output", metavar="FILE", help=".mp4 or .gif; moving_wan_radial.mp4, say, if not given")
+
+    text = "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention"
+    train = command("train", _train, text, add_help=False)
+    train.add_argument("-h", "--help", action="store_true", help="this help; after a recipe, its keys")
+    train.set_defaults(usage=train.format_help)
     train.add_argument("recipe", nargs="?", help="a YAML file, or one that comes with the package; none lists those")
     train.add_argument("settings", nargs="*", metavar="key=value", help="in place of the file's: optimizer.beta1=0.9")
     train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
@@ -249,6 +283,8 @@ def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namesp
 
 
 def _methods(args: argparse.Namespace) -> int:
+    if args.name is not None:
+        return _method(args)
     from hf_sparse_attn.documents import catalog
     from hf_sparse_attn.tables import markdown, table
 
@@ -270,6 +306,17 @@ def _methods(args: argparse.Namespace) -> int:
         return f"{methods}\n\n{table(columns, presets, title='Presets (quality=)', width=_width())}"
 
     return _show(args, document, text)
+
+
+def _method(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.documents import method_page, method_text
+
+    width = _terminal()
+    if args.markdown and not args.json:
+        print(method_page.page(args.name, method_text.evaluation()), end="")
+        return 0
+    found = method_text.record(args.name, width)
+    return _show(args, found, lambda: method_text.render(found, width))
 
 
 def _coverage(args: argparse.Namespace) -> int:
@@ -356,6 +403,14 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.help:
+        from hf_sparse_attn.cli import recipe_help
+
+        if args.recipe is None:
+            print(args.usage(), end="")
+            return 0
+        found = recipe_help.keys_of(args.recipe, args.settings)
+        return _show(args, found, lambda: recipe_help.render(found, _terminal()))
     from hf_sparse_attn.cli import train as train_command
 
     return train_command.main(args, _width())
@@ -382,6 +437,11 @@ def _show(
     for note in notes:
         print(note, file=sys.stderr)
     return 0
+
+
+def _terminal() -> int:
+    """Columns of the terminal, for text."""
+    return min(140, max(40, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _width() -> int:

@@ -97,6 +97,7 @@ def evaluate(
         ValueError, OSError: as `load`; or inputs that no attention is seen on.
     """
     begin = time.perf_counter()
+    scoring = args.inputs or INPUTS
     known = None if args.profile is None else load_profile(args.profile)
     model, batches, source = load(
         args.model,
@@ -106,7 +107,7 @@ def evaluate(
         prompts=args.prompts,
         length=None if args.tokens is None else [args.tokens],
         size=args.size,
-        count=(args.inputs or INPUTS) + _CALIBRATION + _CORRECTION,
+        count=scoring + _CALIBRATION + _CORRECTION,
         part=args.part,
         call=None if args.call is None else read_call(args.call),
         dtype=args.dtype,
@@ -116,7 +117,7 @@ def evaluate(
     )
     if known is not None:
         known.check(model)
-    calibration, correction, scored, said = _shared_out(batches)
+    calibration, correction, scored, said = _shared_out(batches, scoring)
     runner = Runner(model)
     calls = captured(model, lambda: runner.alone(calibration[0]), _FITTED)
     held_out = Reference(captured(model, lambda: runner.alone(scored[0]), _LOOKED_AT))
@@ -166,12 +167,17 @@ def as_it_is(source: str, profile: HeadProfile) -> Contestant:
     return Contestant(f"profile {source}", None, Fit(profile.method(), 0.0))
 
 
-def _shared_out(batches: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], str]:
-    """Inputs to fit on, one to correct by, those to score, and what is to be said of them."""
+def _shared_out(batches: Sequence[Any], scored: int) -> tuple[Sequence[Any], Any, Sequence[Any], str]:
+    """Inputs to fit on, one to correct by, those to score, and what is to be said of them.
+
+    Args:
+        batches: all there are.
+        scored: as many are to be scored.
+    """
     if len(batches) <= 2:
-        what = "what is scored, for there is nothing else" if len(batches) == 1 else "one more"
+        what = "what is scored, for there is nothing else" if len(batches) == 1 else "the other one"
         return batches[:1], batches[0], batches[-1:], f"; densities fitted on {what}"
-    fit = min(_CALIBRATION, len(batches) - 2)
+    fit = min(_CALIBRATION, max(1, len(batches) - _CORRECTION - scored))
     return batches[:fit], batches[fit], batches[fit + _CORRECTION :], ""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time
@@ -189,6 +190,11 @@ class FlexPrefill(Method):
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the last block of queries; see Method.choosing_pairs."""
         return float(self.block_size * ctx.layout.kv_len)
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Shares of the attention that are held; see Method.candidates."""
+        return [{"gamma": held, "min_budget": 1 / 32} for held in (0.6, 0.9)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
@@ -111,6 +112,14 @@ class SlidingWindow(Method):
         if ctx.layout.is_causal:
             return (kept - missing) / (n * (n + 1) / 2)
         return (2 * (kept - missing) - n) / n**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Windows that are shares of the tokens, of 16 at least; see Method.candidates."""
+        is_video = layout.video_part is not None
+        parts = (64, 32, 16, 8, 4) if layout.is_causal else (32, 16) if is_video else (32, 16, 8, 4)
+        wide = [part for part in parts if tokens >= 16 * part] or parts[-1:]
+        return [{"window": 1 / part, "sink": 0 if is_video else 16} for part in wide]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
@@ -134,6 +135,12 @@ class Strided(Method):
             kept = pairs * size**2 - blocks * size * (size - 1) // 2
             return kept / (layout.kv_len * (layout.kv_len + 1) / 2)
         return (2 * pairs - blocks) * size**2 / layout.kv_len**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Every few blocks, and a few neighbours; see Method.candidates."""
+        strides = (8, 16) if layout.is_causal else (4, 8)
+        return [{"local": 1 / 32, "stride": stride, "sink": int(layout.is_causal)} for stride in strides]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

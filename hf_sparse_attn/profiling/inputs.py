@@ -8,8 +8,10 @@ import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.extras import needing
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.profiling.measure import Batch
 from hf_sparse_attn.sharing.fingerprint import parts_of
 from hf_sparse_attn.sharing.hub import loading
@@ -35,6 +38,8 @@ PROMPTS = (
     "rain falls on a busy street at night, neon lights in the puddles",
 )
 _GGUF = ".gguf"
+# Height and width of images for DINOv2: 56 patches of 14 pixels.
+_DINOV2_SIDE = 784
 # Needles hidden in every document for the shipped language model.
 _NEEDLES = 16
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -87,7 +92,7 @@ def load(
 
     Args:
         model: the folder of a model or pipeline, its id on the Hub, a GGUF file (on the Hub "name/repository/file"),
-            or the name of a shipped model.
+            or the name of a shipped model or of one of pretrained/.
         texts: for models of text: a file, a folder of files, or texts; None means Python's standard library.
         images: for models of images: files, a folder of them, or pictures as PIL has them.
         audio: for models of speech: WAV files, a folder of them, or waveforms at the rate that the model wants.
@@ -120,8 +125,10 @@ def load(
     given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed, shorter)
     if model in SHIPPED:
         return _shipped(given, torch.device(device))
+    if model in NAMES:
+        return _pretrained(given, torch.device(device))
     file = _gguf(model)
-    if file is None and _is_pipeline(model):
+    if file is None and is_pipeline(model):
         given.refuse_all_but("prompts", "data", "call", "dtype")
         return _pipeline(given, torch.device(device))
     given.refuse("prompts", "call")
@@ -216,6 +223,50 @@ def _documents(lengths: Sequence[int], count: int, seed: int) -> list[Batch]:
     return made
 
 
+# ---------------------------------------------------------------------- real weights that are installed
+
+
+def _pretrained(given: _Given, device: torch.device) -> Loaded:
+    """A model of pretrained/, on its own inputs to choose by where none are given."""
+    own: dict[str, Any] = {}
+    if given.model == "smollm2":
+        from hf_sparse_attn.pretrained import smollm2, texts
+
+        given.refuse("prompts", "call")
+        model = smollm2.load_model(DTYPES[given.options.get("dtype", "float32")])
+        reader = smollm2.load_tokenizer()
+        if not {"texts", "data"} & set(given.options):
+            own = {"texts": list(texts.CALIBRATION.values())}
+    elif given.model == "dinov2":
+        from hf_sparse_attn.pretrained import dinov2, images
+
+        given.refuse("prompts", "call", "dtype")
+        model, reader = dinov2.load_model(), _Pixels()
+        if "images" not in given.options:
+            own = {"images": images.images(given.count, given.seed, images.CALIBRATION)}
+    else:
+        from hf_sparse_attn.pretrained import speech, whisper
+
+        given.refuse("prompts", "call", "dtype")
+        model, reader = whisper.load_model(), whisper.load_extractor()
+        if "audio" not in given.options:
+            own = {"audio": [speech.speak(said) for said in speech.calibration_sentences[: given.count]]}
+    named = given._replace(options={**own, **given.options})
+    return _with_batches(named, model.to(device).eval(), lambda what: reader)
+
+
+class _Pixels:
+    """What makes the pixels of DINOv2, called as an image processor of transformers."""
+
+    size: ClassVar[dict[str, int]] = {}
+
+    def __call__(self, image: Any, size: Mapping[str, int] | None = None, **_: Any) -> Any:
+        from hf_sparse_attn.pretrained import dinov2
+
+        side = _DINOV2_SIDE if size is None else size["height"]
+        return SimpleNamespace(pixel_values=dinov2.pixels(np.asarray(image), side))
+
+
 # ---------------------------------------------------------------------- models of the libraries
 
 
@@ -232,23 +283,24 @@ def _gguf(model: str) -> tuple[str, str] | None:
     return "/".join(path.parts[:2]), path.parts[2]
 
 
-def _is_pipeline(model: str) -> bool:
+def is_pipeline(model: str) -> bool:
     """Whether a folder or repository holds a pipeline, and not a model of transformers.
 
     Raises:
         ValueError, OSError: it holds neither, or nothing that can be run.
     """
     with loading(model, besides=SHIPPED):
-        is_pipeline = _file_of(model, "model_index.json") is not None
+        whole = _file_of(model, "model_index.json") is not None
         config = _file_of(model, "config.json")
-        if config is None and not is_pipeline:
-            raise ValueError("it holds neither config.json nor model_index.json")
+        if config is None and not whole:
+            unseen = "" if Path(model).is_dir() else ", as far as the Hub can be reached"
+            raise ValueError(f"it holds neither config.json nor model_index.json{unseen}")
         keys = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    if not is_pipeline and "_class_name" in keys:
+    if not whole and "_class_name" in keys:
         raise ValueError(
             f"`model` must be a whole pipeline, for a transformer alone does not tell what to run it on; got {model}"
         )
-    return is_pipeline
+    return whole
 
 
 def _file_of(model: str, name: str) -> Path | None:
@@ -335,12 +387,16 @@ def find_part(model: Any, name: str) -> Any:
     Raises:
         ValueError: there is none, or more than one.
     """
-    known = parts_of(model, find_family(model)[2])
+    known = _known_parts(model)
     found = [part for place, part in known.items() if place == name or place.endswith(f".{name}")]
     if len(found) != 1:
         names = ", ".join(known) or "none: the model is one"
         raise ValueError(f"`part` must be one of {names}; got {name!r}{nearest(name, known)}")
     return found[0]
+
+
+def _known_parts(model: Any) -> dict[str, Any]:
+    return dict(parts_of(model, find_family(model)[2]))
 
 
 def _needs_encoder(part: nn.Module) -> bool:
@@ -357,7 +413,7 @@ def _run_within(whole: Any, batch: Mapping[str, Any]) -> Callable[[Any], Any]:
     def run(part: Any) -> Any:
         device = next(whole.parameters()).device
         out = whole(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()})
-        return getattr(out, "loss", None)
+        return out if getattr(out, "loss", None) is None else out.loss
 
     return run
 
@@ -371,6 +427,10 @@ def _batches(given: _Given, model: Any, find: Find) -> tuple[list[Any], str]:
     if main in ("input_features", "input_values"):
         given.refuse("texts", "data", "images", "length", "size")
         return _speech_batches(given, model, find("feature extractor")), "speech"
+    if "images" in given.options and "part" not in given.options:
+        towers = [name for name, part in _known_parts(model).items() if part.main_input_name == "pixel_values"]
+        if towers:
+            raise ValueError(f"`part` must say what of {given.model} reads images: {' or '.join(towers)}")
     given.refuse("images", "audio", "size")
     argument, texts = given.one_of("texts", "data")
     said = "standard library" if texts is None else Path(texts).name if _is_source(texts) else "texts"
@@ -488,9 +548,9 @@ def _check_known(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
 def _decoder_start(model: Any, ids: Tensor) -> Tensor:
     """What a decoder reads to write a text: its start, then all but the last token."""
     config = model.config.get_text_config(decoder=True)
-    start = next(
-        (n for key in ("decoder_start_token_id", "bos_token_id") if (n := getattr(config, key, None)) is not None), 0
-    )
+    known = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id"))
+    # A small model may have kept the tokens of a large one in its config.
+    start = next((n for n in known if isinstance(n, int) and n < config.vocab_size), 0)
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
