@@ -213,7 +213,7 @@ def _parser() -> Parser:
     evaluate.add_argument("--images", nargs="+", metavar="FILE", help="for models of images: files, or a folder")
     evaluate.add_argument("--audio", nargs="+", metavar="FILE", help="for models of speech: WAV files, or a folder")
     evaluate.add_argument("--prompts", metavar="FILE", help="for pipelines: one on each line; a few of our own")
-    evaluate.add_argument("--inputs", type=int, metavar="N", help="texts, images, ... to score: 4")
+    evaluate.add_argument("--inputs", type=int, metavar="N", help="texts, images, ... to score: 4; of whisper 10")
     evaluate.add_argument("--methods", type=list_of(str), metavar="A,B", help="all whose density can be set")
     evaluate.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25")
     evaluate.add_argument("--profile", metavar="DIR", help="score this head profile in place of a mix made for it")

@@ -153,5 +153,5 @@ def _mixes(
     return profiles_within(subject.model, subject.calibration, metric, densities, skipped, measure)
 
 
-def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+def _means(found: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {name: fmean(one[name] for one in found) for name in found[0]}

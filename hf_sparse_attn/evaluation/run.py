@@ -308,14 +308,16 @@ def _model(first: str | None, named: str | None) -> str:
 
 # What models with inputs of their own take of the options for any model; the shipped ones, "tokens" alone.
 _TAKEN = {
-    "smollm2": ("inputs", "tokens", "profile"), "dinov2": ("inputs", "size", "profile"),
+    "smollm2": ("inputs", "tokens", "profile", "dtype"), "dinov2": ("inputs", "size", "profile"),
     "whisper": ("inputs", "profile"),
 }  # fmt: skip
 
 
 def _refuse_inputs(args: argparse.Namespace, taken: Sequence[str]) -> None:
     """Options that would be ignored for a model with inputs of its own."""
-    own = ("texts", "images", "audio", "prompts", "inputs", "profile", "tokens", "size", "part", "call", "device")
-    given = [f"--{name}" for name in own if name not in taken and getattr(args, name) is not None]
+    own = ("texts", "images", "audio", "prompts", "inputs", "profile", "tokens", "size", "part", "call", "device",
+           "dtype", "seed")  # fmt: skip
+    nothing = {"dtype": "auto", "seed": 0}
+    given = [f"--{name}" for name in own if name not in taken and getattr(args, name) != nothing.get(name)]
     if given:
         raise ValueError(f"{' and '.join(given)} must be left out for {args.model}, which has inputs of its own")

@@ -23,11 +23,12 @@ def rows(capsys: Any, *options: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_dinov2(capsys: Any, tmp_path: Path) -> None:
     options = ["--size", "224", "--inputs", "2", "--no-profile", "--output", str(tmp_path)]
     dense, sparse = rows(capsys, "--model", "dinov2", *options)
     assert dense["state_error"] == dense["saliency"] == 0
-    assert 0.02 < sparse["state_error"] < 0.7 and 0 < sparse["saliency"] < 0.2
+    assert 0.02 < sparse["state_error"] < 0.8 and 0 < sparse["saliency"] < 0.2
     assert sparse["density"] == pytest.approx(0.25, rel=0.15)
     assert len(sparse["paired"]["state_error"]["differences"]) == 2
     assert "state error" in (tmp_path / "eval.md").read_text()
@@ -67,6 +68,8 @@ def test_a_profile_in_place_of_a_mix(capsys: Any, tmp_path: Path) -> None:
         (["smollm2", "--size", "224"], "--size must be left out for smollm2, which has inputs of its own"),
         (["dinov2", "--tokens", "640"], "--tokens must be left out for dinov2, which has inputs of its own"),
         (["whisper", "--audio", "a.wav", "--part", "x"], "--audio and --part must be left out for whisper"),
+        (["dinov2", "--dtype", "bfloat16"], "--dtype must be left out for dinov2"),
+        (["whisper", "--seed", "3"], "--seed must be left out for whisper"),
         (["language", "--inputs", "3"], "--inputs must be left out for language"),
         (["dinov2", "--inputs", "0"], "`inputs` must be at least 1, got 0"),
     ],
