@@ -11,9 +11,10 @@ from typing import Any
 
 from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.evaluation.compare import Subject, compare, load_profile
+from hf_sparse_attn.evaluation.compare import Subject, compare
 from hf_sparse_attn.evaluation.outputs import FIGURES, Dense, Runner
 from hf_sparse_attn.evaluation.result import Result, Row, difference
+from hf_sparse_attn.evaluation.run import load_profile
 from hf_sparse_attn.profiling.inputs import load, read_call, read_text
 from hf_sparse_attn.profiling.observe import Call
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.api import patch
-from hf_sparse_attn.evaluation.equal_density import Fit
 from hf_sparse_attn.evaluation.fidelity import Reference
 from hf_sparse_attn.evaluation.outputs import captured
 from hf_sparse_attn.evaluation.paired import Paired
@@ -27,10 +26,10 @@ from hf_sparse_attn.evaluation.run import (
     fitted,
     measured_density,
     profiles_within,
+    saved,
     settled,
 )
 from hf_sparse_attn.method import Method
-from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.shipped.byte_llama import default_metric
@@ -90,9 +89,7 @@ def compare(
     """
     begin = time.perf_counter()
     model, skipped = subject.model, dict[str, str]()
-    known = None if profile is None else load_profile(profile)
-    if known is not None:
-        known.check(model)
+    known = None if profile is None else saved(profile, model)
     calls = captured(model, lambda: subject.run(subject.calibration[0]), _CALLS)
     held_out = Reference(captured(model, lambda: subject.run(subject.correction), _CALLS))
     dense, whole = [], []
@@ -119,25 +116,13 @@ def compare(
     contestants = fitted(names, densities, calls, measure, skipped, subject.name)
     own: Iterable[Contestant] = ()
     if known is not None:
-        own = [Contestant(f"profile {profile}", None, Fit(known.method(), known.density))]
+        own = [known]
     elif profiled:
         own = _mixes(subject, densities, skipped, measure)
     for contestant in chain(contestants, own):
         rows.append(subject.row(**common_figures(*settled(contestant, run), held_out)))
     setting = subject.setting if isinstance(subject.setting, str) else subject.setting(calls)
     return Result(subject.name, setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
-
-
-def load_profile(source: str) -> HeadProfile:
-    """The profile to score.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = find_profile(source)
-    if found is None:
-        raise ValueError(f"`profile` must be the folder or Hub id of a head profile, got {source!r}")
-    return found
 
 
 def _mixes(
