@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.profiling.inputs import check_dtype, load
+from hf_sparse_attn.profiling.inputs import check_dtype, load, read_call
 from hf_sparse_attn.profiling.run import check_settings, profile
 from hf_sparse_attn.profiling.view.report import render, summary
 from hf_sparse_attn.sharing.files import make_folder
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, width: int) -> str:
     if args.query_blocks is not None:
         check_int("query_blocks", args.query_blocks, 1)
     check_dtype(args.dtype)
-    call = None if args.call is None else _call(args.call)
+    call = None if args.call is None else read_call(args.call)
     candidates = None if args.candidates is None else _candidates(Path(args.candidates))
     make_folder(args.output)
     check_int("held_out", args.held_out, 0)
@@ -94,17 +94,6 @@ def _parted(batches: list[Any], lengths: int, held_out: int) -> tuple[list[Any],
         raise ValueError(f"`held-out` must leave an input to profile on, got {held_out} of {size}")
     first = [one for at, one in enumerate(batches) if at % size < size - held_out]
     return first, [one for at, one in enumerate(batches) if at % size >= size - held_out]
-
-
-def _call(text: str) -> dict[str, Any]:
-    """The arguments of a pipeline's call."""
-    try:
-        call = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`call` must be a JSON object, got {text}: {error}") from error
-    if not isinstance(call, dict):
-        raise ValueError(f"`call` must be a JSON object, got {text}")
-    return call
 
 
 def _candidates(path: Path) -> list[Any]:

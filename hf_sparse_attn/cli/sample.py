@@ -27,11 +27,12 @@ from hf_sparse_attn.evaluation.video import CALIBRATION_SEED, captured
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.profiles.head_profile import find_profile
+from hf_sparse_attn.profiling.inputs import check_dtype, is_pipeline, load, read_call
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.registry import METHODS, make_method
 from hf_sparse_attn.report import Report
 from hf_sparse_attn.selection import check_share
-from hf_sparse_attn.shipped import moving
+from hf_sparse_attn.shipped import SHIPPED, moving
 from hf_sparse_attn.shipped.moving_scenes import COLOURS, DIRECTIONS, SHAPES, SceneClass, draw_classes
 from hf_sparse_attn.tables import table
 
@@ -104,6 +105,7 @@ def main(args: argparse.Namespace, width: int) -> str:
     for name, least in (("steps", 1), ("seed", 0), ("frames_per_second", 1)):
         if getattr(args, name) is not None:
             check_int(name, getattr(args, name), least)
+    check_dtype(args.dtype)
     file = Path(args.output or f"{Path(args.model).name}_{Path(args.method or 'sparse').name}{default_ending()}")
     check_film(file)
     with threads(args.threads):
@@ -196,7 +198,9 @@ def _table(rows: Sequence[Row], width: int) -> str:
         for row in rows
     ]
     columns = ("attention", "density", "PSNR (dB)", "SSIM", "time ratio", "a clip", "motion right")
-    return table(columns, cells, width=width)
+    # Nothing is said of what was not measured.
+    told_of = [i for i in range(len(columns)) if any(line[i] != "-" for line in cells)]
+    return table([columns[i] for i in told_of], [[line[i] for i in told_of] for line in cells], width=width)
 
 
 # ---------------------------------------------------------------------- the method
@@ -305,10 +309,10 @@ def _scene(prompt: str) -> SceneClass:
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> Subject:
     """A pipeline of diffusers that makes videos, or images."""
+    if args.model in SHIPPED or not is_pipeline(args.model):
+        raise ValueError(f"`model` must make videos or images, got {args.model}")
     if args.prompt is None:
         raise ValueError(f"`prompt` must say what a pipeline is to show, got none for {args.model}")
-    from hf_sparse_attn.profiling.inputs import load
-
     call = {} if args.call is None else read_call(args.call)
     call |= {} if args.steps is None else {"num_inference_steps": args.steps}
     call["output_type"] = "np"

@@ -27,6 +27,8 @@ from hf_sparse_attn.shipped import SHIPPED
 
 # Tokens of a text where nothing is said, as far as the model has positions for them.
 LENGTH = 4096
+# Tokens to which texts are cut at most where they are too few for more.
+_SHORTEST = 64
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Prompts for models that make videos or images.
 PROMPTS = (
@@ -84,6 +86,7 @@ def load(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    shorter: bool = False,
 ) -> Loaded:
     """Loads a model and makes batches of what it reads.
 
@@ -103,6 +106,7 @@ def load(
         dtype: of the weights, one of DTYPES.
         device: where the model goes.
         seed: of what is drawn.
+        shorter: without a `length`, whether texts are cut shorter where those that were given are too few for it.
 
     Returns:
         the model in evaluation mode, `count` batches for each length, and what they are.
@@ -118,13 +122,13 @@ def load(
         "texts": texts, "images": images, "audio": audio, "prompts": prompts, "data": data, "length": length,
         "size": size, "part": part, "call": call, "dtype": None if dtype == "auto" else dtype,
     }  # fmt: skip
-    given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed)
+    given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed, shorter)
     if model in SHIPPED:
         return _shipped(given, torch.device(device))
     if model in NAMES:
         return _pretrained(given, torch.device(device))
     file = _gguf(model)
-    if file is None and _is_pipeline(model):
+    if file is None and is_pipeline(model):
         given.refuse_all_but("prompts", "data", "call", "dtype")
         return _pipeline(given, torch.device(device))
     given.refuse("prompts", "call")
@@ -139,6 +143,7 @@ class _Given(NamedTuple):
     options: Mapping[str, Any]
     count: int
     seed: int
+    shorter: bool = False
 
     def refuse(self, *names: str) -> None:
         """Options that would be ignored."""
@@ -153,6 +158,21 @@ class _Given(NamedTuple):
     def one_of(self, *names: str) -> tuple[str, Any]:
         """The first option that was given, with its name; the last one as None where none was."""
         return next(((name, self.options[name]) for name in names if name in self.options), (names[-1], None))
+
+
+def read_call(text: str) -> dict[str, Any]:
+    """The arguments of a pipeline's call from a command line.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    try:
+        call = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`call` must be a JSON object, got {text}: {error}") from error
+    if not isinstance(call, dict):
+        raise ValueError(f"`call` must be a JSON object, got {text}")
+    return call
 
 
 def check_dtype(name: str) -> None:
@@ -263,23 +283,24 @@ def _gguf(model: str) -> tuple[str, str] | None:
     return "/".join(path.parts[:2]), path.parts[2]
 
 
-def _is_pipeline(model: str) -> bool:
+def is_pipeline(model: str) -> bool:
     """Whether a folder or repository holds a pipeline, and not a model of transformers.
 
     Raises:
         ValueError, OSError: it holds neither, or nothing that can be run.
     """
     with loading(model, besides=SHIPPED):
-        is_pipeline = _file_of(model, "model_index.json") is not None
+        whole = _file_of(model, "model_index.json") is not None
         config = _file_of(model, "config.json")
-        if config is None and not is_pipeline:
-            raise ValueError("it holds neither config.json nor model_index.json")
+        if config is None and not whole:
+            unseen = "" if Path(model).is_dir() else ", as far as the Hub can be reached"
+            raise ValueError(f"it holds neither config.json nor model_index.json{unseen}")
         keys = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    if not is_pipeline and "_class_name" in keys:
+    if not whole and "_class_name" in keys:
         raise ValueError(
             f"`model` must be a whole pipeline, for a transformer alone does not tell what to run it on; got {model}"
         )
-    return is_pipeline
+    return whole
 
 
 def _file_of(model: str, name: str) -> Path | None:
@@ -435,14 +456,19 @@ def _found_by(where: str, file: str | None) -> Find:
 def _text_batches(given: _Given, model: Any, tokenizer: Any, argument: str, texts: Given | None) -> list[Any]:
     lengths = given.options.get("length")
     table = _positions(model)
+    text = _joined(argument, texts)
     if lengths is None:
-        lengths = (min(LENGTH, _longest(model, tokenizer, table)),)
+        longest = min(LENGTH, _longest(model, tokenizer, table))
+        if given.shorter:
+            held = len(tokenizer(text[: 16 * longest * given.count], verbose=False).input_ids)
+            longest = min(longest, max(_SHORTEST, held // given.count))
+        lengths = (longest,)
     for length in lengths:
         if check_int("length", length, 16) > (table or length):
             raise ValueError(f"`length` must be at most {table}, the positions of {given.model}, got {length}")
     takes = _takes(model)
     made = []
-    for ids in _token_ids(tokenizer, _joined(argument, texts), lengths, given.count, argument):
+    for ids in _token_ids(tokenizer, text, lengths, given.count, argument):
         _check_known(ids, model, tokenizer, given.model)
         batch = {"input_ids": ids}
         # A model that fills in what is masked has no loss on a whole text.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hf_sparse_attn.profiling.observe import Observing, Seen, evaluating, observ
 from hf_sparse_attn.profiling.probe import Needle, Probe, sample_units
 from hf_sparse_attn.profiling.tally import Steps, Tally
 from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.fingerprint import weights_hash
 
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.
@@ -178,25 +178,38 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs: Any = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    watch.needles = ()
-    if not callable(inputs):
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
-        inputs = dict(inputs)
-        watch.needles = inputs.pop("needles", ())
+    inputs, watch.needles = _inputs_of(batch)
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
         if gradients:
             _differentiate(model, inputs, patch)
-        elif callable(inputs):
-            inputs(model)
         else:
-            inputs.pop("labels", None)
-            model(**ready(model, inputs))
+            run_batch(model, batch)
         said = {reason for record in patch.session.records.values() for reason in record.dense_reasons}
     return "; ".join(sorted(said - {"observed"})) or "no call came by"
+
+
+def _inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
+    """What a model is given, and the needles."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}, ()
+    if callable(batch):
+        return batch, ()
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
+    inputs = dict(batch)
+    return inputs, inputs.pop("needles", ())
+
+
+def run_batch(model: Any, batch: Batch) -> None:
+    """Runs a model on one batch, without its labels; see `measure`."""
+    inputs = _inputs_of(batch)[0]
+    if callable(inputs):
+        inputs(model)
+        return
+    inputs.pop("labels", None)
+    model(**ready(model, inputs))
 
 
 def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
@@ -267,17 +280,6 @@ def longest(batches: object) -> int:
         return 0
     ids = [b.get("input_ids") if isinstance(b, Mapping) else b for b in batches]
     return max((t.shape[-1] for t in ids if isinstance(t, Tensor)), default=0)
-
-
-def weights_hash(model: Any) -> str:
-    """Short hash of a model's classes, and of the first weights of every parameter."""
-    digest = hashlib.sha256()
-    for module in find_family(model)[2]:
-        digest.update(type(module).__name__.encode())
-        for name, weight in module.named_parameters():
-            some = weight.detach().flatten()[:8].float().cpu()
-            digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_metrics(metrics: Sequence[str]) -> frozenset[str]:

@@ -19,6 +19,7 @@ from hf_sparse_attn.evaluation.film import Panel, write_film
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.shipped import moving
 from hf_sparse_attn.shipped.moving_scenes import SceneClass
+from tests.support import tiny_prompts
 
 av = pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -110,6 +111,40 @@ def test_without_compare_the_clip_stands_alone(capsys: pytest.CaptureFixture[str
     assert frames_of("a.gif")[0].shape[1] == 384
 
 
+def test_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_prompts.wan().save_pretrained("pipe")
+    capsys.readouterr()
+    call = '{"num_frames": 9, "height": 48, "width": 64, "guidance_scale": 1.0}'
+    line = (
+        "sample pipe --method block_topk --density 0.5 --set block_size=16 --compare --steps 1 --json --output a.gif"
+    )
+    assert main([*line.split(), "--prompt", "a dog", "--call", call]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][1]["attention"] == "block_topk(block_size=16, density=0.5)"
+    # One run of each, in which the noise was the same.
+    assert [len(row["seconds"]) for row in found["rows"]] == [1, 1] and found["rows"][1]["psnr"] > 20
+    frames = frames_of("a.gif")
+    assert len(frames) == 9 and frames[0].shape == (50 + 6 * 48, 2 * 6 * 64 + 8, 3)
+    for options, said in (
+        (
+            "--method radial --density 0.5 --prompt dog",
+            "`density` of radial must be set by its parameter",
+        ),
+        ("--method radial", "`prompt` must say what a pipeline is to show, got none for pipe"),
+        ("--method radial --prompt dog --call {", "`call` must be a JSON object, got {"),
+    ):
+        assert main(["sample", "pipe", *options.split()]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["byte_llama", "lm"])
+def test_a_model_that_makes_no_pictures(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lm").mkdir()
+    Path("lm/config.json").write_text("{}")
+    assert main(["sample", model, "--method", "radial", "--prompt", "dog"]) == 2
+    assert f"`model` must make videos or images, got {model}" in capsys.readouterr().err
+
+
 def fit(name: str, density: float | None, grid: tuple[int, int, int], **settings: Any) -> Any:
     layout = TokenLayout.video(*grid)
     q, k = torch.randn(2, 1, 2, layout.kv_len, 8, generator=torch.Generator().manual_seed(0))
@@ -145,7 +180,7 @@ def test_a_method_is_turned_to_a_density_and_keeps_what_is_set(caplog: pytest.Lo
         ("--method radial --frames-per-second 0", "`frames_per_second` must be at least 1, got 0"),
         ("--method radial --prompt dog", "`prompt` must name one of disc, square, cross for moving_wan, got 'dog'"),
         ("--method radial --call {}", "--call must be left out for moving_wan"),
-        ("--method vertical_slash --set slash=9 --steps 1", "vertical_slash needs a causal layout"),
+        ("--method vertical_slash --set slash=9 --steps 1", "`method` 'vertical_slash' needs a causal layout"),
         ("--method ./nope", "`source` must be a folder that exists or a Hub id"),
     ],
     ids=lambda text: text.replace(" ", "-")[:40],
