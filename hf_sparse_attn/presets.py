@@ -74,8 +74,8 @@ class Measured:
         # An error is one against dense attention.
         dense = f", dense {self.dense:.4g} ({self.difference:+.2g})" if self.dense else ""
         return (
-            f"{self.figure} {self.sparse:.4g}{dense}, on {self.model} ({self.inputs} inputs of {self.tokens:,} tokens, "
-            f"density {self.density:.2g})"
+            f"{self.figure} {self.sparse:.4g}{dense}, on {self.model} "
+            f"({self.inputs} inputs of {self.tokens:,} tokens, density {self.density:.2g})"
         )
 
 
