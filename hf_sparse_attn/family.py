@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection
 from threading import Lock
@@ -56,8 +55,6 @@ def find_family(model: object) -> Found:
     Raises:
         TypeError: no family knows it; the message gives each family's reason.
     """
-    if isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"`model` must be a model or pipeline that was loaded, got the name {str(model)!r}")
     found, reasons = ask_families(model)
     if found is None:
         said = "; ".join(f"{name}: {why}" for name, why in reasons.items())

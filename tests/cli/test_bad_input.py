@@ -168,13 +168,6 @@ def test_a_profile_is_not_made_of_nothing() -> None:
     assert made.model.heads == 2
 
 
-@pytest.mark.parametrize("call", [hsa.patch, hsa.profile], ids=["patch", "profile"])
-def test_a_name_is_no_model(call: Any) -> None:
-    for given in ("lm", Path("lm")):
-        with pytest.raises(TypeError, match="`model` must be a model or pipeline that was loaded, got the name 'lm'"):
-            call(given, "sliding_window")
-
-
 def test_texts_shorter_than_a_block_are_told() -> None:
     model = tiny_lm.FAMILIES["llama"]()
     for name in ("sliding_window", "block_topk", "xattention", "vertical_slash", "strided", "flexprefill"):
