@@ -198,15 +198,33 @@ def _parser() -> Parser:
     profiled.add_argument("--output", required=True, metavar="DIR", help="where the profile goes")
 
     run = _printed("hf_sparse_attn.evaluation.run")
-    evaluate = command("eval", run, "all methods at equal density on the shipped models: fidelity and quality")
-    evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
+    evaluate = command("eval", run, "all methods at equal density on a model, against the dense one input by input")
+    evaluate.add_argument(
+        "name", nargs="?", metavar="MODEL",
+        help="folder or Hub id of a model or pipeline, a GGUF file; or language, video or all of ours: all",
+    )  # fmt: skip
+    evaluate.add_argument("--model", metavar="MODEL", help="the same")
+    evaluate.add_argument("--texts", nargs="+", metavar="FILE", help="for models of text: the standard library")
+    evaluate.add_argument("--images", nargs="+", metavar="FILE", help="for models of images: files, or a folder")
+    evaluate.add_argument("--audio", nargs="+", metavar="FILE", help="for models of speech: WAV files, or a folder")
+    evaluate.add_argument("--prompts", metavar="FILE", help="for pipelines: one on each line; a few of our own")
+    evaluate.add_argument("--inputs", type=int, default=4, metavar="N", help="texts, images, ... to score: 4")
     evaluate.add_argument("--methods", type=list_of(str), metavar="A,B", help="all whose density can be set")
     evaluate.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25")
+    evaluate.add_argument("--profile", metavar="DIR", help="score this head profile in place of a mix made for it")
     evaluate.add_argument("--no-profile", action="store_true", help="without the mix that the profiler chooses")
-    evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="bytes of a document: 4096")
-    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="held-out documents to read: 6")
-    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
+    evaluate.add_argument(
+        "--tokens", "--length", type=int, metavar="N", help="of a text: 4096, or all positions of the model"
+    )
+    evaluate.add_argument("--size", type=int, metavar="N", help="side of an image in pixels: as the model has it")
+    evaluate.add_argument("--part", metavar="NAME", help="the part of a model to make sparse: encoder, vision_model")
+    evaluate.add_argument("--call", metavar="JSON", help='arguments of a pipeline: {"num_frames": 81}')
+    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="language: documents to read: 6")
+    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="video: clips to sample: 4")
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    evaluate.add_argument("--device", help="cuda where there is one, else cpu")
+    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: auto")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the noise of a pipeline: 0")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
 
     run = _printed("hf_sparse_attn.cli.sample", _width)

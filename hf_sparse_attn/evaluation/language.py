@@ -35,6 +35,8 @@ from hf_sparse_attn.shipped.byte_llama import default_metric, load_model
 from hf_sparse_attn.shipped.corpus import NeedleDocument, needle_document, next_byte_loss, score_needles
 
 NEEDLES = 8
+# Bytes of a document where nothing is said.
+TOKENS = 4096
 # Documents to fit densities on and to profile with, from other modules than those that are scored.
 CALIBRATION_SEEDS = (0, 1)
 # Of the document by which densities are corrected.
@@ -89,11 +91,12 @@ def evaluate(
     """
     if args.documents < 1:
         raise ValueError(f"`documents` must be at least 1, got {args.documents}")
+    tokens = args.tokens or TOKENS
     begin = time.perf_counter()
     model = load_model()
-    calibration = [needle_document(args.tokens, NEEDLES, seed, "train") for seed in CALIBRATION_SEEDS]
-    correction = needle_document(args.tokens, NEEDLES, _CORRECTION_SEED, "train")
-    scored = [needle_document(args.tokens, NEEDLES, _FIRST_SEED + i) for i in range(args.documents)]
+    calibration = [needle_document(tokens, NEEDLES, seed, "train") for seed in CALIBRATION_SEEDS]
+    correction = needle_document(tokens, NEEDLES, _CORRECTION_SEED, "train")
+    scored = [needle_document(tokens, NEEDLES, _FIRST_SEED + i) for i in range(args.documents)]
     calls = captured(model, calibration[0])
     held_out = Reference(captured(model, scored[0]))
     skipped: dict[str, str] = {}
@@ -129,7 +132,7 @@ def evaluate(
     for contestant in chain(found, mixes):
         rows.append(LanguageRow(**common_figures(*settled(contestant, run), held_out)))
     setting = (
-        f"shipped byte-level Llama, {args.documents} held-out documents of {args.tokens} bytes, {NEEDLES} needles each"
+        f"shipped byte-level Llama, {args.documents} held-out documents of {tokens} bytes, {NEEDLES} needles each"
     )
     return Result("language", setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
 

@@ -55,8 +55,11 @@ class Paired:
 
     def shown(self, digits: int = 4) -> str:
         """Mean, standard error and signs for a cell of a table: "+0.0110 ±0.0040 +++-"."""
-        spread = "" if self.error is None else f" ±{self.error:.{digits}f}"
         signs = self.signs
         if len(signs) > _SHOWN_SIGNS:
             signs = " ".join(f"{signs.count(sign)}{sign}" for sign in "+-=" if sign in signs)
-        return f"{self.mean:+.{digits}f}{spread} {signs}"
+        return f"{self.mean:+.{digits}f}{self.spread(digits)} {signs}"
+
+    def spread(self, digits: int = 4) -> str:
+        """The standard error behind a figure, " ±0.0040"; nothing for a single input."""
+        return "" if self.error is None else f" ±{self.error:.{digits}f}"

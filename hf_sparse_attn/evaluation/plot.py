@@ -63,13 +63,13 @@ def draw(result: Result, folder: Path) -> Path | None:
     except ImportError:
         log.warning("the plot of fidelity %s", need("matplotlib"))
         return None
-    plots = type(result.rows[0]).plots
+    plots = result.rows[0].own_plots()
     names = list(dict.fromkeys(row.name for row in result.rows if row.wanted is not None))
     figure = Figure(figsize=(3.6 * len(plots), 4.6), layout="constrained")
     for ax, (attribute, label, larger) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
         for i, name in enumerate(names):
             own = sorted((row for row in result.rows if row.name == name), key=lambda row: row.density)
-            x, y = [row.density for row in own], [getattr(row, attribute) for row in own]
+            x, y = [row.density for row in own], [row.value(attribute) for row in own]
             colour = "black" if name == PROFILED else _COLOURS[i % len(_COLOURS)]
             marker = _MARKERS[i % len(_MARKERS)]
             ax.errorbar(
@@ -80,7 +80,7 @@ def draw(result: Result, folder: Path) -> Path | None:
                 if attribute in row.paired and not row.paired[attribute].agreed:
                     ax.annotate(row.paired[attribute].signs, (at, height), fontsize=6, color=colour, xytext=(3, 3),
                                 textcoords="offset points")  # fmt: skip
-        dense = getattr(result.rows[0], attribute)
+        dense = result.rows[0].value(attribute)
         # Equal clips have no finite PSNR: a line for it would press all others together.
         if attribute != "psnr":
             ax.axhline(dense, color="black", linewidth=0.8, linestyle=":")

@@ -16,8 +16,9 @@ from hf_sparse_attn.tables import table
 PROFILED = "per-head profile"
 # What stands in a column of differences.
 EXPLAINED = "mean difference ± standard error; + more, - less, = as much as dense, a sign for each input"
-
-SUBJECTS = ("language", "video")
+# Shipped models and how they are called as models.
+SHIPPED_AS = {"language": "byte_llama", "video": "moving_wan"}
+SUBJECTS = tuple(SHIPPED_AS)
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,25 @@ class Row:
     # What is plotted against density: attribute, axis label, whether larger is better.
     plots: ClassVar[Sequence[tuple[str, str, bool]]] = ()
 
+    def own_columns(self) -> Sequence[tuple[str, Callable[[Any], str]]]:
+        """`columns`, by which a table of such rows is drawn."""
+        return self.columns
+
+    def own_plots(self) -> Sequence[tuple[str, str, bool]]:
+        """`plots` of such rows."""
+        return self.plots
+
+    def value(self, figure: str) -> float:
+        """A figure by its name."""
+        return float(getattr(self, figure))
+
 
 @dataclass(frozen=True)
 class Result:
     """What one evaluation found.
 
     Args:
-        subject: "language" or "video".
+        subject: a word, of which files of it are named.
         setting: what was run, in words.
         dense: what all rows are compared with, in words.
         rows: dense first, then method by method.
@@ -77,7 +90,7 @@ class Result:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        own = type(self.rows[0]).columns
+        own = self.rows[0].own_columns()
         names = ["method", "asked", "density", "recall", "error", *(name for name, _ in own), "choosing"]
         lines = [
             [

@@ -1,4 +1,4 @@
-"""`hf-sparse-attn eval`: all methods at equal density on the shipped models."""
+"""`hf-sparse-attn eval`: all methods at equal density, on the shipped models and on any other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.cost.timing import threads
 from hf_sparse_attn.evaluation.equal_density import VARIES, DensityCurve, Dial, Fit, correct_density, is_near
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.evaluation.result import PROFILED, SUBJECTS, estimate_share
+from hf_sparse_attn.evaluation.result import PROFILED, SHIPPED_AS, SUBJECTS, estimate_share
+from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
+from hf_sparse_attn.profiling.inputs import check_dtype
 from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.profiling.run import from_measurements, profile
 from hf_sparse_attn.registry import METHODS
@@ -59,11 +61,13 @@ def base_method(name: str, layout: TokenLayout) -> Method:
 def turnable_methods(wanted: Sequence[str] | None) -> list[str]:
     """Names of the methods with a knob that choose by q, k and v alone, or those of `wanted`.
 
+    Those without a knob that are wanted are scored as they are.
+
     Raises:
         ValueError: unknown name; or another method was asked for.
     """
     for name in wanted or ():
-        if METHODS.get(name).knob is None:
+        if METHODS.get(name).name == "dense":
             raise ValueError(f"`methods` must be such whose density can be set, got {name!r}")
         if METHODS.get(name).reads:
             raise ValueError(f"`methods` must be such that choose by q, k and v alone, got {name!r}")
@@ -250,35 +254,58 @@ def dense_figures() -> dict[str, Any]:
 
 def dense_of(model: Any) -> str:
     """What runs where nothing is sparse, in words: the attention that a model has without a patch."""
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return f"the unpatched {type(model).__name__}" + (f" ({implementation} attention)" if implementation else "")
+    modules = find_family(model)[2]
+    used = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules} - {None}
+    said = f" ({' and '.join(sorted(map(str, used)))} attention)" if used else ""
+    return f"the unpatched {type(model).__name__}{said}"
 
 
 def main(args: argparse.Namespace) -> str:
     """Runs the command; returns what is printed."""
     from hf_sparse_attn.evaluation import plot as evaluate_plot
 
+    args.model = _model(args.name, args.model)
     densities = args.densities or (0.0625, 0.125, 0.25)
     # What can be refused is refused before anything is measured.
     for density in densities:
         check_share("density", density)
-    for name in ("documents", "clips", "tokens"):
-        check_int(name, getattr(args, name), 1)
+    for name in ("documents", "clips", "inputs", "tokens"):
+        if getattr(args, name) is not None:
+            check_int(name, getattr(args, name), 1)
+    check_dtype(args.dtype)
     output = None if args.output is None else Path(args.output)
     if output is not None:
         # A folder that cannot be made must not cost a result of many minutes.
         make_folder(output)
     names = turnable_methods(args.methods)
+    subjects = [subject for subject in SUBJECTS if args.model in (subject, "all")]
+    if subjects:
+        _refuse_inputs(args)
     with threads(args.threads):
         results = [
             import_module(f"hf_sparse_attn.evaluation.{subject}").evaluate(
                 args, names, densities, not args.no_profile, output
             )
-            for subject in SUBJECTS
-            if args.model in (subject, "all")
+            for subject in subjects or ["any_model"]
         ]
     if output is not None:
         evaluate_plot.write(results, output)
     if args.json:
         return json.dumps([result.to_dict() for result in results], indent=2)
     return "\n\n".join(map(str, results))
+
+
+def _model(first: str | None, named: str | None) -> str:
+    """The model, which may be given either way."""
+    if first is not None and named is not None and first != named:
+        raise ValueError(f"`model` must be given once, got {first!r} and {named!r}")
+    model = first or named or "all"
+    return {name: subject for subject, name in SHIPPED_AS.items()}.get(model, model)
+
+
+def _refuse_inputs(args: argparse.Namespace) -> None:
+    """Options that would be ignored for a model with inputs of its own."""
+    own = ("texts", "images", "audio", "prompts", "profile", "size", "part", "call", "device")
+    given = [f"--{name}" for name in own if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} must be left out for {args.model}, which has inputs of its own")

@@ -63,7 +63,7 @@ class VideoRow(Row):
     right: float
 
     columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = (
-        ("PSNR (dB)", lambda row: difference(row, "psnr", 2) or "same"),
+        ("PSNR (dB)", lambda row: f"{row.psnr:.2f}{row.paired['psnr'].spread(2)}" if row.paired else "same"),
         ("SSIM", lambda row: f"{row.ssim:.4f}"),
         ("over dense", lambda row: difference(row, "ssim")),
         ("motion right", lambda row: f"{row.right:.2f}"),

@@ -24,6 +24,8 @@ from hf_sparse_attn.shipped import SHIPPED
 
 # Tokens of a text where nothing is said, as far as the model has positions for them.
 LENGTH = 4096
+# Tokens to which texts are cut at most where they are too few for more.
+_SHORTEST = 64
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Prompts for models that make videos or images.
 PROMPTS = (
@@ -79,6 +81,7 @@ def load(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    shorter: bool = False,
 ) -> Loaded:
     """Loads a model and makes batches of what it reads.
 
@@ -98,6 +101,7 @@ def load(
         dtype: of the weights, one of DTYPES.
         device: where the model goes.
         seed: of what is drawn.
+        shorter: without a `length`, whether texts are cut shorter where those that were given are too few for it.
 
     Returns:
         the model in evaluation mode, `count` batches for each length, and what they are.
@@ -113,7 +117,7 @@ def load(
         "texts": texts, "images": images, "audio": audio, "prompts": prompts, "data": data, "length": length,
         "size": size, "part": part, "call": call, "dtype": None if dtype == "auto" else dtype,
     }  # fmt: skip
-    given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed)
+    given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed, shorter)
     if model in SHIPPED:
         return _shipped(given, torch.device(device))
     file = _gguf(model)
@@ -132,6 +136,7 @@ class _Given(NamedTuple):
     options: Mapping[str, Any]
     count: int
     seed: int
+    shorter: bool = False
 
     def refuse(self, *names: str) -> None:
         """Options that would be ignored."""
@@ -400,14 +405,19 @@ def _found_by(where: str, file: str | None) -> Find:
 def _text_batches(given: _Given, model: Any, tokenizer: Any, argument: str, texts: Given | None) -> list[Any]:
     lengths = given.options.get("length")
     table = _positions(model)
+    text = _joined(argument, texts)
     if lengths is None:
-        lengths = (min(LENGTH, _longest(model, tokenizer, table)),)
+        longest = min(LENGTH, _longest(model, tokenizer, table))
+        if given.shorter:
+            held = len(tokenizer(text[: 16 * longest * given.count], verbose=False).input_ids)
+            longest = min(longest, max(_SHORTEST, held // given.count))
+        lengths = (longest,)
     for length in lengths:
         if check_int("length", length, 16) > (table or length):
             raise ValueError(f"`length` must be at most {table}, the positions of {given.model}, got {length}")
     takes = _takes(model)
     made = []
-    for ids in _token_ids(tokenizer, _joined(argument, texts), lengths, given.count, argument):
+    for ids in _token_ids(tokenizer, text, lengths, given.count, argument):
         _check_known(ids, model, tokenizer, given.model)
         batch = {"input_ids": ids}
         # A model that fills in what is masked has no loss on a whole text.
