@@ -184,6 +184,10 @@ class Method:
         """Why the method leaves a call to the model's own attention on purpose, which is no fallback; or None."""
         return None
 
+    def remark(self, ctx: Context) -> str | None:
+        """What whoever patched the model should know of calls of this length, told once; or None."""
+        return None
+
     def requested_density(self, layer: int) -> float | None:
         """The density asked for in a layer, for the report; None where the method takes none."""
         return self.params().get("density")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from hf_sparse_attn.tables import table
+from hf_sparse_attn.tables import Table, escape, html, table
 
 
 class Pairs(NamedTuple):
@@ -17,6 +17,8 @@ class Pairs(NamedTuple):
 
 
 _NONE = Pairs()
+# The heading of the column of reasons.
+_WHY = "dense because"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,29 @@ class Report:
         return {**asdict(replace(self, params=params)), **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
+        notes = (f"note: {text}" for text in self.notes)
+        return "\n".join([table(*self._table(), self._title(), width=140), *notes])
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        notes = "".join(f"<li>{escape(text)}</li>" for text in self.notes)
+        columns, rows = self._table()
+        return (
+            f"<p><b>{escape(self._title())}</b></p>{html(columns, rows, range(1, columns.index(_WHY)), inline=True)}"
+            f"{notes and f'<p>Notes:</p><ul>{notes}</ul>'}"
+        )
+
+    def _title(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
+        title = f"{self.method}({params}) on {self.family}: density {self.density:.3f}"
+        if self.prefill_density is not None and self.decode_density is not None:
+            title += f" (prefill {self.prefill_density:.3f}, decoding {self.decode_density:.3f})"
+        if self.model_gain is not None:
+            title += f", whole model {self.model_gain:.2f}x"
+        return title
+
+    def _table(self) -> Table:
+        """Columns and rows: a layer each."""
         # Two experts have layers of the same index each: their names then tell them apart.
         twice = len({r.layer for r in self.layers}) < len(self.layers)
         exact = any(r.exact_calls for r in self.layers)
@@ -126,13 +150,7 @@ class Report:
                 )
             )
         columns = ["layer", "sparse", "dense", "backend", "requested", "density", "predicted", "measured"]
-        columns += ["dense because", *(["exact"] if exact else [])]
-        title = f"{self.method}({params}) on {self.family}: density {self.density:.3f}"
-        if self.prefill_density is not None and self.decode_density is not None:
-            title += f" (prefill {self.prefill_density:.3f}, decoding {self.decode_density:.3f})"
-        if self.model_gain is not None:
-            title += f", whole model {self.model_gain:.2f}x"
-        return "\n".join([table(columns, rows, title, width=140), *(f"note: {text}" for text in self.notes)])
+        return [*columns, _WHY, *(["exact"] if exact else [])], rows
 
 
 def _share(pairs: Iterable[Pairs]) -> float | None:

@@ -251,6 +251,15 @@ struct Rule {
   Real cap, cap_in;    // soft cap in powers of two, and what its tanh takes; 0 for none
 };
 
+template <class Real>
+inline V<Real> logit(V<Real> product, const Rule<Real>& rule) {
+  if (rule.cap == 0) return product * rule.factor;
+  // tanh(y) = 1 - 2 / (1 + e^2y), which is 1 in this precision from y = 20 on.
+  V<Real> y = product * rule.cap_in, limit = splat<Real>(60);
+  y = y > limit ? limit : y;
+  return rule.cap - 2 * rule.cap / (1 + power_of_two(y));
+}
+
 // Logits of keys first..end by C vectors of queries, and the largest of each query.
 template <class Op, int C, class Real = typename Op::Real>
 void logits(const typename Op::Element* const* keys, const uint64_t* words, int shift, int first, int end,
@@ -280,13 +289,7 @@ void logits(const typename Op::Element* const* keys, const uint64_t* words, int 
       uint64_t word = words ? words[std::min(i + r, end - 1)] >> shift : ~0ull;
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        V<Real> x = sum[r][c] * rule.factor;
-        if (rule.cap != 0) {
-          // tanh(y) = 1 - 2 / (1 + e^2y), which is 1 in this precision from y = 20 on.
-          V<Real> y = sum[r][c] * rule.cap_in, limit = splat<Real>(60);
-          y = y > limit ? limit : y;
-          x = rule.cap - 2 * rule.cap / (1 + power_of_two(y));
-        }
+        V<Real> x = logit(sum[r][c], rule);
         if (words) x = masked<Real>(x, word >> (c * L));
         store(to + (i + r) * kPanel + c * L, x);
         top[c] = larger<Real>(x, top[c]);

@@ -169,12 +169,15 @@ def _parser() -> Parser:
     profiled.add_argument(
         "--batches", type=int, default=4, metavar="N", help="texts of each length, images, recordings or prompts: 4"
     )
+    profiled.add_argument(
+        "--held-out", type=int, default=0, metavar="N", help="more such inputs, to run the finished profile on: 0"
+    )
     profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
-    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
+    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; its default if not given")
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(

@@ -43,6 +43,7 @@ def main(args: argparse.Namespace, width: int) -> str:
     call = None if args.call is None else read_call(args.call)
     candidates = None if args.candidates is None else _candidates(Path(args.candidates))
     make_folder(args.output)
+    check_int("held_out", args.held_out, 0)
     model, batches, source = load(
         args.model,
         data=args.data,
@@ -50,13 +51,14 @@ def main(args: argparse.Namespace, width: int) -> str:
         audio=args.audio,
         length=args.length,
         size=args.size,
-        count=args.batches,
+        count=args.batches + args.held_out,
         part=args.part,
         call=call,
         dtype=args.dtype,
         device=device,
         seed=args.seed,
     )
+    batches, held_out = _parted(batches, len(args.length or (0,)), args.held_out)
     found = profile(
         model,
         batches,
@@ -69,6 +71,7 @@ def main(args: argparse.Namespace, width: int) -> str:
         state=args.state,
         seed=args.seed,
         source=source,
+        held_out=held_out or None,
     )
     found.save_pretrained(args.output)
     document = {**summary(found, worst=0), "output": str(args.output)}
@@ -76,6 +79,21 @@ def main(args: argparse.Namespace, width: int) -> str:
         return json.dumps(document, indent=2)
     use = f"saved in {args.output}: hf_sparse_attn.patch(model, {str(args.output)!r})"
     return f"{render(document, width)}\n\n{use}"
+
+
+def _parted(batches: list[Any], lengths: int, held_out: int) -> tuple[list[Any], list[Any]]:
+    """Inputs to profile on, and the last of each length to evaluate on.
+
+    Raises:
+        ValueError: there are too few of them.
+    """
+    if not held_out:
+        return batches, []
+    size = len(batches) // lengths
+    if size <= held_out:
+        raise ValueError(f"`held-out` must leave an input to profile on, got {held_out} of {size}")
+    first = [one for at, one in enumerate(batches) if at % size < size - held_out]
+    return first, [one for at, one in enumerate(batches) if at % size >= size - held_out]
 
 
 def _candidates(path: Path) -> list[Any]:

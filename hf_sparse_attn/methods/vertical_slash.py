@@ -110,8 +110,8 @@ class VerticalSlash(Method):
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
-        mixes = ((1 / 16, 1 / 64), (1 / 8, 1 / 64), (1 / 32, 1 / 32), (1 / 16, 1 / 16), (1 / 8, 1 / 8))
-        return [{"vertical": vertical, "slash": slash} for vertical, slash in mixes]
+        parts = ((16, 64), (8, 64), (4, 64), (32, 32), (16, 16), (8, 8))
+        return [{"vertical": 1 / vertical, "slash": 1 / slash} for vertical, slash in parts]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

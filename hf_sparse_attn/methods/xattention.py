@@ -14,13 +14,16 @@ from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
+    block_pairs,
     check_block_size,
     check_share,
     covering,
     gather_rows,
+    gather_share,
     least_of_row_blocks,
     pattern_of_rows,
     row_blocks,
+    share_missing,
     text_blocks,
 )
 
@@ -42,8 +45,9 @@ class XAttention(Method):
     over the tokens there are; the published code fails where the length is a multiple of its chunks); the first block
     never competes for the share (in the first chunk of queries of the published code, commit e379887, it does, so that
     one or two blocks more are kept per row there); one threshold for all heads (give heads their own by a profile);
-    at threshold 1 everything is kept. In chunked prefill the blocks of queries begin at the chunk: choose chunks of
-    whole blocks to get the blocks of the whole prompt.
+    at threshold 1 everything is kept. With `density` (ours) every head has the threshold at which it keeps that share
+    of the pairs: rows then still differ in what they keep, and inputs do not. In chunked prefill the blocks of queries
+    begin at the chunk: choose chunks of whole blocks to get the blocks of the whole prompt.
 
     Formula:
         e(a, b) = sum over t < S of Q[a * S + S - 1 - t] . K[b * S + t] / (S * sqrt(dim)), S = stride
@@ -51,14 +55,17 @@ class XAttention(Method):
         keep(r) = the first block, its own, and the fewest others so that `threshold` of the score is held
 
     When:
-        Take it where single columns and diagonals matter and the budget may follow the content. Leave it where the
-        density must be known ahead, or where estimating would cost more than it saves: at short lengths.
+        Take it where single columns and diagonals matter and the budget may follow the content; with `density` also
+        where the budget must be known ahead. Leave it where estimating would cost more than it saves: at short
+        lengths.
 
     Args:
         threshold: share of the estimated attention that is kept, in (0, 1].
         stride: tokens along an anti-diagonal, at least 1; must divide the block size. Fewer estimate better: the
             estimate does 1 / `stride` of the products of queries and keys.
         block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
+        density: share of the visible pairs that every head keeps, in (0, 1], in place of `threshold`; None means that
+            `threshold` decides. The first block and each query's own are kept whatever it is.
 
     Raises:
         ValueError, TypeError: a parameter out of its range or of the wrong type.
@@ -70,9 +77,12 @@ class XAttention(Method):
     threshold: float = 0.9
     stride: int = 16
     block_size: int = 128
+    density: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_share("threshold", self.threshold))
+        if self.density is not None:
+            object.__setattr__(self, "density", check_share("density", self.density))
         check_block_size(self.block_size)
         if self.block_size % check_int("stride", self.stride, 1):
             raise ValueError(f"`stride` must divide `block_size` = {self.block_size}, got {self.stride}")
@@ -88,19 +98,32 @@ class XAttention(Method):
         text_row, text_col = (t.to(device) for t in text_blocks(layout, size, size))
         queries, keys = q.detach(), tiles_of(k.detach(), self.stride, size).flip(3).flatten(3)
 
-        def keep(first: int, last: int) -> Tensor:
-            score = self._scores(queries, keys, first, last, ctx)
+        def bounds(first: int, last: int) -> tuple[Tensor, Tensor]:
+            """Blocks that every row keeps, and those that it may keep."""
             if not layout.is_causal:
                 forced = text_col.expand(last - first, -1)
-                visible = torch.ones_like(forced)
-            else:
-                begin, end = low[first:last, None], high[first:last, None]
-                visible = block <= end
-                forced = (block == 0) | (block == begin) | (block == end)
+                return forced, torch.ones_like(forced)
+            begin, end = low[first:last, None], high[first:last, None]
+            return (block == 0) | (block == begin) | (block == end), block <= end
+
+        def keep(first: int, last: int) -> Tensor:
+            forced, visible = bounds(first, last)
+            score = self._scores(queries, keys, first, last, ctx)
             return covering(score, self.threshold, forced, visible) | text_row[first:last, None]
 
+        def missing(first: int, last: int) -> Tensor:
+            forced, visible = bounds(first, last)
+            score = self._scores(queries, keys, first, last, ctx)
+            return share_missing(score, forced | text_row[first:last, None], visible)
+
         tiles = size // self.stride
-        counts, blocks = gather_rows(keep, shape, tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1)
+        weight, strips = tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1
+        if self.density is not None:
+            counts, blocks = gather_share(
+                missing, shape, block_pairs(layout, size, device), self.density, weight, strips
+            )
+        else:
+            counts, blocks = gather_rows(keep, shape, weight, strips)
         return pattern_of_rows(counts, blocks, size, layout)
 
     def _scores(self, q: Tensor, keys: Tensor, first: int, last: int, ctx: Context) -> Tensor:
@@ -133,7 +156,7 @@ class XAttention(Method):
 
     def least_density(self, ctx: Context) -> float:
         """The first block and the query's own; see Method.least_density."""
-        return least_of_row_blocks(ctx, self.block_size)
+        return max(least_of_row_blocks(ctx, self.block_size), self.density or 0.0)
 
     def choosing_pairs(self, ctx: Context) -> float:
         """One logit for each `stride` pairs, of a mere product; see Method.choosing_pairs."""
@@ -142,8 +165,8 @@ class XAttention(Method):
 
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
-        """Shares of the attention that are held; see Method.candidates."""
-        return [{"threshold": held, "stride": 8} for held in (0.5, 0.7, 0.9)]
+        """By density, which holds on inputs that were not measured; see Method.candidates."""
+        return [{"density": share, "stride": 8} for share in (1 / 16, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
@@ -151,6 +174,7 @@ class XAttention(Method):
         return [
             {"threshold": 0.5, "stride": 16, "block_size": 16},
             {"threshold": 0.9, "stride": 4, "block_size": 32},
+            {"density": 0.25, "stride": 8, "block_size": 16},
         ]
 
     @classmethod

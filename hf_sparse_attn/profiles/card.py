@@ -14,6 +14,8 @@ from hf_sparse_attn.sharing.hub import is_hub_id
 if TYPE_CHECKING:
     from hf_sparse_attn.profiles.head_profile import HeadProfile
 
+_EVALUATION = ("tokens", "inputs", "figure", "density", "dense", "sparse", "difference")
+
 
 def card(profile: HeadProfile, repo_id: str | None = None) -> str:
     """README.md of a profile: front matter, how to use it, what it chose and what was measured.
@@ -27,15 +29,16 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
         _front(profile),
         f"# Sparse attention head profile for {plain_value(model.model_class)}\n",
         f"Which sparse attention method each of {model.layers} layers x {model.heads} heads runs; mean density "
-        f"{_number(profile.density)} of the visible pairs of tokens.\n",
+        f"{number(profile.density)} of the visible pairs of tokens.\n",
         "## Use\n",
         "```python\nimport hf_sparse_attn as hsa\n\n"
         f"with hsa.patch(model, {json.dumps(repo_id or 'this/folder')}) as p:\n    ...\n    print(p.report())\n```\n",
         "A model of another class or configuration is refused, and the difference named.\n",
         *section("Model", ("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
-        *section("Methods", ("method", "heads", "mean density", *_names(profile)), _methods(profile)),
+        *section("Methods", *method_table(profile)),
+        *section("Quality on inputs it was not made from", _EVALUATION, _evaluation(profile)),
         *section("Calibration", ("", ""), _facts(profile)),
-        *section("Other budgets", ("density", "damage"), [(_number(a), _number(b)) for a, b in profile.pareto]),
+        *section("Other budgets", ("density", "damage"), [(number(a), number(b)) for a, b in profile.pareto]),
         *section("Versions", ("library", "version"), list(profile.versions.items())),
     ]
     return "\n".join(parts)
@@ -49,21 +52,26 @@ def _front(profile: HeadProfile) -> str:
     return front_matter(front)
 
 
-def _names(profile: HeadProfile) -> list[str]:
-    return [name for name in profile.figures if name != "density"]
-
-
-def _methods(profile: HeadProfile) -> list[tuple[str, ...]]:
+def method_table(profile: HeadProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows: each method in use, the share of the heads that run it, and the means of their figures."""
     choice = np.stack([p.choice for p in profile.plans])
+    names = [name for name in profile.figures if name != "density"]
     rows = []
     for index, method in enumerate(profile.methods):
         chosen = choice == index
         if not chosen.any():
             continue
-        figures = [profile.figures[name][chosen] for name in ("density", *_names(profile))]
-        means = [_number(float(np.nanmean(v))) if not np.isnan(v).all() else "-" for v in figures]
+        figures = [profile.figures[name][chosen] for name in ("density", *names)]
+        means = [number(float(np.nanmean(v))) if not np.isnan(v).all() else "-" for v in figures]
         rows.append((label_of(method), f"{100 * chosen.mean():.1f} %", *means))
-    return rows
+    return ("method", "heads", "mean density", *names), rows
+
+
+def _evaluation(profile: HeadProfile) -> list[tuple[str, ...]]:
+    return [
+        tuple(number(row[name]) if isinstance(row[name], float) else str(row[name]) for name in _EVALUATION)
+        for row in profile.evaluation
+    ]
 
 
 def _facts(profile: HeadProfile) -> list[tuple[str, str]]:
@@ -75,5 +83,6 @@ def _facts(profile: HeadProfile) -> list[tuple[str, str]]:
     return [(k, str(v)) for k, v in {**facts, **profile.calibration}.items()]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A figure in text."""
     return "unknown" if np.isnan(value) else f"{value:.4g}"

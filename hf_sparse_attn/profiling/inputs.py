@@ -8,8 +8,10 @@ import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from hf_sparse_attn.context import check_int
 from hf_sparse_attn.extras import needing
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.profiling.measure import Batch
 from hf_sparse_attn.sharing.fingerprint import parts_of
 from hf_sparse_attn.sharing.hub import loading, reading
@@ -35,6 +38,8 @@ PROMPTS = (
     "rain falls on a busy street at night, neon lights in the puddles",
 )
 _GGUF = ".gguf"
+# Height and width of images for DINOv2: 56 patches of 14 pixels.
+_DINOV2_SIDE = 784
 # Needles hidden in every document for the shipped language model.
 _NEEDLES = 16
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -87,7 +92,7 @@ def load(
 
     Args:
         model: the folder of a model or pipeline, its id on the Hub, a GGUF file (on the Hub "name/repository/file"),
-            or the name of a shipped model.
+            or the name of a shipped model or of one of pretrained/.
         texts: for models of text: a file, a folder of files, or texts; None means Python's standard library.
         images: for models of images: files, a folder of them, or pictures as PIL has them.
         audio: for models of speech: WAV files, a folder of them, or waveforms at the rate that the model wants.
@@ -120,6 +125,8 @@ def load(
     given = _Given(model, {name: value for name, value in options.items() if value is not None}, count, seed, shorter)
     if model in SHIPPED:
         return _shipped(given, torch.device(device))
+    if model in NAMES:
+        return _pretrained(given, torch.device(device))
     file = _gguf(model)
     if file is None and is_pipeline(model):
         given.refuse_all_but("prompts", "data", "call", "dtype")
@@ -214,6 +221,50 @@ def _documents(lengths: Sequence[int], count: int, seed: int) -> list[Batch]:
             ids = document.token_ids
             made.append({"input_ids": ids, "labels": ids, "needles": document.questions})
     return made
+
+
+# ---------------------------------------------------------------------- real weights that are installed
+
+
+def _pretrained(given: _Given, device: torch.device) -> Loaded:
+    """A model of pretrained/, on its own inputs to choose by where none are given."""
+    own: dict[str, Any] = {}
+    if given.model == "smollm2":
+        from hf_sparse_attn.pretrained import smollm2, texts
+
+        given.refuse("prompts", "call")
+        model = smollm2.load_model(DTYPES[given.options.get("dtype", "float32")])
+        reader = smollm2.load_tokenizer()
+        if not {"texts", "data"} & set(given.options):
+            own = {"texts": list(texts.CALIBRATION.values())}
+    elif given.model == "dinov2":
+        from hf_sparse_attn.pretrained import dinov2, images
+
+        given.refuse("prompts", "call", "dtype")
+        model, reader = dinov2.load_model(), _Pixels()
+        if "images" not in given.options:
+            own = {"images": images.images(given.count, given.seed, images.CALIBRATION)}
+    else:
+        from hf_sparse_attn.pretrained import speech, whisper
+
+        given.refuse("prompts", "call", "dtype")
+        model, reader = whisper.load_model(), whisper.load_extractor()
+        if "audio" not in given.options:
+            own = {"audio": [speech.speak(said) for said in speech.calibration_sentences[: given.count]]}
+    named = given._replace(options={**own, **given.options})
+    return _with_batches(named, model.to(device).eval(), lambda what: reader)
+
+
+class _Pixels:
+    """What makes the pixels of DINOv2, called as an image processor of transformers."""
+
+    size: ClassVar[dict[str, int]] = {}
+
+    def __call__(self, image: Any, size: Mapping[str, int] | None = None, **_: Any) -> Any:
+        from hf_sparse_attn.pretrained import dinov2
+
+        side = _DINOV2_SIDE if size is None else size["height"]
+        return SimpleNamespace(pixel_values=dinov2.pixels(np.asarray(image), side))
 
 
 # ---------------------------------------------------------------------- models of the libraries
@@ -358,7 +409,7 @@ def _run_within(whole: Any, batch: Mapping[str, Any]) -> Callable[[Any], Any]:
     def run(part: Any) -> Any:
         device = next(whole.parameters()).device
         out = whole(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()})
-        return getattr(out, "loss", None)
+        return out if getattr(out, "loss", None) is None else out.loss
 
     return run
 

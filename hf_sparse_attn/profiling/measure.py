@@ -201,7 +201,7 @@ def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradien
             inputs(model)
         else:
             inputs.pop("labels", None)
-            model(**_ready(model, inputs))
+            model(**ready(model, inputs))
         said = {reason for record in patch.session.records.values() for reason in record.dense_reasons}
     return "; ".join(sorted(said - {"observed"})) or "no call came by"
 
@@ -234,10 +234,10 @@ def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
             "`batches` must hold \"labels\" for a model, or callables that return the loss, for 'influence'"
         )
     elif pretrained_models(model):
-        loss = model(**_ready(model, inputs)).loss
+        loss = model(**ready(model, inputs)).loss
     else:
         labels = inputs.pop("labels")
-        out = model(**_ready(model, inputs))
+        out = model(**ready(model, inputs))
         out = out[0] if isinstance(out, tuple) else out.sample
         loss = (out.float() - labels.to(out.device).float()).square().mean()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -247,7 +247,7 @@ def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
     session.outputs.clear()
 
 
-def _ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs on the model's device; text models keep no cache and give the logits that are asked for alone."""
     if not isinstance(model, nn.Module):
         return inputs

@@ -21,9 +21,10 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pattern.rows import head_densities
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiles.measurements import Measurements, weights_of
+from hf_sparse_attn.profiles.measurements import DEFAULT_METRIC, Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
 from hf_sparse_attn.profiling.budget import SOLVERS, BudgetError, Choice, choose, choose_elastic, pareto
+from hf_sparse_attn.profiling.evaluate import evaluate
 from hf_sparse_attn.profiling.measure import Batch, longest, measure
 from hf_sparse_attn.profiling.tally import Steps, longest_of_class
 from hf_sparse_attn.selection import check_share
@@ -39,7 +40,7 @@ def profile(
     batches: Iterable[Batch],
     candidates: Sequence[str | Method] | None = None,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",
@@ -55,6 +56,7 @@ def profile(
     seed: int = 0,
     progress: bool = True,
     source: str = "",
+    held_out: Iterable[Batch] | None = None,
 ) -> HeadProfile:
     """Finds out which method each head tolerates, and chooses one for every head within a budget.
 
@@ -84,6 +86,8 @@ def profile(
         state: a file to keep what was measured in after every batch; a killed profile goes on from there.
         progress: whether to show a bar on stderr.
         source: what the batches are, in words, for the file.
+        held_out: inputs that the profile is not made from, of any lengths: the finished profile is run on them beside
+            dense attention, and has the figures of the whole model as its `evaluation`.
 
     Raises:
         TypeError: a model of no known family, or batches of another type.
@@ -123,7 +127,7 @@ def profile(
             found, model_print, budget, metric, per=per, same_in_group=same_in_group, calibration=said, **settings
         )
     assert made is not None
-    return made
+    return made if held_out is None else replace(made, evaluation=evaluate(model, made, held_out))
 
 
 def check_settings(
@@ -194,7 +198,7 @@ def from_measurements(
     found: Measurements,
     model: Fingerprint,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",

