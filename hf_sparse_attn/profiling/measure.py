@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hf_sparse_attn.profiling.observe import Observing, Seen, evaluating, observ
 from hf_sparse_attn.profiling.probe import Needle, Probe, sample_units
 from hf_sparse_attn.profiling.tally import Steps, Tally
 from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.fingerprint import weights_hash
 
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.
@@ -288,17 +288,6 @@ def longest(batches: object) -> int:
         return 0
     ids = [b.get("input_ids") if isinstance(b, Mapping) else b for b in batches]
     return max((t.shape[-1] for t in ids if isinstance(t, Tensor)), default=0)
-
-
-def weights_hash(model: Any) -> str:
-    """Short hash of a model's classes, and of the first weights of every parameter."""
-    digest = hashlib.sha256()
-    for module in find_family(model)[2]:
-        digest.update(type(module).__name__.encode())
-        for name, weight in module.named_parameters():
-            some = weight.detach().flatten()[:8].float().cpu()
-            digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_metrics(metrics: Sequence[str]) -> frozenset[str]:

@@ -112,6 +112,17 @@ class Fingerprint:
         ]
 
 
+def weights_hash(model: Any) -> str:
+    """Short hash of a model's classes, and of the first weights of every parameter."""
+    digest = hashlib.sha256()
+    for module in find_family(model)[2]:
+        digest.update(type(module).__name__.encode())
+        for name, weight in module.named_parameters():
+            some = weight.detach().flatten()[:8].float().cpu()
+            digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def _count_layers(model: Any) -> int:
     """Layers as the hooks of the family number them; a patch that does nothing finds out where none is."""
     from hf_sparse_attn.patching import Patch, active_patch

@@ -61,7 +61,9 @@ def test_blocks_of_a_video(model, quality: str) -> None:
 @pytest.mark.parametrize("quality", QUALITIES)
 def test_text(quality: str) -> None:
     with hsa.patch(MODELS["llama"](), "vertical_slash", quality=quality) as patch:
-        assert patch.method.params()["slash"] == (2048 if quality == "fast" else 6096)
+        params = patch.method.params()
+        # Shares of the keys, for any length.
+        assert 0 < params["slash"] < params["vertical"] < 1
 
 
 @pytest.mark.parametrize(
