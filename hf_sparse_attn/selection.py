@@ -13,6 +13,8 @@ from hf_sparse_attn.pattern.layout import at_a_time, causal_tiles, distinct_tile
 
 # Weights of the last queries held at a time, over heads: bounds memory at long context.
 _WEIGHTS_AT_A_TIME = 1 << 25
+# Bytes of a boolean block map that is no matter: its strips are put together.
+_MAP_AT_ONCE = 1 << 20
 
 
 def check_block_size(size: object, name: str = "block_size") -> int:
@@ -70,6 +72,19 @@ def pool_blocks(x: Tensor, size: int) -> Tensor:
 def rank_descending(scores: Tensor) -> Tensor:
     """Indices along the last dimension from the highest score to the lowest, ties by lower index."""
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def best_ascending(scores: Tensor, count: int) -> Tensor:
+    """The first `count` of `rank_descending`, in ascending order: int64 [..., count]."""
+    # Without sorting, where a look at the numbers of elements need not wait for a device.
+    least = scores.topk(count, sorted=False).values.amin(-1, keepdim=True) if count else scores[..., :0]
+    if scores.device.type != "cpu" or bool(least.isnan().any()):
+        return rank_descending(scores)[..., :count].sort(-1).values
+    if not count:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64)
+    above, level = scores > least, scores == least
+    kept = above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
 def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> Tensor:
@@ -233,9 +248,11 @@ def gather_rows(
     """
     batch, heads, rows, cols = shape
     step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
+    strips_of = (keep(first, min(first + step, rows)) for first in range(0, rows, step))
+    if batch * heads * rows * cols <= _MAP_AT_ONCE:
+        strips_of = iter([torch.cat(list(strips_of), 2)])
     parts = []
-    for first in range(0, rows, step):
-        kept = keep(first, min(first + step, rows))
+    for kept in strips_of:
         block = torch.arange(cols, dtype=torch.int32, device=kept.device)
         parts.append((kept.sum(-1), block.expand_as(kept).masked_select(kept)))
     if len(parts) == 1:
@@ -286,6 +303,8 @@ def last_query_sums(
     heads = max(1, _WEIGHTS_AT_A_TIME // (per_query * last))
     # Where the queries of one key head are too many, too, they go in strips, which are added up.
     step = min(last, max(1, _WEIGHTS_AT_A_TIME // per_query))
+    if heads >= k.shape[1] and step == last:
+        return _strip_sums(query.float(), k.float(), scale, softcap)
     parts = []
     for i in range(0, k.shape[1], heads):
         sums = q.new_zeros(2, q.shape[0], min(heads, k.shape[1] - i) * query.shape[2], n, dtype=torch.float32)

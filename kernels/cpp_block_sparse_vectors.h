@@ -209,6 +209,16 @@ template <class Real, class Stored>
 inline void narrow_row(const Real* from, Stored* to, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Stored, BFloat>)
+    for (; i + 16 <= n; i += 16) {
+      // As `narrow` does it.
+      __m512 x = _mm512_loadu_ps(from + i);
+      __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      bits = _mm512_mask_mov_epi32(_mm512_srli_epi32(bits, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                   _mm512_set1_epi32(0x7fc0));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(bits));
+    }
   if constexpr (std::is_same_v<Stored, Half>)
     for (; i + 16 <= n; i += 16)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));

@@ -14,7 +14,7 @@ from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import amount_of, check_amount, check_block_size, last_query_sums, rank_descending
+from hf_sparse_attn.selection import amount_of, best_ascending, check_amount, check_block_size, last_query_sums
 
 # First columns and nearest diagonals that are always kept, as in the published run-time code.
 _FORCED_VERTICALS = 30
@@ -92,10 +92,7 @@ class VerticalSlash(Method):
         slash_score[..., :_FORCED_SLASHES] = torch.inf
         vertical = min(n, max(amount_of(self.vertical, n), _FORCED_VERTICALS))
         slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
-        return (
-            rank_descending(vertical_score)[..., :vertical].sort(-1).values,
-            rank_descending(slash_score)[..., :slash].sort(-1).values,
-        )
+        return best_ascending(vertical_score, vertical), best_ascending(slash_score, slash)
 
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""
@@ -154,19 +151,20 @@ def build_pattern(
     diagonal.scatter_(2, slashes, slashes)
     # below[d]: the largest chosen diagonal less than d.
     below = torch.nn.functional.pad(diagonal.cummax(-1).values, (1, 0))[..., :-1]
-    step = torch.minimum(torch.arange(reach + 1, device=device) - size, below)
-    # Where a block reaches the end of the row (d <= 0) it is the last: -1 marks that nothing follows.
     furthest = below.gather(2, end.clamp(max=reach).expand(batch, heads, rows))
-    distance = torch.minimum(furthest, (end - size).expand_as(furthest))
-    ends, more = [distance], distance > 0
-    while bool(more.any()):
-        distance = torch.where(more, step.gather(2, distance.clamp(min=0)), -size)
-        ends.append(distance)
-        more = more & (distance > 0)
+    # From here on distances are counted from -size. Where a block reaches the end of the row (d <= 0) it is the last,
+    # and 0, which leads to itself, stands for none.
+    step = torch.minimum(torch.arange(reach + 1, device=device), below + size)
+    step = torch.nn.functional.pad(step[..., 1:], (size + 1, 0))
+    far = torch.minimum(furthest + size, end.expand_as(furthest))[..., None]
+    # Twice as many steps at each turn: those there are, and those that as many steps lead to.
+    while bool((far[..., -1] > size).any()):
+        far = torch.cat([far, step.gather(2, far.flatten(2)).view_as(far)], -1)
+        step = step.gather(2, step)
     # [batch, heads, rows, steps]: distance of each block's end, absent where the row had ended.
-    far = torch.stack(ends, -1)
     there = torch.ones_like(far, dtype=torch.bool)
-    there[..., 1:] = (far[..., :-1] > 0).cumprod(-1).bool()
+    there[..., 1:] = far[..., :-1] > size
+    far = far - size
     start = end[:, None] - far - size
     there &= start < kv_len
     starts = start[there]
@@ -194,10 +192,9 @@ def _columns_between(verticals: Tensor, start: Tensor, there: Tensor, size: int,
     block_end = before.gather(2, (start + size).clamp(0, kv_len).flatten(2)).view_as(start)
     gap_start = torch.nn.functional.pad(block_end[..., :-1], (1, 0))
     length = ((gap_end - gap_start) * there).flatten()
-    first = torch.repeat_interleave(gap_start.flatten(), length)
-    at = torch.arange(int(length.sum()), device=start.device)
-    at = at - torch.repeat_interleave(torch.nn.functional.pad(length.cumsum(0), (1, 0))[:-1], length) + first
-    head = torch.repeat_interleave(
-        torch.arange(batch * heads, device=start.device), length.view(batch * heads, -1).sum(1)
-    )
-    return length.view(batch, heads, rows, steps).sum(-1), verticals.flatten(0, 1)[head, at]
+    own = torch.arange(batch * heads, device=start.device).view(batch, heads, 1, 1) * verticals.shape[2]
+    # From the place of a column in the result to its place among the verticals.
+    shift = (gap_start + own).flatten() - (length.cumsum(0) - length)
+    at = torch.repeat_interleave(shift, length)
+    at += torch.arange(len(at), device=start.device)
+    return length.view(batch, heads, rows, steps).sum(-1), verticals.flatten()[at]

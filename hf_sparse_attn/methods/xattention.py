@@ -28,7 +28,7 @@ from hf_sparse_attn.selection import (
 )
 
 # Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
-_FEWEST_STRIPS = 8
+_FEWEST_STRIPS = 4
 
 
 @METHODS.register("xattention")
@@ -96,7 +96,11 @@ class XAttention(Method):
         low, high = row_blocks(layout, size, device)
         block = torch.arange(shape[3], device=device)
         text_row, text_col = (t.to(device) for t in text_blocks(layout, size, size))
-        queries, keys = q.detach(), tiles_of(k.detach(), self.stride, size).flip(3).flatten(3)
+        queries, keys = q.detach(), k.detach()
+        if not q.is_cuda:
+            # Once for all strips.
+            queries, keys = queries.float(), keys.float()
+        keys = tiles_of(keys, self.stride, size).flip(3).flatten(3)
 
         def bounds(first: int, last: int) -> tuple[Tensor, Tensor]:
             """Blocks that every row keeps, and those that it may keep."""
@@ -141,7 +145,7 @@ class XAttention(Method):
         keys = keys[:, :, : min(seen, blocks) * per_block]
         query = tiles_of(q[:, :, first * size : last * size], stride, size).flatten(3)
         rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT) * (ctx.softmax_scale / stride)
+        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT).mul_(ctx.softmax_scale / stride)
         if ctx.softcap:
             logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
         logits = logits.view(*query.shape[:3], keys.shape[2])
@@ -149,7 +153,8 @@ class XAttention(Method):
         key = torch.arange(keys.shape[2], device=q.device) * stride
         hidden = (key > at[:, None]) if layout.is_causal else (key >= layout.kv_len)
         weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
-        weights[:, :, at >= layout.kv_len] = 0
+        if last * size > layout.q_len:
+            weights[:, :, at >= layout.kv_len] = 0
         # Rows first: that adds whole lines of memory.
         score = weights.unflatten(2, (-1, per_block)).sum(3).unflatten(3, (-1, per_block)).sum(4)
         return torch.nn.functional.pad(score, (0, blocks - score.shape[3]))

@@ -72,9 +72,9 @@ def _run(model: Any, profile: HeadProfile, batch: Batch) -> _Run:
     def look(seen: Seen) -> None:
         lengths.append(seen.ctx.layout.kv_len)
 
-    with _same_draws(batch), observing(model, look):
+    with same_draws(batch), observing(model, look):
         dense = _result(model, batch)
-    with _same_draws(batch), patch(model, profile, min_tokens=0) as applied:
+    with same_draws(batch), patch(model, profile, min_tokens=0) as applied:
         sparse = _result(model, batch)
     tokens, density = max(lengths, default=1), applied.report().density
     if dense.numel() == 1:
@@ -112,7 +112,7 @@ def _is_language_model(model: Any) -> bool:
 
 
 @contextmanager
-def _same_draws(batch: Batch) -> Iterator[None]:
+def same_draws(batch: Batch) -> Iterator[None]:
     """Within it random numbers are drawn that the next run draws again, those of a batch's generators included."""
     values = batch.values() if isinstance(batch, Mapping) else ()
     generators = [value for value in values if isinstance(value, torch.Generator)]

@@ -184,26 +184,40 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs: Any = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    watch.needles = ()
+    inputs, watch.needles = _inputs_of(batch)
     if not callable(inputs):
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
-        inputs = dict(inputs)
-        watch.needles = inputs.pop("needles", ())
         _check_inputs(inputs, watch.number)
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
         if gradients:
             _differentiate(model, inputs, patch)
-        elif callable(inputs):
-            inputs(model)
         else:
-            inputs.pop("labels", None)
-            model(**ready(model, inputs))
+            run_batch(model, batch)
         said = {reason for record in patch.session.records.values() for reason in record.dense_reasons}
     return "; ".join(sorted(said - {"observed"})) or "no call came by"
+
+
+def _inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
+    """What a model is given, and the needles."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}, ()
+    if callable(batch):
+        return batch, ()
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
+    inputs = dict(batch)
+    return inputs, inputs.pop("needles", ())
+
+
+def run_batch(model: Any, batch: Batch) -> None:
+    """Runs a model on one batch, without its labels; see `measure`."""
+    inputs = _inputs_of(batch)[0]
+    if callable(inputs):
+        inputs(model)
+        return
+    inputs.pop("labels", None)
+    model(**ready(model, inputs))
 
 
 def _check_inputs(inputs: Mapping[str, Any], number: int) -> None:

@@ -24,6 +24,7 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.measurements import DEFAULT_METRIC, Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
 from hf_sparse_attn.profiling.budget import SOLVERS, BudgetError, Choice, choose, choose_elastic, pareto
+from hf_sparse_attn.profiling.density import keep_in_use
 from hf_sparse_attn.profiling.evaluate import evaluate
 from hf_sparse_attn.profiling.measure import Batch, longest, measure
 from hf_sparse_attn.profiling.tally import Steps, longest_of_class
@@ -71,8 +72,9 @@ def profile(
         budget: share in (0, 1] of the dense cost.
         metric: what damage is: "output_error", "layer_error", "recall", "influence", "retrieval_score" or "video_mse"
             (`measure` says what each needs of the batches), or a sum such as "layer_error + 0.1 * retrieval_score".
-        per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget; "time",
-            the attention's time by the cost model of this device.
+        per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget, in sparse
+            runs of the model on the batches where these are a sequence, else by the dense model's q and k; "time", the
+            attention's time by the cost model of this device.
         solver: "exact", "milp" or "lagrangian".
         same_in_group: the query heads of a key/value head get one method and read the union of their patterns; the
             damage of a group is the sum over its heads.
@@ -123,9 +125,14 @@ def profile(
             said["query_blocks"] = query_blocks
         if source:
             said["source"] = source
-        made = from_measurements(
-            found, model_print, budget, metric, per=per, same_in_group=same_in_group, calibration=said, **settings
-        )
+        choose = partial(
+            from_measurements, found, model_print, metric=metric, per=per, same_in_group=same_in_group,
+            calibration=said, **settings,
+        )  # fmt: skip
+        made = choose(budget)
+        # An iterator has been used up by now.
+        if per == "density" and number == passes - 1 and isinstance(batches, Sequence):
+            made = keep_in_use(model, made, batches, choose)
     assert made is not None
     return made if held_out is None else replace(made, evaluation=evaluate(model, made, held_out))
 
