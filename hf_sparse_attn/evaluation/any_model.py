@@ -114,7 +114,7 @@ def evaluate(
     )
     if known is not None:
         known.check(model)
-    calibration, correction, scored, said = _shared_out(batches)
+    calibration, correction, scored, said = _shared_out(batches, args.inputs)
     runner = Runner(model)
     calls = captured(model, lambda: runner.alone(calibration[0]), _FITTED)
     held_out = Reference(captured(model, lambda: runner.alone(scored[0]), _LOOKED_AT))
@@ -154,12 +154,17 @@ def _profile(source: str) -> HeadProfile:
     return found
 
 
-def _shared_out(batches: Sequence[Any]) -> tuple[Sequence[Any], Any, Sequence[Any], str]:
-    """Inputs to fit on, one to correct by, those to score, and what is to be said of them."""
+def _shared_out(batches: Sequence[Any], scored: int) -> tuple[Sequence[Any], Any, Sequence[Any], str]:
+    """Inputs to fit on, one to correct by, those to score, and what is to be said of them.
+
+    Args:
+        batches: all there are.
+        scored: as many are to be scored.
+    """
     if len(batches) <= 2:
-        what = "what is scored, for there is nothing else" if len(batches) == 1 else "one more"
+        what = "what is scored, for there is nothing else" if len(batches) == 1 else "the other one"
         return batches[:1], batches[0], batches[-1:], f"; densities fitted on {what}"
-    fit = min(_CALIBRATION, len(batches) - 2)
+    fit = min(_CALIBRATION, max(1, len(batches) - _CORRECTION - scored))
     return batches[:fit], batches[fit], batches[fit + _CORRECTION :], ""
 
 

@@ -387,12 +387,16 @@ def find_part(model: Any, name: str) -> Any:
     Raises:
         ValueError: there is none, or more than one.
     """
-    known = parts_of(model, find_family(model)[2])
+    known = _known_parts(model)
     found = [part for place, part in known.items() if place == name or place.endswith(f".{name}")]
     if len(found) != 1:
         names = ", ".join(known) or "none: the model is one"
         raise ValueError(f"`part` must be one of {names}; got {name!r}{nearest(name, known)}")
     return found[0]
+
+
+def _known_parts(model: Any) -> dict[str, Any]:
+    return dict(parts_of(model, find_family(model)[2]))
 
 
 def _needs_encoder(part: nn.Module) -> bool:
@@ -423,6 +427,10 @@ def _batches(given: _Given, model: Any, find: Find) -> tuple[list[Any], str]:
     if main in ("input_features", "input_values"):
         given.refuse("texts", "data", "images", "length", "size")
         return _speech_batches(given, model, find("feature extractor")), "speech"
+    if "images" in given.options and "part" not in given.options:
+        towers = [name for name, part in _known_parts(model).items() if part.main_input_name == "pixel_values"]
+        if towers:
+            raise ValueError(f"`part` must say what of {given.model} reads images: {' or '.join(towers)}")
     given.refuse("images", "audio", "size")
     argument, texts = given.one_of("texts", "data")
     said = "standard library" if texts is None else Path(texts).name if _is_source(texts) else "texts"
@@ -542,9 +550,9 @@ def _check_known(ids: Tensor, model: Any, tokenizer: Any, name: str) -> None:
 def _decoder_start(model: Any, ids: Tensor) -> Tensor:
     """What a decoder reads to write a text: its start, then all but the last token."""
     config = model.config.get_text_config(decoder=True)
-    start = next(
-        (n for key in ("decoder_start_token_id", "bos_token_id") if (n := getattr(config, key, None)) is not None), 0
-    )
+    known = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id"))
+    # A small model may have kept the tokens of a large one in its config.
+    start = next((n for n in known if isinstance(n, int) and n < config.vocab_size), 0)
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 

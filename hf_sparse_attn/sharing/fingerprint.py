@@ -195,16 +195,22 @@ def _sizes(module: nn.Module, config: dict[str, Any]) -> tuple[int, int, int]:
     heads = number("num_attention_heads", "n_head", "num_heads", default=getattr(attention, "heads", 0))
     # The fields of a config by their own names; others that mean the same (BART, DistilBERT) are not among them.
     known = heads > 0
-    heads = heads or of_module("num_heads", "n_heads", "num_attention_heads")
+    heads = heads or of_module("num_heads", "n_heads", "num_attention_heads") or _rows(own, "q_proj")
     kv_heads = number(
         "num_key_value_heads", "num_kv_heads", "num_key_value_attention_heads",
-        default=heads if known else of_module("num_key_value_heads", "num_kv_heads") or heads,
+        default=heads if known else of_module("num_key_value_heads", "num_kv_heads") or _rows(own, "k_proj") or heads,
     )  # fmt: skip
     width = number("hidden_size", "n_embd", default=getattr(attention, "inner_dim", heads))
     if not known:
         width = heads * of_module("head_dim", "attention_head_size") or getattr(own.config, "hidden_size", width)
     dim = number("head_dim", "attention_head_dim", default=getattr(attention, "head_dim", width // max(1, heads)))
     return heads, kv_heads, dim
+
+
+def _rows(attention: Any, name: str) -> int:
+    """Heads that a projection of an attention module makes, 0 where that is not known."""
+    width, dim = getattr(getattr(attention, name, None), "out_features", 0), getattr(attention, "head_dim", None)
+    return width // dim if isinstance(dim, int) and dim > 0 else 0
 
 
 def _attention_of(module: nn.Module) -> Any:
