@@ -22,7 +22,7 @@ from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.profiling.measure import Batch
 from hf_sparse_attn.sharing.fingerprint import parts_of
-from hf_sparse_attn.sharing.hub import loading
+from hf_sparse_attn.sharing.hub import loading, reading
 from hf_sparse_attn.shipped import SHIPPED
 
 # Tokens of a text where nothing is said, as far as the model has positions for them.
@@ -355,7 +355,7 @@ def _transformers_model(model: str, file: tuple[str, str] | None, dtype: Any) ->
     if file is not None:
         with needing("a GGUF file"):
             import gguf  # noqa: F401  # transformers reads such files by it
-        with loading(file[0]):
+        with reading(f"`model` must be a GGUF file that transformers can read, got {model}"):
             return AutoModelForCausalLM.from_pretrained(file[0], gguf_file=file[1], dtype=dtype)
     with loading(model, besides=SHIPPED):
         config: Any = AutoConfig.from_pretrained(model)
@@ -502,7 +502,7 @@ def read_text(argument: str, source: Source) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not UTF-8, or a folder without files.
+        ValueError: it is not UTF-8, holds no text, or is a folder without files.
     """
     path = Path(source)
     try:
@@ -514,6 +514,8 @@ def read_text(argument: str, source: Source) -> str:
         raise ValueError(f"`{argument}` must be a text in UTF-8, got {source}: {error}") from error
     if not files:
         raise ValueError(f"`{argument}` must be a file or a folder that holds some, got {source}")
+    if not text.strip():
+        raise ValueError(f"`{argument}` must hold text, got none in {source}")
     return text
 
 
@@ -625,14 +627,12 @@ def _pictures(files: Sequence[Any], most: int, every: bool) -> list[Any]:
         if not isinstance(file, Path):
             found.append(file)
             continue
-        try:
+        with reading(f"`images` must be pictures, got {file}"):
             with Image.open(file) as opened:
                 for frame in ImageSequence.Iterator(opened):
                     found.append(frame.convert("RGB"))
                     if not every or len(found) >= most:
                         break
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`images` must be pictures, got {file}: {error}") from error
         if all(low == high for low, high in found[-1].getextrema()):
             raise ValueError(f"`images` must show something, got one colour all over in {file}")
         if len(found) >= most:
@@ -645,7 +645,7 @@ def _speech_batches(given: _Given, model: Any, extractor: Any) -> list[Any]:
     made = []
     for recording in _files(given, "audio", frozenset({".wav"}), "WAV files")[: given.number]:
         sound = read_wave(recording, rate) if isinstance(recording, Path) else torch.as_tensor(recording)
-        if not sound.any():
+        if sound.min() == sound.max():
             raise ValueError(f"`audio` must hold sound, got silence in {recording}")
         features = extractor(sound.numpy(), sampling_rate=rate, return_tensors="pt")
         batch = {name: features[name] for name in (model.main_input_name,)}
@@ -673,7 +673,9 @@ def read_wave(file: Path, rate: int) -> Tensor:
             width, channels, own = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
             content = bytearray(opened.readframes(opened.getnframes()))
     except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"`audio` must be WAV files, got {file}: {error}") from error
+        raise ValueError(f"`audio` must be WAV files, got {file}: {str(error) or 'it ends too soon'}") from error
+    # A file that was cut off may end within a sample.
+    del content[len(content) // (width * channels) * (width * channels) :]
     if width not in _SAMPLES or not content:
         raise ValueError(f"`audio` must hold samples of 8, 16 or 32 bits, got {len(content)} bytes in {file}")
     kind, zero, largest = _SAMPLES[width]
