@@ -254,6 +254,32 @@ class Method:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimating(Method):
+    """A method that chooses in two steps: an estimate of every head by itself, and what is kept by it.
+
+    Settings that differ in what they keep alone have one estimate in common: where heads of one layer have different
+    settings, it is made once for all of them.
+    """
+
+    def estimate_key(self) -> Hashable:
+        """Equal for methods with one estimate; None for a setting that makes none."""
+        return None
+
+    def estimate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        """What is chosen by: tensors [batch, heads, ...]; arguments as of `pattern`."""
+        raise TypeError(f"method {self.name!r} must define estimate() for its estimate_key()")
+
+    def pattern_by(self, estimate: tuple[Tensor, ...], ctx: Context) -> BlockPattern:
+        """The pattern of the heads whose estimate is given.
+
+        Args:
+            estimate: as `estimate` gives it, of any heads.
+            ctx: the call; its number of heads does not matter.
+        """
+        raise TypeError(f"method {self.name!r} must define pattern_by() for its estimate_key()")
+
+
 def _of_call(found: BlockPattern | Decline, ctx: Context) -> BlockPattern | Decline:
     """A method's pattern for the queries of a call, where it was made for all tokens of the row."""
     layout = ctx.layout

@@ -146,32 +146,39 @@ def block_pairs(layout: TokenLayout, size: int, device: torch.device | str = "cp
     return seen(before + queries) - seen(before)
 
 
-def gather_share(
-    value: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], pairs: Tensor, density: float,
-    weight: int = 1, strips: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def whole_map(
+    value: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], device: torch.device, weight: int = 1,
+    strips: int = 1,
+) -> Tensor:  # fmt: skip
+    """A map of all blocks in bfloat16, [batch, heads, rows, key blocks]; only strips of rows are held in float32.
+
+    Args:
+        value: (first row, last row) -> [batch, heads, rows, key blocks].
+        shape, weight, strips: as in `gather_rows`.
+        device: of the result.
+    """
+    batch, heads, rows, cols = shape
+    found = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
+    for first in range(0, rows, step):
+        found[:, :, first : first + step] = value(first, min(first + step, rows))
+    return found
+
+
+def gather_share(values: Tensor, pairs: Tensor, density: float) -> tuple[Tensor, Tensor]:
     """As `gather_rows`: the blocks of the highest values of each head that hold a share of the visible pairs.
 
     Args:
-        value: (first row, last row) -> bfloat16 [batch, heads, rows, key blocks]; infinite is kept, negative is not.
-        shape: (batch, heads, rows, key blocks).
+        values: bfloat16 [batch, heads, rows, key blocks]; infinite is kept, negative is not.
         pairs: int64 [rows, key blocks], visible pairs in each block.
         density: in (0, 1]; what is nearest to it is kept.
-        weight: numbers that `value` holds for each element of its result.
-        strips: fewest strips.
     """
-    batch, heads, rows, cols = shape
-    step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
-    values = torch.full((batch * heads, rows, cols), -1.0, dtype=torch.bfloat16, device=pairs.device)
-    for first in range(0, rows, step):
-        found = value(first, min(first + step, rows))
-        values[:, first : first + step] = found.flatten(0, 1)
+    batch, heads, rows, cols = values.shape
     # The bits of positive numbers are ordered as the numbers are; those of negative ones are negative.
-    rank = values.view(torch.int16)
+    rank = values.contiguous().view(torch.int16)
     wanted = density * float(pairs.sum())
-    limits = torch.stack([_limit(one, pairs, wanted) for one in rank]).view(batch, heads, 1, 1)
-    ranked = rank.view(shape)
-    return gather_rows(lambda first, last: ranked[:, :, first:last] >= limits, shape)
+    limits = torch.stack([_limit(one, pairs, wanted) for one in rank.flatten(0, 1)]).view(batch, heads, 1, 1)
+    return gather_rows(lambda first, last: rank[:, :, first:last] >= limits, (batch, heads, rows, cols))
 
 
 def _limit(rank: Tensor, pairs: Tensor, wanted: float) -> Tensor:

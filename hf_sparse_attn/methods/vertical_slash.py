@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.method import Decline, Knob, Method
+from hf_sparse_attn.method import Decline, Estimating, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
@@ -24,7 +24,7 @@ _FEWEST_SLASHES = 50
 
 @METHODS.register("vertical_slash")
 @dataclass(frozen=True, kw_only=True)
-class VerticalSlash(Method):
+class VerticalSlash(Estimating):
     """Each head keeps its best single columns (verticals) and its best diagonals (slashes); drops the rest.
 
     Both are ranked by the attention of the last queries: a vertical by the sum over these queries, a slash by the
@@ -73,8 +73,25 @@ class VerticalSlash(Method):
         """Blocks along the slashes and columns between them; see Method.pattern."""
         if q is None or k is None:
             raise TypeError("`q` and `k` must be tensors: vertical_slash chooses by content, got None")
-        verticals, slashes = self.choose(q, k, ctx)
-        return build_pattern(verticals, slashes, ctx.layout.query_start, q.shape[2], k.shape[2], self.block_size)
+        return self.pattern_by(self.estimate(q, k, ctx), ctx)
+
+    def estimate_key(self) -> Hashable:
+        """The last queries; see Estimating."""
+        return self.name, self.last_queries
+
+    def estimate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        """Attention of the last queries on each column and each diagonal: float32 [batch, heads, kv_len], both."""
+        vertical, slash = last_query_sums(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
+        vertical[..., :_FORCED_VERTICALS] = torch.inf
+        slash[..., :_FORCED_SLASHES] = torch.inf
+        return vertical, slash
+
+    def pattern_by(self, estimate: tuple[Tensor, ...], ctx: Context) -> BlockPattern:
+        """Blocks along the slashes and columns between them; see Estimating."""
+        n = ctx.layout.kv_len
+        amounts = max(amount_of(self.vertical, n), _FORCED_VERTICALS), max(amount_of(self.slash, n), _FEWEST_SLASHES)
+        verticals, slashes = (best_ascending(x, min(n, m)) for x, m in zip(estimate, amounts, strict=True))
+        return build_pattern(verticals, slashes, ctx.layout.query_start, ctx.layout.q_len, n, self.block_size)
 
     def turned(self, value: float) -> Method:
         """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
@@ -83,16 +100,6 @@ class VerticalSlash(Method):
             return replace(self, slash=round(value))
         most = max(1, self.slash) if isinstance(self.slash, int) else self.slash
         return replace(self, slash=round(value), vertical=round(value * self.vertical / most))
-
-    def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
-        n = k.shape[2]
-        vertical_score, slash_score = last_query_sums(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
-        vertical_score[..., :_FORCED_VERTICALS] = torch.inf
-        slash_score[..., :_FORCED_SLASHES] = torch.inf
-        vertical = min(n, max(amount_of(self.vertical, n), _FORCED_VERTICALS))
-        slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
-        return best_ascending(vertical_score, vertical), best_ascending(slash_score, slash)
 
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.method import Decline, Knob, Method
+from hf_sparse_attn.method import Decline, Estimating, Knob
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
@@ -25,6 +25,7 @@ from hf_sparse_attn.selection import (
     row_blocks,
     share_missing,
     text_blocks,
+    whole_map,
 )
 
 # Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
@@ -33,7 +34,7 @@ _FEWEST_STRIPS = 4
 
 @METHODS.register("xattention")
 @dataclass(frozen=True, kw_only=True)
-class XAttention(Method):
+class XAttention(Estimating):
     """Each block of queries keeps the fewest key blocks that hold a share of its estimated attention; drops the rest.
 
     The scores of `stride` x `stride` tokens are estimated by the sum along one anti-diagonal, which every vertical and
@@ -91,73 +92,37 @@ class XAttention(Method):
         """The covering blocks of each head; see Method.pattern."""
         if q is None or k is None:
             raise TypeError("`q` and `k` must be tensors: xattention chooses by content, got None")
-        layout, size, device = ctx.layout, self.block_size, q.device
-        shape = (q.shape[0], q.shape[1], -(-layout.q_len // size), -(-layout.kv_len // size))
-        low, high = row_blocks(layout, size, device)
-        block = torch.arange(shape[3], device=device)
-        text_row, text_col = (t.to(device) for t in text_blocks(layout, size, size))
-        queries, keys = q.detach(), k.detach()
-        if not q.is_cuda:
-            # Once for all strips.
-            queries, keys = queries.float(), keys.float()
-        keys = tiles_of(keys, self.stride, size).flip(3).flatten(3)
-
-        def bounds(first: int, last: int) -> tuple[Tensor, Tensor]:
-            """Blocks that every row keeps, and those that it may keep."""
-            if not layout.is_causal:
-                forced = text_col.expand(last - first, -1)
-                return forced, torch.ones_like(forced)
-            begin, end = low[first:last, None], high[first:last, None]
-            return (block == 0) | (block == begin) | (block == end), block <= end
+        if self.density is not None:
+            return self.pattern_by(self.estimate(q, k, ctx), ctx)
+        strips = Strips(self, q, k, ctx)
 
         def keep(first: int, last: int) -> Tensor:
-            forced, visible = bounds(first, last)
-            score = self._scores(queries, keys, first, last, ctx)
-            return covering(score, self.threshold, forced, visible) | text_row[first:last, None]
+            forced, visible = strips.bounds(first, last)
+            return covering(strips.scores(first, last), self.threshold, forced, visible) | strips.text(first, last)
+
+        counts, blocks = gather_rows(keep, strips.shape, strips.weight, strips.fewest)
+        return pattern_of_rows(counts, blocks, self.block_size, ctx.layout)
+
+    def estimate_key(self) -> Hashable:
+        """That of a density: a threshold keeps no map of all blocks; see Estimating."""
+        return None if self.density is None else (self.name, self.stride, self.block_size)
+
+    def estimate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        """What would be missing of each row before a block: bfloat16 [batch, heads, rows, key blocks]."""
+        strips = Strips(self, q, k, ctx)
 
         def missing(first: int, last: int) -> Tensor:
-            forced, visible = bounds(first, last)
-            score = self._scores(queries, keys, first, last, ctx)
-            return share_missing(score, forced | text_row[first:last, None], visible)
+            forced, visible = strips.bounds(first, last)
+            return share_missing(strips.scores(first, last), forced | strips.text(first, last), visible)
 
-        tiles = size // self.stride
-        weight, strips = tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1
-        if self.density is not None:
-            counts, blocks = gather_share(
-                missing, shape, block_pairs(layout, size, device), self.density, weight, strips
-            )
-        else:
-            counts, blocks = gather_rows(keep, shape, weight, strips)
-        return pattern_of_rows(counts, blocks, size, layout)
+        return (whole_map(missing, strips.shape, q.device, strips.weight, strips.fewest),)
 
-    def _scores(self, q: Tensor, keys: Tensor, first: int, last: int, ctx: Context) -> Tensor:
-        """Estimated attention of the rows from `first` to `last`: float32 [batch, heads, rows, key blocks].
-
-        Args:
-            q: [batch, heads, q_len, dim].
-            keys: [batch, kv_heads, key tiles, stride * dim], the keys of each tile in reverse.
-            first, last: rows.
-            ctx: the call.
-        """
-        layout, size, stride = ctx.layout, self.block_size, self.stride
-        per_block, blocks = size // stride, keys.shape[2] * stride // size
-        seen = -(-(layout.query_start + last * size) // size) if layout.is_causal else blocks
-        keys = keys[:, :, : min(seen, blocks) * per_block]
-        query = tiles_of(q[:, :, first * size : last * size], stride, size).flatten(3)
-        rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT).mul_(ctx.softmax_scale / stride)
-        if ctx.softcap:
-            logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
-        logits = logits.view(*query.shape[:3], keys.shape[2])
-        at = layout.query_start + first * size + torch.arange(query.shape[2], device=q.device) * stride
-        key = torch.arange(keys.shape[2], device=q.device) * stride
-        hidden = (key > at[:, None]) if layout.is_causal else (key >= layout.kv_len)
-        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
-        if last * size > layout.q_len:
-            weights[:, :, at >= layout.kv_len] = 0
-        # Rows first: that adds whole lines of memory.
-        score = weights.unflatten(2, (-1, per_block)).sum(3).unflatten(3, (-1, per_block)).sum(4)
-        return torch.nn.functional.pad(score, (0, blocks - score.shape[3]))
+    def pattern_by(self, estimate: tuple[Tensor, ...], ctx: Context) -> BlockPattern:
+        """The blocks of each head up to the threshold that keeps its density; see Estimating."""
+        assert self.density is not None
+        pairs = block_pairs(ctx.layout, self.block_size, estimate[0].device)
+        counts, blocks = gather_share(estimate[0], pairs, self.density)
+        return pattern_of_rows(counts, blocks, self.block_size, ctx.layout)
 
     def least_density(self, ctx: Context) -> float:
         """The first block and the query's own; see Method.least_density."""
@@ -186,6 +151,66 @@ class XAttention(Method):
     def full_budget(cls) -> dict[str, Any]:
         """The whole attention."""
         return {"threshold": 1.0, "stride": 8, "block_size": 32}
+
+
+class Strips:
+    """The block scores of a call, some rows of query blocks at a time.
+
+    Args:
+        method: whose stride and block size.
+        q: [batch, heads, q_len, dim].
+        k: [batch, kv_heads, kv_len, dim].
+        ctx: the call.
+    """
+
+    def __init__(self, method: XAttention, q: Tensor, k: Tensor, ctx: Context) -> None:
+        self.size, self.stride, self.ctx = method.block_size, method.stride, ctx
+        layout, size = ctx.layout, method.block_size
+        queries, keys = q.detach(), k.detach()
+        if not q.is_cuda:
+            # Once for all strips.
+            queries, keys = queries.float(), keys.float()
+        self.queries, self.keys = queries, tiles_of(keys, self.stride, size).flip(3).flatten(3)
+        self.shape = (q.shape[0], q.shape[1], -(-layout.q_len // size), -(-layout.kv_len // size))
+        self.low, self.high = row_blocks(layout, size, q.device)
+        self.block = torch.arange(self.shape[3], device=q.device)
+        self.text_row, self.text_col = (t.to(q.device) for t in text_blocks(layout, size, size))
+        # Scores of tiles that are held for one of a block, and the fewest strips.
+        self.weight, self.fewest = (size // self.stride) ** 2, _FEWEST_STRIPS if layout.is_causal else 1
+
+    def bounds(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Blocks that every row from `first` to `last` keeps, and those that it may keep, text rows left out."""
+        if not self.ctx.layout.is_causal:
+            forced = self.text_col.expand(last - first, -1)
+            return forced, torch.ones_like(forced)
+        begin, end = self.low[first:last, None], self.high[first:last, None]
+        return (self.block == 0) | (self.block == begin) | (self.block == end), self.block <= end
+
+    def text(self, first: int, last: int) -> Tensor:
+        """Rows that hold text beside a video, which keep everything: bool [rows, 1]."""
+        return self.text_row[first:last, None]
+
+    def scores(self, first: int, last: int) -> Tensor:
+        """Estimated attention of the rows from `first` to `last`: float32 [batch, heads, rows, key blocks]."""
+        ctx, layout, size, stride = self.ctx, self.ctx.layout, self.size, self.stride
+        per_block, blocks = size // stride, self.shape[3]
+        seen = -(-(layout.query_start + last * size) // size) if layout.is_causal else blocks
+        keys = self.keys[:, :, : min(seen, blocks) * per_block]
+        query = tiles_of(self.queries[:, :, first * size : last * size], stride, size).flatten(3)
+        rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT).mul_(ctx.softmax_scale / stride)
+        if ctx.softcap:
+            logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
+        logits = logits.view(*query.shape[:3], keys.shape[2])
+        at = layout.query_start + first * size + torch.arange(query.shape[2], device=query.device) * stride
+        key = torch.arange(keys.shape[2], device=query.device) * stride
+        hidden = (key > at[:, None]) if layout.is_causal else (key >= layout.kv_len)
+        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        if last * size > layout.q_len:
+            weights[:, :, at >= layout.kv_len] = 0
+        # Rows first: that adds whole lines of memory.
+        score = weights.unflatten(2, (-1, per_block)).sum(3).unflatten(3, (-1, per_block)).sum(4)
+        return torch.nn.functional.pad(score, (0, blocks - score.shape[3]))
 
 
 def tiles_of(x: Tensor, stride: int, size: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.method import Decline, Method, PartlyDense, Run
+from hf_sparse_attn.method import Decline, Estimating, Method, PartlyDense, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Bytes of the patterns of layers whose methods are all static that one profile keeps.
 _KEPT_BYTES = 1 << 28
+# Heads that may be estimated for one that needs it.
+_MORE_HEADS = 2
 _LOCK = Lock()
 
 
@@ -215,9 +217,14 @@ class ProfiledMethod(Method):
         """`_mix`, built anew."""
         found: list[tuple[list[int], BlockPattern]] = []
         dense, reasons = [h for h, i in chosen.items() if i == 0], []
-        for index in sorted(set(chosen.values()) - {0}):
-            heads = sorted(h for h, i in chosen.items() if i == index)
-            for own, pattern in _patterns(self.profile.methods[index], heads, q, k, ctx, device):
+        used = {
+            self.profile.methods[index]: sorted(h for h, i in chosen.items() if i == index)
+            for index in sorted(set(chosen.values()) - {0})
+        }
+        estimates = {} if q is None or k is None else _estimates(used, q, k, ctx)
+        for method, heads in used.items():
+            known = estimates.get(_estimate_key(method))
+            for own, pattern in _patterns(method, heads, q, k, ctx, device, known):
                 if isinstance(pattern, Decline):
                     dense += own
                     reasons.append(_told(own, pattern.reason))
@@ -247,10 +254,55 @@ class ProfiledMethod(Method):
         return Mix(pattern, tuple(reasons), sparse=True)
 
 
+class _Estimate(NamedTuple):
+    """An estimate that several methods choose by, of some heads in this order."""
+
+    heads: list[int]
+    tensors: tuple[Tensor, ...]
+
+    def of(self, heads: list[int]) -> tuple[Tensor, ...]:
+        """That of some of its heads."""
+        at = [self.heads.index(head) for head in heads]
+        return tuple(_part(t, at) for t in self.tensors)
+
+
+def _estimate_key(method: Method) -> Hashable:
+    return method.estimate_key() if isinstance(method, Estimating) else None
+
+
+def _estimates(used: dict[Method, list[int]], q: Tensor, k: Tensor, ctx: Context) -> dict[Hashable, _Estimate]:
+    """The estimates of methods that choose by one, made once for the heads of all that share it."""
+    wanted: dict[Hashable, list[tuple[Estimating, list[int]]]] = {}
+    for method, heads in used.items():
+        if isinstance(method, Estimating) and method.estimate_key() is not None and method.why_not(ctx) is None:
+            wanted.setdefault(method.estimate_key(), []).append((method, heads))
+    found = {}
+    group = ctx.num_heads // ctx.num_kv_heads
+    for key, sharing in wanted.items():
+        heads = sorted(h for _, own in sharing for h in own)
+        kv_heads = sorted({head // group for head in heads})
+        every = [kv_head * group + i for kv_head in kv_heads for i in range(group)]
+        parts = _classes(heads, ctx)
+        # One call for some heads more is cheaper than several calls.
+        if len(parts) > 1 and len(every) <= _MORE_HEADS * len(heads):
+            parts = [(every, kv_heads)]
+        made = [
+            sharing[0][0].estimate(_part(q, own), _part(k, own_kv), _of_heads(ctx, own, own_kv))
+            for own, own_kv in parts
+        ]
+        joined = made[0] if len(made) == 1 else tuple(torch.cat(each, 1) for each in zip(*made, strict=True))
+        found[key] = _Estimate([head for own, _ in parts for head in own], joined)
+    return found
+
+
 def _patterns(
-    method: Method, heads: list[int], q: Tensor | None, k: Tensor | None, ctx: Context, device: torch.device
-) -> list[tuple[list[int], BlockPattern | Decline]]:
+    method: Method, heads: list[int], q: Tensor | None, k: Tensor | None, ctx: Context, device: torch.device,
+    known: _Estimate | None = None,
+) -> list[tuple[list[int], BlockPattern | Decline]]:  # fmt: skip
     """Patterns of one method for some heads: lists of heads, each with the pattern of those."""
+    if known is not None:
+        assert isinstance(method, Estimating)
+        return [(heads, method.pattern_by(known.of(heads), ctx))]
     if method.static:
         # Built for all heads, so that it is the same in all layers, and a method may tell heads apart by number.
         reason = method.why_not(ctx)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import Context, TokenLayout
-from hf_sparse_attn.methods.xattention import XAttention, products, tiles_of
+from hf_sparse_attn.methods.xattention import Strips, XAttention, products
 from hf_sparse_attn.selection import block_pairs, covering, row_blocks, share_missing, text_blocks
 from tests.support.golden import golden
 from tests.support.patterns import Largest
@@ -72,8 +72,8 @@ def plain(method: XAttention, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
 def test_the_published_selection() -> None:
     method = XAttention(threshold=0.9, stride=8, block_size=64)
     ctx = context(TokenLayout.causal(1000), 2, 2, 32)
-    keys = tiles_of(GOLDEN["k"], 8, 64).flip(3).flatten(3)
-    torch.testing.assert_close(method._scores(GOLDEN["q"], keys, 0, 16, ctx), GOLDEN["scores"], rtol=1e-5, atol=1e-6)
+    scores = Strips(method, GOLDEN["q"], GOLDEN["k"], ctx).scores(0, 16)
+    torch.testing.assert_close(scores, GOLDEN["scores"], rtol=1e-5, atol=1e-6)
     assert torch.equal(block_map(method, GOLDEN["q"], GOLDEN["k"], ctx), GOLDEN["mask"])
 
 
@@ -126,7 +126,7 @@ def test_what_is_kept_holds_the_share_and_no_block_too_many() -> None:
     method, layout = XAttention(threshold=0.8, stride=8, block_size=32), TokenLayout.bidirectional(700)
     ctx, (q, k) = context(layout), inputs(layout)
     kept = block_map(method, q, k, ctx)
-    score = method._scores(q, tiles_of(k, 8, 32).flip(3).flatten(3), 0, kept.shape[2], ctx)
+    score = Strips(method, q, k, ctx).scores(0, kept.shape[2])
     share = score / score.sum(-1, keepdim=True)
     held = (share * kept).sum(-1)
     least = share.masked_fill(~kept, torch.inf).min(-1).values
@@ -206,7 +206,7 @@ def test_a_density_is_kept_by_every_head_with_a_threshold_of_its_own(layout: str
     assert (shares - max(density, least)).abs().max() <= 0.01
     if layout != "video":
         assert method.least_density(ctx) == density
-    score = method._scores(q, tiles_of(k, 8, 16).flip(3).flatten(3), 0, kept.shape[2], ctx)
+    score = Strips(method, q, k, ctx).scores(0, kept.shape[2])
     low, high = row_blocks(ctx.layout, 16)
     block = torch.arange(kept.shape[3])
     visible = block <= high[:, None] if ctx.layout.is_causal else torch.ones_like(kept[0, 0])
@@ -240,10 +240,9 @@ def test_share_missing_by_hand() -> None:
 def test_no_gradient_goes_through_the_estimate() -> None:
     layout = TokenLayout.causal(111)
     q, k = (x.requires_grad_() for x in inputs(layout))
-    tiles = tiles_of(k.detach(), 8, 32).flip(3).flatten(3)
     method = XAttention(stride=8, block_size=32)
     assert method.pattern(q, k, context(layout)).starts.numel()
-    assert not method._scores(q.detach(), tiles, 0, 4, context(layout)).requires_grad
+    assert not Strips(method, q, k, context(layout)).scores(0, 4).requires_grad
 
 
 BAD = [
