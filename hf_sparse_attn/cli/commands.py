@@ -184,6 +184,11 @@ def _parser() -> Parser:
     profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
+        "--qualities",
+        action="store_true",
+        help="budgets 1/2, 1/4 and 1/8 at once, in the folders high, balanced and fast of DIR",
+    )
+    profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
     profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; its default if not given")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
+from hf_sparse_attn.presets import BUDGETS
 from hf_sparse_attn.profiling.inputs import check_dtype, load, read_call
-from hf_sparse_attn.profiling.run import check_settings, profile
+from hf_sparse_attn.profiling.run import at_budget, check_settings, profile
 from hf_sparse_attn.profiling.view.report import render, summary
 from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.shipped.byte_llama import default_metric
@@ -36,13 +38,21 @@ def main(args: argparse.Namespace, width: int) -> str:
     steps = list(pairwise([0.0, *args.steps, 1.0])) if args.steps else None
     chosen: dict[str, Any] = {"per": args.per, "passes": args.passes, "steps": steps}
     chosen["max_plans_per_layer"] = args.max_plans_per_layer
-    check_settings(args.budget, metric, **chosen)
+    output = Path(args.output)
+    budgets: dict[float, Path] = {args.budget: output}
+    if args.qualities:
+        if args.per != "density" or args.passes > 1:
+            raise ValueError("`qualities` must stand alone: `per` and `passes` are density and 1 then")
+        budgets = {budget: output / quality for quality, budget in BUDGETS.items()}
+    # What a tight budget needs is measured first: a loose one needs no more.
+    least = min(budgets)
+    check_settings(least, metric, **chosen)
     if args.query_blocks is not None:
         check_int("query_blocks", args.query_blocks, 1)
     check_dtype(args.dtype)
     call = None if args.call is None else read_call(args.call)
     candidates = None if args.candidates is None else _candidates(Path(args.candidates))
-    make_folder(args.output)
+    make_folder(output)
     check_int("held_out", args.held_out, 0)
     model, batches, source = load(
         args.model,
@@ -63,7 +73,7 @@ def main(args: argparse.Namespace, width: int) -> str:
         model,
         batches,
         candidates,
-        args.budget,
+        least,
         metric,
         **chosen,
         same_in_group=args.same_in_group,
@@ -73,12 +83,21 @@ def main(args: argparse.Namespace, width: int) -> str:
         source=source,
         held_out=held_out or None,
     )
-    found.save_pretrained(args.output)
-    document = {**summary(found, worst=0), "output": str(args.output)}
+    documents, texts = [], []
+    for budget, output in budgets.items():
+        one = found
+        if budget != least:
+            limit = {"max_plans_per_layer": args.max_plans_per_layer}
+            one = at_budget(model, found, batches, budget, held_out or None, **limit)
+        # Three times the figures of all candidates would be the same.
+        (replace(one, measurements=None) if args.qualities else one).save_pretrained(output)
+        document = {**summary(one, worst=0), "output": str(output)}
+        documents.append(document)
+        use = f"saved in {output}: hf_sparse_attn.patch(model, {str(output)!r})"
+        texts.append(f"{render(document, width)}\n\n{use}")
     if args.json:
-        return json.dumps(document, indent=2)
-    use = f"saved in {args.output}: hf_sparse_attn.patch(model, {str(args.output)!r})"
-    return f"{render(document, width)}\n\n{use}"
+        return json.dumps(documents if args.qualities else documents[0], indent=2)
+    return "\n\n".join(texts)
 
 
 def _parted(batches: list[Any], lengths: int, held_out: int) -> tuple[list[Any], list[Any]]:

@@ -126,15 +126,54 @@ def profile(
             said["query_blocks"] = query_blocks
         if source:
             said["source"] = source
-        choose = partial(
-            from_measurements, found, model_print, metric=metric, per=per, same_in_group=same_in_group,
-            calibration=said, **settings,
-        )  # fmt: skip
-        made = choose(budget)
-        # An iterator has been used up by now.
-        if per == "density" and number == passes - 1 and isinstance(batches, Sequence):
-            made = keep_in_use(model, made, batches, choose)
+        made = from_measurements(
+            found, model_print, budget, metric, per=per, same_in_group=same_in_group, calibration=said, **settings
+        )
     assert made is not None
+    # An iterator has been used up by now.
+    known = batches if isinstance(batches, Sequence) else ()
+    return _in_use(model, made, known, held_out, settings)
+
+
+def at_budget(
+    model: Any,
+    made: HeadProfile,
+    batches: Sequence[Batch],
+    budget: float,
+    held_out: Iterable[Batch] | None = None,
+    **settings: Any,
+) -> HeadProfile:
+    """`profile` at another budget, from what was measured for one.
+
+    Args:
+        model, batches, held_out: as in `profile`, and as they were for `made`.
+        made: a profile with its measurements, of a budget of density.
+        budget: share in (0, 1] of the dense density.
+        **settings: solver, max_plans_per_layer and floor, as in `profile`.
+
+    Raises:
+        ValueError: a profile without measurements, or a budget that cannot be met.
+    """
+    if made.measurements is None or "density" not in made.budget:
+        raise ValueError(f"`made` must have its measurements and a budget of density, got {made!r}")
+    again = from_measurements(
+        made.measurements, made.model, budget, made.metric, same_in_group=made.same_in_group,
+        calibration=made.calibration, **settings,
+    )  # fmt: skip
+    return _in_use(model, again, batches, held_out, settings)
+
+
+def _in_use(
+    model: Any, made: HeadProfile, batches: Sequence[Batch], held_out: Iterable[Batch] | None, settings: dict[str, Any]
+) -> HeadProfile:
+    """A choice, kept to a budget of density in sparse runs on the batches, with its figures on other inputs."""
+    if "density" in made.budget and batches:
+        assert made.measurements is not None
+        choose = partial(
+            from_measurements, made.measurements, made.model, metric=made.metric, same_in_group=made.same_in_group,
+            calibration=made.calibration, **settings,
+        )  # fmt: skip
+        made = keep_in_use(model, made, batches, choose)
     return made if held_out is None else replace(made, evaluation=evaluate(model, made, held_out))
 
 
