@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +113,11 @@ def _parser() -> Parser:
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one, and draw its pattern")
     methods.add_argument("--markdown", action="store_true", help="the tables, or the page, of the documents")
 
-    coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
+    coverage = command(
+        "coverage",
+        _noted("hf_sparse_attn.cli.coverage"),
+        "list the model classes installed here, and which can be patched",
+    )
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
     coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
     coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
@@ -121,7 +125,11 @@ def _parser() -> Parser:
     doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
     doctor.add_argument("--backends", type=list_of(str), metavar="A,B", help="try only these")
 
-    bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
+    bench = command(
+        "bench",
+        _noted("hf_sparse_attn.cli.bench"),
+        "time sparse against dense attention and FlexAttention, in one process",
+    )
     bench.add_argument(
         "--suite",
         default="quick",
@@ -261,7 +269,9 @@ def _parser() -> Parser:
     train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
 
-    report = command("report", _report, "show a head profile: tables, and a page with pictures")
+    report = command(
+        "report", _noted("hf_sparse_attn.profiling.view.page"), "show a head profile: tables, and a page with pictures"
+    )
     report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
     report.add_argument("--output", metavar="DIR", help="write report.html, its pictures and report.json there")
     report.add_argument("--worst", type=int, default=10, metavar="N", help="heads in the table of the worst: 10")
@@ -282,65 +292,24 @@ def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namesp
     return run
 
 
-def _methods(args: argparse.Namespace) -> int:
-    if args.name is not None:
-        return _method(args)
-    from hf_sparse_attn.documents import catalog
-    from hf_sparse_attn.tables import markdown, table
+def _noted(module: str) -> Callable[[argparse.Namespace], int]:
+    """The same of a module whose `main` gives besides what was written, which goes to stderr."""
 
-    columns, presets = catalog.presets_table()
-    document = {
-        "methods": catalog.methods(),
-        "families": catalog.families(),
-        "backends": catalog.backends(),
-        "presets": [dict(zip(columns, row, strict=True)) for row in presets],
-    }
-
-    def text() -> str:
-        if args.markdown:
-            parts = catalog.tables().items()
-            return "\n\n".join(f"<!-- generated: {name} -->\n{markdown(*t)}\n<!-- end -->" for name, t in parts)
-        # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
-        heads, rows = catalog.methods_table(third_party=True)
-        methods = table([*heads[:1], *heads[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width())
-        return f"{methods}\n\n{table(columns, presets, title='Presets (quality=)', width=_width())}"
-
-    return _show(args, document, text)
-
-
-def _method(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.documents import method_page, method_text
-
-    width = _terminal()
-    if args.markdown and not args.json:
-        print(method_page.page(args.name, method_text.evaluation()), end="")
+    def run(args: argparse.Namespace) -> int:
+        text, notes = import_module(module).main(args, _width())
+        print(text)
+        for note in notes:
+            print(note, file=sys.stderr)
         return 0
-    found = method_text.record(args.name, width)
-    return _show(args, found, lambda: method_text.render(found, width))
+
+    return run
 
 
-def _coverage(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.coverage import page as coverage_page
-    from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
-    from hf_sparse_attn.coverage.run import coverage_of, versions
-    from hf_sparse_attn.sharing.files import make_folder
-    from hf_sparse_attn.tables import table
+def _methods(args: argparse.Namespace) -> int:
+    from hf_sparse_attn.cli import methods
 
-    if args.output is not None:
-        # A folder that cannot be made must not cost the list.
-        make_folder(args.output)
-    found = coverage_of(args.library)
-    used = versions(found)
-    document = coverage_page.document(found, used)
-    written = [] if args.output is None else coverage_page.write(document, args.output)
-
-    def text() -> str:
-        if args.markdown:
-            return coverage_page.page(document).rstrip("\n")
-        said = f"With {', '.join(f'{name} {version}' for name, version in used.items())}."
-        return "\n".join([table(*coverage_table(found), width=_width()), "", *coverage_summary(found), said])
-
-    return _show(args, document, text, [f"wrote {path}" for path in written])
+    print(methods.main(args, _width(), _terminal()))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -349,57 +318,6 @@ def _doctor(args: argparse.Namespace) -> int:
     found = doctor.examine(args.backends)
     _show(args, found, lambda: doctor.render(found, _width()))
     return 0 if found["ok"] else 1
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.bench import harness as bench
-    from hf_sparse_attn.bench import plot as bench_plot
-    from hf_sparse_attn.bench.options import make_options
-    from hf_sparse_attn.sharing.files import make_folder
-
-    if args.calibrate:
-        return _calibrate(args)
-    apart = ("run", "command", "imports", "json", "debug", "output", "calibrate")
-    given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
-    options = make_options(**given)
-    if args.output is not None:
-        # A folder that cannot be made must not cost a result of many minutes.
-        make_folder(args.output)
-    result = bench.run(options)
-    # Files before tables, for a reader that has gone.
-    notes = [] if args.output is None else bench_plot.write(result, args.output)
-    return _show(args, result, lambda: bench_plot.render(result, _width()), notes)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.profiling.view import page
-
-    text, notes = page.main(args, _width())
-    print(text)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return 0
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.bench import calibrate
-    from hf_sparse_attn.bench.options import Options
-    from hf_sparse_attn.cost import table as cost
-    from hf_sparse_attn.cost.timing import threads
-    from hf_sparse_attn.sharing.files import make_folder
-
-    own = ("suite", "imports", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
-    other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
-    if other:
-        raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
-    device = Options(threads=args.threads, device=args.device).where
-    # With --output for the package or another machine, else for this user.
-    path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
-    make_folder(path.parent)
-    with threads(args.threads):
-        found = calibrate.measure(device)
-    calibrate.write(found, path)
-    return _show(args, found, lambda: calibrate.render(found, _width()), [f"wrote {path}"])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -429,13 +347,9 @@ def _docs(args: argparse.Namespace) -> int:
     return 1 if args.check and changed else 0
 
 
-def _show(
-    args: argparse.Namespace, document: dict[str, Any], text: Callable[[], str], notes: Sequence[str] = ()
-) -> int:
-    """Prints the document with --json, else the text; what was written beside it goes to stderr."""
+def _show(args: argparse.Namespace, document: dict[str, Any], text: Callable[[], str]) -> int:
+    """Prints the document with --json, else the text."""
     print(json.dumps(document, indent=2, default=str) if args.json else text())
-    for note in notes:
-        print(note, file=sys.stderr)
     return 0
 
 

@@ -136,7 +136,7 @@ def render(found: dict[str, Any], width: int) -> str:
         ),
         *section("Raises", wrapped(found["raises"])),
         *section("Backends here", *(entry(backend["name"], backend["why_not"]) for backend in found["backends"])),
-        *section("Presets (quality=)", *(entry(_preset(preset), preset["source"]) for preset in found["presets"])),
+        *section("Presets (quality=)", *(entry(*_preset(preset)) for preset in found["presets"])),
     ]
     for result in found["measured"]:
         columns = list(result["rows"][0])
@@ -221,10 +221,12 @@ def _presets(name: str) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key != "method"} for row in own]
 
 
-def _preset(row: dict[str, str]) -> str:
+def _preset(row: dict[str, str]) -> tuple[str, str]:
+    """What a preset sets, and where that is from and what was measured of it."""
     quality = "without one" if row["quality"] == catalog.DEFAULT else row["quality"]
     size = "" if row["models"] == "all" else f", {row['models']}"
-    return f"{quality}, {row['family']}{size}: {row['values']}"
+    measured = "" if row["measured"] == catalog.NOT_MEASURED else f". Measured: {row['measured']}"
+    return f"{quality}, {row['family']}{size}: {row['values']}", row["source"] + measured
 
 
 def _knob(knob: dict[str, Any] | None) -> str:

@@ -31,6 +31,8 @@ from hf_sparse_attn.sharing.fingerprint import weights_hash
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.
 _ALWAYS = ("output_error", "layer_error", "recall")
+# Inputs of a forward that are images, videos or sound.
+_SENSED = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
 def measure(
@@ -149,7 +151,11 @@ class _Watch:
         if self.tally is None:
             chosen = self.candidates
             if chosen is None:
-                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches), self.own))
+                suited = default_candidates(ctx.layout, longest(self.batches), self.own)
+                if not suited:
+                    least = f"no method keeps less than all of {ctx.layout.kv_len} tokens"
+                    raise ValueError(f"`batches` must be longer: {least}, batch {self.number}")
+                chosen = with_dense(suited, self.own)
             self.tally = Tally(chosen, self.steps)
         tally = self.tally
         cases = len(tally.cases)
@@ -179,6 +185,8 @@ class _Watch:
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
     inputs, watch.needles = _inputs_of(batch)
+    if not callable(inputs):
+        _check_inputs(inputs, watch.number)
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
@@ -210,6 +218,20 @@ def run_batch(model: Any, batch: Batch) -> None:
         return
     inputs.pop("labels", None)
     model(**ready(model, inputs))
+
+
+def _check_inputs(inputs: Mapping[str, Any], number: int) -> None:
+    """Refuses inputs in which there is nothing to attend to: no tokens, a black image, silence."""
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        if not value.numel():
+            raise ValueError(f"`batches` must hold values, batch {number} has none in {name!r}")
+        if name in _SENSED and value.is_floating_point():
+            # Channels of an image differ by how they were scaled.
+            along = value.flatten(-2) if value.ndim > 3 else value
+            if (along.amin(-1) == along.amax(-1)).all():
+                raise ValueError(f"`batches` must show something, {name!r} of batch {number} is one value all over")
 
 
 def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:

@@ -38,6 +38,7 @@ def test_everything_is_told_within_the_width(name: str, width: int, capsys, monk
     for row in rows:
         if row[columns.index("method")] == name:
             assert row[columns.index("source")] in flat
+            assert row[columns.index("measured")] == catalog.NOT_MEASURED or row[columns.index("measured")] in flat
     assert f'hsa.patch(model, "{name}"' in out and "cpp_block_sparse" in out
     # Code that is to be copied, and paths, stay in one line.
     text = [line for line in out.splitlines() if "from_pretrained(" not in line and ".py" not in line]
