@@ -89,7 +89,9 @@ class Dense:
     def __init__(self, out: Output, inputs: int) -> None:
         self.states = out.states
         self.pictures = out.pictures
-        self.choice = self.places = self.log_p = None
+        self.choice: Tensor | None = None
+        self.places: Tensor | None = None
+        self.log_p: Tensor | None = None
         self.loss: float | None = None
         if out.logits is not None:
             rows, width = out.logits.shape
@@ -105,9 +107,9 @@ class Dense:
         loss = loss_of(out)
         if loss is not None:
             found["loss"] = loss
-        if out.logits is not None and self.log_p is not None and self.places is not None:
+        if out.logits is not None and self.log_p is not None and self.places is not None and self.choice is not None:
             found["kl"] = self._divergence(out.logits[self.places], self.log_p)
-            found["agreement"] = float((out.logits.argmax(-1) == self.choice).float().mean())
+            found["agreement"] = float(out.logits.argmax(-1).eq(self.choice).float().mean())
         for name, state in out.states.items():
             found[_STATES[name]] = relative_error(state, self.states[name])
         if out.pictures is not None and self.pictures is not None:
