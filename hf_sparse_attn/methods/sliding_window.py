@@ -117,7 +117,7 @@ class SlidingWindow(Method):
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """Windows that are shares of the tokens, of 16 at least; see Method.candidates."""
         is_video = layout.video_part is not None
-        parts = (64, 32, 16, 8, 4) if layout.is_causal else (32, 16) if is_video else (32, 16, 8, 4)
+        parts = (128, 64, 32, 16, 8, 4) if layout.is_causal else (32, 16) if is_video else (32, 16, 8, 4)
         wide = [part for part in parts if tokens >= 16 * part] or parts[-1:]
         return [{"window": 1 / part, "sink": 0 if is_video else 16} for part in wide]
 

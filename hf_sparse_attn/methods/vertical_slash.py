@@ -114,7 +114,7 @@ class VerticalSlash(Estimating):
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
-        parts = ((16, 64), (8, 64), (4, 64), (32, 32), (16, 16), (8, 8))
+        parts = ((32, 128), (16, 64), (8, 64), (4, 32), (4, 16), (16, 16), (8, 8))
         return [{"vertical": 1 / vertical, "slash": 1 / slash} for vertical, slash in parts]
 
     @classmethod

@@ -136,7 +136,7 @@ class XAttention(Estimating):
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """By density, which holds on inputs that were not measured; see Method.candidates."""
-        return [{"density": share, "stride": 8} for share in (1 / 16, 1 / 8, 1 / 4)]
+        return [{"density": share, "stride": 8} for share in (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -482,3 +482,31 @@ def test_an_order_names_heads_that_are_there(order: list[int]) -> None:
 def test_a_method_of_a_profile_has_no_knob() -> None:
     with pytest.raises(TypeError, match="no parameter that sets its density"):
         ProfiledMethod(profile=profile(CAUSAL, [1] * 6)).turned(0.5)
+
+
+def test_methods_that_share_an_estimate_make_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six heads of five settings in three key/value groups: two estimates, and what each head would keep by itself."""
+    from hf_sparse_attn.methods.vertical_slash import VerticalSlash
+    from hf_sparse_attn.methods.xattention import XAttention
+
+    methods = (
+        GET("dense")(),
+        *(XAttention(density=share, stride=8, block_size=32) for share in (0.2, 0.4)),
+        *(VerticalSlash(vertical=v, slash=s, block_size=16) for v, s in ((20, 60), (60, 51))),
+        XAttention(threshold=0.5, stride=8, block_size=32),
+    )
+    heads, kv_heads, n = 6, 3, 300
+    choice = (1, 3, 2, 4, 5, 1)
+    ctx = Context(TokenLayout.causal(n), num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=16)
+    q, k = torch.randn(2, heads, n, 16).cumsum(2) * 0.3, torch.randn(2, kv_heads, n, 16).cumsum(2) * 0.3
+    called: list[str] = []
+    for kind in (XAttention, VerticalSlash):
+        own = kind.estimate
+        monkeypatch.setattr(kind, "estimate", lambda self, *a, own=own: (called.append(self.name), own(self, *a))[1])
+    mixed = profile(methods, choice).method().pattern(q, k, ctx).to_dense()
+    assert sorted(called) == ["vertical_slash", "xattention"]
+    for head, index in enumerate(choice):
+        kv = head // 2
+        one = Context(TokenLayout.causal(n), num_heads=1, num_kv_heads=1, head_dim=16)
+        alone = methods[index].pattern_for(q[:, head : head + 1], k[:, kv : kv + 1], one)
+        assert torch.equal(mixed[:, head], alone.to_dense()[:, 0]), head
