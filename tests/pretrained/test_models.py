@@ -105,19 +105,21 @@ def test_whisper_understands_ten_sentences() -> None:
 
 @pytest.mark.real
 def test_a_folder_that_was_not_finished_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tokenizer:
-        @staticmethod
-        def from_pretrained(*_: Any, **__: Any) -> Any:
+    class Model(torch.nn.Linear):
+        config = object()
+
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "config.json").write_text("{")
             raise OSError("disk full")
 
-    class Model:
+    class Loader:
         @staticmethod
         def from_pretrained(*_: Any, **__: Any) -> Any:
-            return torch.nn.Linear(1, 1)
+            return Model(1, 1)
 
     monkeypatch.setattr(smollm2, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM", Model)
-    monkeypatch.setattr("transformers.AutoTokenizer", Tokenizer)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Loader)
+    monkeypatch.setattr("transformers.AutoTokenizer", Loader)
     with pytest.raises(OSError, match="disk full"):
         smollm2.model_folder()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
