@@ -30,6 +30,8 @@ from hf_sparse_attn.selection import (
 
 # Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
 _FEWEST_STRIPS = 4
+# Logits in whose time the operators of a strip are called.
+_STRIP_PAIRS = 6000.0
 
 
 @METHODS.register("xattention")
@@ -129,9 +131,10 @@ class XAttention(Estimating):
         return max(least_of_row_blocks(ctx, self.block_size), self.density or 0.0)
 
     def choosing_pairs(self, ctx: Context) -> float:
-        """One logit for each `stride` pairs, of a mere product; see Method.choosing_pairs."""
-        seen = 0.5 if ctx.layout.is_causal and not ctx.layout.query_start else 1.0
-        return 0.5 * seen * ctx.layout.q_len * ctx.layout.kv_len / self.stride
+        """One logit for each `stride` pairs, and what a strip takes whatever its size; see Method.choosing_pairs."""
+        whole = ctx.layout.is_causal and not ctx.layout.query_start
+        seen, strips = (0.5, _FEWEST_STRIPS) if whole else (1.0, 1)
+        return seen * ctx.layout.q_len * ctx.layout.kv_len / self.stride + strips * _STRIP_PAIRS
 
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:

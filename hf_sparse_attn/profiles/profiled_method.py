@@ -255,7 +255,7 @@ class ProfiledMethod(Method):
 
 
 class _Estimate(NamedTuple):
-    """An estimate that several methods choose by, of some heads in this order."""
+    """An estimate that several methods choose by, of some heads in ascending order."""
 
     heads: list[int]
     tensors: tuple[Tensor, ...]
@@ -290,8 +290,10 @@ def _estimates(used: dict[Method, list[int]], q: Tensor, k: Tensor, ctx: Context
             sharing[0][0].estimate(_part(q, own), _part(k, own_kv), _of_heads(ctx, own, own_kv))
             for own, own_kv in parts
         ]
-        joined = made[0] if len(made) == 1 else tuple(torch.cat(each, 1) for each in zip(*made, strict=True))
-        found[key] = _Estimate([head for own, _ in parts for head in own], joined)
+        order = [head for own, _ in parts for head in own]
+        index = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=q.device)
+        joined = made[0] if len(made) == 1 else tuple(torch.cat(x, 1)[:, index] for x in zip(*made, strict=True))
+        found[key] = _Estimate(sorted(order), joined)
     return found
 
 
