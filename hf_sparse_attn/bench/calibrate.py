@@ -66,7 +66,7 @@ def measure(
             else the machine does only adds time.
 
     Returns:
-        plain values ready for JSON: `version`, `device`, `kind`, `threads` (None on a GPU), `date`, `torch`, `dense`
+        plain values ready for JSON: `version`, `device`, `kind`, `threads` (None on a GPU), `matrix_units` (of a CPU: AMX), `date`, `torch`, `dense`
         (seconds of one head by length), `sparse` (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest
         relative error of the fit), `tuned` (what the backends' own `calibrate(device)` gave).
     """
@@ -82,6 +82,7 @@ def measure(
         "device": cost.device_name(device),
         "kind": kind,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
+        "matrix_units": kind == "cpu" and cost.has_matrix_units(),
         "date": machine.now(),
         "torch": str(torch.__version__),
         "dense": [],

@@ -200,7 +200,9 @@ class Table:
 
     def choosing_seconds(self, shape: Shape, pairs: float) -> float:
         """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs for `pairs`."""
-        whole = self._dense_seconds(shape._replace(causal=False)) / (shape.q_len * shape.kv_len)
+        # A CPU estimates in float32, whatever units it has for less.
+        dtype = "float32" if self.kind == "cpu" else shape.dtype
+        whole = self._dense_seconds(shape._replace(causal=False, dtype=dtype)) / (shape.q_len * shape.kv_len)
         read = _PAIRS_PER_TOKEN * (shape.q_len + shape.kv_len) + _PAIRS_PER_LOGIT * pairs
         return _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
 
@@ -309,13 +311,23 @@ def cpu_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     import platform
 
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in units of their own (AMX)."""
+    return "amx_bf16" in _cpu_info().get("flags", "").split()
+
+
+@lru_cache(maxsize=1)
+def _cpu_info() -> dict[str, str]:
+    """What the system tells of the first processor; nothing where it does not."""
+    info, found = Path("/proc/cpuinfo"), dict[str, str]()
+    for line in info.read_text(errors="replace").splitlines() if info.is_file() else ():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found
 
 
 def user_file(device: torch.device) -> Path:
@@ -346,10 +358,12 @@ def _load(device: torch.device) -> Table:
     own = SHIPPED / file_name(device)
     if own.is_file():
         return Table(json.loads(own.read_text(encoding="utf-8")), "measured")
-    for path in sorted(SHIPPED.glob("cost-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["kind"] == device.type:
-            return Table(found, "shipped")
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SHIPPED.glob("cost-*.json"))]
+    tables = [found for found in tables if found["kind"] == device.type]
+    if tables:
+        # Nothing else makes processors differ as much as units for matrices of bfloat16, dense and sparse.
+        with_units = device.type == "cpu" and has_matrix_units()
+        return Table(next((t for t in tables if t.get("matrix_units", False) == with_units), tables[0]), "shipped")
     return Table(json.loads((SHIPPED / "assumed.json").read_text(encoding="utf-8")), "assumed")
 
 
