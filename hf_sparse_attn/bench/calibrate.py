@@ -66,9 +66,10 @@ def measure(
             else the machine does only adds time.
 
     Returns:
-        plain values ready for JSON: `version`, `device`, `kind`, `threads` (None on a GPU), `matrix_units` (of a CPU: AMX), `date`, `torch`, `dense`
-        (seconds of one head by length), `sparse` (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest
-        relative error of the fit), `tuned` (what the backends' own `calibrate(device)` gave).
+        plain values ready for JSON: `version`, `device`, `kind`, `threads` (None on a GPU), `matrix_units` (whether
+        it is a CPU with AMX), `date`, `torch`, `dense` (seconds of one head by length), `sparse` (cost.RUN_COSTS and
+        cost.PLAN_COSTS in seconds, `error`: the largest relative error of the fit), `tuned` (what the backends' own
+        `calibrate(device)` gave).
     """
     kind = device.type
     if dtypes is None:
