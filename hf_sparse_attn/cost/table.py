@@ -200,8 +200,9 @@ class Table:
 
     def choosing_seconds(self, shape: Shape, pairs: float) -> float:
         """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs for `pairs`."""
-        # Estimates are made in float32 whatever the model computes in.
-        whole = self._dense_seconds(shape._replace(causal=False, dtype="float32")) / (shape.q_len * shape.kv_len)
+        # A CPU estimates in float32, whatever units it has for less.
+        dtype = "float32" if self.kind == "cpu" else shape.dtype
+        whole = self._dense_seconds(shape._replace(causal=False, dtype=dtype)) / (shape.q_len * shape.kv_len)
         read = _PAIRS_PER_TOKEN * (shape.q_len + shape.kv_len) + _PAIRS_PER_LOGIT * pairs
         return _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
 

@@ -54,8 +54,10 @@ def causal_tiles(distance: Tensor, block_q: int, block_k: int) -> tuple[Tensor, 
     tiles = _causal_tile_table(block_q, block_k, distance.device)
     # Query a sees key b iff b <= a + distance: whole from distance = block_k - 1 on.
     ids = torch.where(distance >= block_k - 1, 0, distance + block_q)
-    used, ids = torch.cat([ids.new_zeros(1), ids]).unique(return_inverse=True)
-    return ids[1:].to(torch.int32), tiles[used]
+    used = torch.zeros(len(tiles), dtype=torch.bool, device=ids.device)
+    used[0] = True
+    used[ids] = True
+    return (used.cumsum(0) - 1).to(torch.int32)[ids], tiles[used]
 
 
 @lru_cache(maxsize=16)

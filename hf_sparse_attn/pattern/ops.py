@@ -147,6 +147,16 @@ def _kept_columns(p: BlockPattern) -> Tensor:
 
 def _kept_without_range(p: BlockPattern) -> Tensor:
     """Kept pairs of the blocks by counting areas: nothing is expanded but the tiles, which are few."""
+    if p.device.type == "cpu" and p.q_len % p.block_q == 0:
+        sizes = p.tiles.flatten(1).sum(1)
+        kept = sizes[p.tile_ids].sum()
+        cut = p.starts > p.kv_len - p.block_k
+        if bool(cut.any()):
+            # Blocks that end behind the last key, by the number of keys that they have.
+            tile, keys = p.tile_ids[cut].long(), (p.kv_len - p.starts[cut].long()).clamp(min=0)
+            there = torch.nn.functional.pad(p.tiles[tile].sum(1).cumsum(1), (1, 0))
+            kept = kept - sizes[tile].sum() + there.gather(1, keys[:, None]).sum()
+        return kept.double()
     # The number of blocks is given, or a GPU would be asked for it.
     row = entry_rows(p.indptr, len(p.starts)) % p.rows
     queries = _row_sizes(p)[row]

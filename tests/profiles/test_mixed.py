@@ -486,10 +486,7 @@ def test_a_method_of_a_profile_has_no_knob() -> None:
 
 @pytest.mark.parametrize("more", [1, 2])
 def test_methods_that_share_an_estimate_make_it_once(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
-    """Six heads of five settings: an estimate or, where no head is to be estimated in vain, one for each kind of group.
-
-    Every head keeps what it would keep by itself.
-    """
+    """Six heads of five settings keep what each would by itself; two calls if no head is to be estimated in vain."""
     monkeypatch.setattr("hf_sparse_attn.profiles.profiled_method._MORE_HEADS", more)
     from hf_sparse_attn.methods.vertical_slash import VerticalSlash
     from hf_sparse_attn.methods.xattention import XAttention
