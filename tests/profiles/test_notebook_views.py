@@ -15,7 +15,7 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.report import LayerReport, Report
 from hf_sparse_attn.tables import Markup, escape, html
-from tests.profiling.test_profile_report import HOSTILE, VIDEO, Page, make
+from tests.support.head_profiles import HOSTILE, VIDEO, Page, make
 from tests.support.tiny_lm import FAMILIES, tokens
 
 HOSTILE_LAYER = LayerReport(0, HOSTILE, 1, 2, {HOSTILE: 1}, 0.25, 0.2512, 1.5, None, {HOSTILE: 2})

@@ -20,7 +20,7 @@ from hf_sparse_attn.profiling.view.colours import LEVELS, contrast, level_class
 from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.report import number, short_labels, summary
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from tests.profiling.test_profile_report import HOSTILE, VIDEO, Page, make
+from tests.support.head_profiles import HOSTILE, VIDEO, Page, make
 
 Tags = list[tuple[str, dict[str, str | None]]]
 
