@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn import transforms
+from hf_sparse_attn import auto, transforms
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import is_traced, refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
@@ -31,7 +32,7 @@ from hf_sparse_attn.session import Session
 
 def patch(
     model: Any,
-    method: str | Method | HeadProfile | os.PathLike[str],
+    method: str | Method | HeadProfile | os.PathLike[str] | None = None,
     *,
     backend: str = "auto",
     strict: bool = False,
@@ -39,13 +40,21 @@ def patch(
     dense_steps: float | tuple[float, float] | None = None,
     min_tokens: int | str = "auto",
     quality: str | None = None,
+    profile: str | None = None,
+    texts: Iterable[Any] | None = None,
+    images: Iterable[Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    tokenizer: Any = None,
     **params: Any,
 ) -> Patch:
     """Makes the self-attention of a pretrained model sparse, in place and reversibly.
 
     Args:
         model: a transformers model, a diffusers transformer, or a diffusers pipeline.
-        method: a name (see `list_methods()`), a Method, a HeadProfile, or the folder or Hub id of a saved one.
+        method: a name (see `list_methods()`), a Method, a HeadProfile, or the folder or Hub id of a saved one. None
+            means the best that is known at the `quality`: a head profile of the model that was made here or comes with
+            the package, else the preset of the family that did the least damage where it was measured; `notes` and
+            `choice` of the Patch say which, and its quality.
         backend: "auto", or a backend by name, which then never falls back.
         strict: raise wherever sparse attention would be given up (by the method, a mask or a model feature) instead of
             running dense and reporting why.
@@ -53,7 +62,16 @@ def patch(
         dense_steps: share of the model evaluations of a denoising run kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
-            (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them.
+            (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them. Without a
+            method "balanced" if not given.
+        profile: "auto": a head profile is made of the model at the `quality`, with a bar, and kept in the cache folder
+            (under HF_HOME) for these weights; the next time it is read from there, and no inputs are needed. It stands
+            in place of a method.
+        texts: to profile a model of text on, strings or token ids; or the prompts of a pipeline of diffusers.
+        images: to profile a model of images on, pixel values [channels, height, width] each.
+        batches: to profile on, as `hsa.profile` takes them.
+        tokenizer: for texts that are strings (None means the model's own, if it is on this machine), or an image
+            processor for images that are no pixel values.
         **params: the method's parameters. Those that are not given are what the method's authors ran the family with,
             where that differs from the method's defaults (`report()` shows what is in force).
 
@@ -63,7 +81,8 @@ def patch(
         checkpointed layers after `remove()`.
 
     Raises:
-        TypeError: a model of no known family, or a parameter the method does not have.
+        TypeError: a model of no known family, a parameter the method does not have, or arguments that exclude one
+            another.
         ValueError: an unknown name, a value out of range, layers that the model does not have, a method that does not
             apply to the family, a profile of another model, or a model that is patched already. The model is then
             untouched.
@@ -71,13 +90,26 @@ def patch(
     """
     if backend != "auto":
         BACKENDS.get(backend)
-    profile = find_profile(method)
+    inputs = {"texts": texts, "images": images, "batches": batches, "tokenizer": tokenizer}
+    choice = None
+    if profile is not None or method is None:
+        _check_choice(method, profile, params)
     if profile is not None:
+        choice = auto.profiled(model, quality or _DEFAULT, **inputs)
+    elif any(value is not None for value in inputs.values()):
+        given = [name for name, value in inputs.items() if value is not None]
+        raise TypeError(f'`{given[0]}` must come with `profile="auto"`, which is made on it')
+    elif method is None:
+        choice = auto.choose(model, quality or _DEFAULT)
+    if choice is not None:
+        method, quality = choice.method, None if isinstance(choice.method, HeadProfile) else choice.quality
+    chosen_profile = find_profile(method)
+    if chosen_profile is not None:
         if params or quality is not None:
             given = sorted({*params, *(["quality"] if quality is not None else [])})
             raise TypeError(f"`method` is a profile, which holds all parameters; got {', '.join(given)} besides")
-        profile.check(model)
-        method = profile.method()
+        chosen_profile.check(model)
+        method = chosen_profile.method()
     if quality is not None:
         if not isinstance(method, str):
             raise TypeError(f"`quality` chooses parameters: `method` must then be a name, got {method!r}")
@@ -108,12 +140,35 @@ def patch(
     applied = install(model, found, Session(made, policy, backend, strict))
     try:
         check_effect(applied)
-        if profile is not None and not any(plan.choice.any() for plan in profile.plans):
+        if chosen_profile is not None and not any(plan.choice.any() for plan in chosen_profile.plans):
             applied.note("nothing can be sparse: every head of the profile is dense")
+        if choice is not None:
+            applied.choice = choice
+            for said in choice.skipped:
+                applied.note(said)
+            applied.note(choice.why, logging.INFO)
     except BaseException:
         applied.remove()
         raise
     return applied
+
+
+# The quality where neither it nor a method is given.
+_DEFAULT = "balanced"
+
+
+def _check_choice(method: object, profile: object, params: dict[str, Any]) -> None:
+    """Refuses what would be ignored where `patch` chooses the method itself.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    if profile is not None and profile != "auto":
+        raise ValueError(f'`profile` must be "auto"; a profile is given as `method`, got {profile!r:.100}')
+    if profile is not None and method is not None:
+        raise TypeError(f'`method` must be left out beside `profile="auto"`, got {method!r:.100}')
+    if params:
+        raise TypeError(f"`method` must be given with parameters of it, got {', '.join(sorted(params))} alone")
 
 
 # What patch() takes by keyword besides the parameters of a method.

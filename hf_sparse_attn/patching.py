@@ -61,6 +61,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._model_gain: float | None = None
         # Whether the model runs in denoising steps; families whose models never do say so.
         self.has_steps = True
+        # What `patch()` chose where no method was named (auto.Choice), or None.
+        self.choice: Any = None
         for module in self.modules:
             self.set_attribute(module, PATCH_ATTRIBUTE, self)
 
@@ -149,9 +151,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
             session.tell_full()
         return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
 
-    def note(self, text: str) -> None:
-        """Tells something of this patch once: a warning in the log, and a line under the table of `report()`."""
-        self.session.notes.add(text)
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        """Tells something of this patch once: in the log at a level, and in a line under the table of `report()`."""
+        self.session.notes.add(text, level)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 """Presets: parameters of a method for a family in one word, each with where its values come from.
 
-Those of this package are the rows of assets/presets.json. Where a method's authors ran a family with other parameters
-than the method's defaults, those are the defaults of the family: the rows of assets/family_defaults.json.
+Those of this package are the rows of assets/presets.json. Amounts in them are shares of the tokens, so that a word
+means the same at any length. A row whose quality was measured on a real model has the figures, and by them
+`best_preset` chooses a method where none is named. Where a method's authors ran a family with other parameters than
+the method's defaults, those are the defaults of the family: the rows of assets/family_defaults.json.
 
-There is no preset for sliding_window on a video: a frame has thousands of tokens and how many depends on the size of
-the video, so that no number of tokens means the same twice, and nobody has published one.
+There is no preset for sliding_window on a video: its neighbours are those of a raster line, and nobody has published
+one.
 """
 
 from __future__ import annotations
@@ -26,7 +28,55 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUALITIES = ("high", "balanced", "fast")
+# The share of the pairs of tokens that a word stands for, where it is not the method's authors who said otherwise.
+BUDGETS = {"high": 1 / 2, "balanced": 1 / 4, "fast": 1 / 8}
 _ASSETS = Path(__file__).parent / "assets"
+# What a model of transformers reads, by the name of its main input; other models make videos.
+_KINDS = {"input_ids": "text", "pixel_values": "image", "input_features": "speech", "input_values": "speech"}
+# Figures of which more is better.
+_RISING = frozenset({"psnr", "ssim"})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a preset did to a real model.
+
+    Args:
+        model: its name.
+        family: it is of.
+        kind: what it reads or makes: "text", "image", "speech" or "video".
+        figure: "loss" (nats a token), "output error" (relative error of the last hidden state), "ssim" (to the dense
+            clip of the same seed).
+        tokens: length of an input.
+        inputs: how many.
+        density: share of the pairs that was kept, in all calls.
+        dense, sparse: the figure with dense attention, and with the preset.
+        difference: between them, mean over inputs.
+    """
+
+    model: str
+    family: str
+    kind: str
+    figure: str
+    tokens: int
+    inputs: int
+    density: float
+    dense: float
+    sparse: float
+    difference: float
+
+    @property
+    def damage(self) -> float:
+        """By how much the figure is worse than dense."""
+        return -self.difference if self.figure in _RISING else self.difference
+
+    def __str__(self) -> str:
+        # An error is one against dense attention.
+        dense = f", dense {self.dense:.4g} ({self.difference:+.2g})" if self.dense else ""
+        return (
+            f"{self.figure} {self.sparse:.4g}{dense}, on {self.model} "
+            f"({self.inputs} inputs of {self.tokens:,} tokens, density {self.density:.2g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +91,7 @@ class Preset:
         dense_layers, dense_steps: as in `patch()`.
         size: which models of the family, in words.
         modules: number of patched modules that tells those models apart; None means any.
+        measured: its quality on real models; empty where nobody measured it.
     """
 
     method: str
@@ -51,10 +102,12 @@ class Preset:
     dense_steps: float | None = None
     size: str = "all"
     modules: int | None = None
+    measured: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.quality not in QUALITIES:
-            raise ValueError(_unknown(self.quality))
+        check_quality(self.quality)
+        rows = [Measured(**row) if isinstance(row, Mapping) else row for row in self.measured]
+        object.__setattr__(self, "measured", tuple(rows))
 
     def fits(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the patched modules are of its size."""
@@ -110,8 +163,62 @@ def _by_family(table: str, kind: Callable[..., T]) -> dict[str, list[T]]:
     return found
 
 
-def _unknown(quality: object) -> str:
-    return f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}{nearest(quality, QUALITIES)}"
+def check_quality(quality: object) -> None:
+    """Raises where `quality` is none of the words.
+
+    Raises:
+        ValueError: lists them, and names the nearest.
+    """
+    if quality not in QUALITIES:
+        raise ValueError(
+            f"`quality` must be one of {', '.join(QUALITIES)}; got {quality!r}{nearest(quality, QUALITIES)}"
+        )
+
+
+def kind_of(modules: Sequence[nn.Module]) -> str:
+    """What the patched modules read or make: "text", "image", "speech" or "video".
+
+    A model of text and something else counts as the other.
+    """
+    found = [_KINDS.get(str(getattr(module, "main_input_name", "")), "video") for module in modules]
+    return next((kind for kind in found if kind != "text"), "text")
+
+
+def best_preset(
+    name: str, family: type[Family], modules: Sequence[nn.Module], quality: str, usable: Callable[[str], bool]
+) -> tuple[Preset, Measured | None]:
+    """The preset of a family that did the least damage where it was measured, and that figure.
+
+    What was measured on a model of the family counts first, then what was on one of its kind (`kind_of`), by the
+    method; where nothing was, the family's first preset is taken, without a figure.
+
+    Args:
+        name, family, modules: as `find_family` gives them.
+        quality: one of QUALITIES.
+        usable: whether a method can be used with the modules, given its name.
+
+    Raises:
+        ValueError: unknown quality, or the family has no preset that can be used.
+    """
+    check_quality(quality)
+    own: dict[str, Preset] = {}
+    for preset in presets_of(name, family):
+        if preset.quality == quality and preset.fits(modules) and usable(preset.method):
+            own.setdefault(preset.method, preset)
+    if not own:
+        raise ValueError(f"`method` must be given for a {name} model: its family has no preset {quality!r} to choose")
+    kind = kind_of(modules)
+    known = [
+        (row, p.method)
+        for p in (*own.values(), *(p for presets in _table().values() for p in presets))
+        for row in p.measured
+        if row.kind == kind and p.quality == quality and p.method in own
+    ]
+    figures = [found for found in known if found[0].family == name] or known
+    if not figures:
+        return next(iter(own.values())), None
+    row, method = min(figures, key=lambda found: found[0].damage)
+    return own[method], row
 
 
 def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], method: str, quality: str) -> Preset:
@@ -120,8 +227,7 @@ def find_preset(name: str, family: type[Family], modules: Sequence[nn.Module], m
     Raises:
         ValueError: unknown quality, or the family has none for the method.
     """
-    if quality not in QUALITIES:
-        raise ValueError(_unknown(quality))
+    check_quality(quality)
     known = presets_of(name, family)
     for preset in known:
         if (preset.method, preset.quality) == (method, quality) and preset.fits(modules):

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time, causal_tiles, distinct_tiles
 
 # Weights of the last queries held at a time, over heads: bounds memory at long context.
 _WEIGHTS_AT_A_TIME = 1 << 25
+# Bytes of a boolean block map that is no matter: its strips are put together.
+_MAP_AT_ONCE = 1 << 20
 
 
 def check_block_size(size: object, name: str = "block_size") -> int:
@@ -31,6 +33,23 @@ def check_share(name: str, value: object) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"`{name}` must be more than 0 and at most 1, got {value}")
     return float(value)
+
+
+def check_amount(name: str, value: object, minimum: int) -> int | float:
+    """Returns a number of tokens or blocks of at least `minimum`, or a share of those of a call in (0, 1), a float.
+
+    A share of 1 is refused: as a parameter it would be equal to one token.
+    """
+    if not isinstance(value, float):
+        return check_int(name, value, minimum)
+    if not 0 < value < 1:
+        raise ValueError(f"`{name}` must be an int, or as a float a share in (0, 1), got {value}")
+    return value
+
+
+def amount_of(value: int | float, total: int) -> int:
+    """The number that a parameter of `check_amount` stands for where a call has `total`; a share is at least one."""
+    return max(1, round(value * total)) if isinstance(value, float) else value
 
 
 def pool_blocks(x: Tensor, size: int) -> Tensor:
@@ -55,6 +74,19 @@ def rank_descending(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
+def best_ascending(scores: Tensor, count: int) -> Tensor:
+    """The first `count` of `rank_descending`, in ascending order: int64 [..., count]."""
+    # Without sorting, where a look at the numbers of elements need not wait for a device.
+    least = scores.topk(count, sorted=False).values.amin(-1, keepdim=True) if count else scores[..., :0]
+    if scores.device.type != "cpu" or bool(least.isnan().any()):
+        return rank_descending(scores)[..., :count].sort(-1).values
+    if not count:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64)
+    above, level = scores > least, scores == least
+    kept = above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return kept.nonzero()[:, -1].view(*scores.shape[:-1], count)
+
+
 def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> Tensor:
     """The fewest elements of each row that hold a share of its sum: forced ones first, then from the highest on.
 
@@ -74,6 +106,82 @@ def covering(scores: Tensor, share: float, forced: Tensor, visible: Tensor) -> T
     before = torch.nn.functional.pad(total[..., :-1], (1, 0))
     needed = before < share * scores.sum(-1, keepdim=True)
     return (torch.zeros_like(needed).scatter_(-1, order, needed) & visible) | forced
+
+
+def share_missing(scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+    """The share of its row that would still be missing when an element's turn comes, from the highest score on.
+
+    Elements whose missing share exceeds 1 less a threshold are those that `covering` keeps for it.
+
+    Args:
+        scores, forced, visible: as in `covering`.
+
+    Returns:
+        bfloat16 [..., n]: infinite where forced and for the first of the order, which all thresholds keep, negative
+        where not visible, else from 0 to 1.
+    """
+    order = rank_descending(scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf))
+    # Summed from the lowest score, so that small shares do not drown in the sum of the others.
+    left = scores.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+    left = left / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    left[..., 0] = torch.inf
+    found = torch.empty_like(left).scatter_(-1, order, left)
+    return found.masked_fill(forced, torch.inf).masked_fill(~visible, -1.0).bfloat16()
+
+
+def block_pairs(layout: TokenLayout, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Visible pairs of tokens in every aligned block of `size` x `size`: int64 [query blocks, key blocks]."""
+    query = torch.arange(-(-layout.q_len // size), device=device)[:, None] * size
+    key = torch.arange(-(-layout.kv_len // size), device=device) * size
+    queries, keys = (layout.q_len - query).clamp(max=size), (layout.kv_len - key).clamp(max=size)
+    if not layout.is_causal:
+        return queries * keys
+    before = layout.query_start + query - key
+
+    def seen(last: Tensor) -> Tensor:
+        """Pairs of the queries up to the one that sees `last` keys from the first of the block on."""
+        inside = last.clamp(min=0).minimum(keys)
+        return inside * (inside + 1) // 2 + (last - keys).clamp(min=0) * keys
+
+    return seen(before + queries) - seen(before)
+
+
+def gather_share(
+    value: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], pairs: Tensor, density: float,
+    weight: int = 1, strips: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `gather_rows`: the blocks of the highest values of each head that hold a share of the visible pairs.
+
+    Args:
+        value: (first row, last row) -> bfloat16 [batch, heads, rows, key blocks]; infinite is kept, negative is not.
+        shape: (batch, heads, rows, key blocks).
+        pairs: int64 [rows, key blocks], visible pairs in each block.
+        density: in (0, 1]; what is nearest to it is kept.
+        weight: numbers that `value` holds for each element of its result.
+        strips: fewest strips.
+    """
+    batch, heads, rows, cols = shape
+    step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
+    values = torch.full((batch * heads, rows, cols), -1.0, dtype=torch.bfloat16, device=pairs.device)
+    for first in range(0, rows, step):
+        found = value(first, min(first + step, rows))
+        values[:, first : first + step] = found.flatten(0, 1)
+    # The bits of positive numbers are ordered as the numbers are; those of negative ones are negative.
+    rank = values.view(torch.int16)
+    wanted = density * float(pairs.sum())
+    limits = torch.stack([_limit(one, pairs, wanted) for one in rank]).view(batch, heads, 1, 1)
+    ranked = rank.view(shape)
+    return gather_rows(lambda first, last: ranked[:, :, first:last] >= limits, shape)
+
+
+def _limit(rank: Tensor, pairs: Tensor, wanted: float) -> Tensor:
+    """The least rank that is kept so that the pairs of all kept blocks are nearest to `wanted`."""
+    most = torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16)
+    held = torch.zeros(int(most) + 1, dtype=torch.int64, device=rank.device)
+    may = rank >= 0
+    held.scatter_add_(0, rank[may].long(), pairs[may])
+    total = held.flip(0).cumsum(0).flip(0)
+    return (total - wanted).abs().flip(0).argmin().neg().add(len(held) - 1).to(torch.int16)
 
 
 def top_blocks(
@@ -140,9 +248,11 @@ def gather_rows(
     """
     batch, heads, rows, cols = shape
     step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
+    strips_of = (keep(first, min(first + step, rows)) for first in range(0, rows, step))
+    if batch * heads * rows * cols <= _MAP_AT_ONCE:
+        strips_of = iter([torch.cat(list(strips_of), 2)])
     parts = []
-    for first in range(0, rows, step):
-        kept = keep(first, min(first + step, rows))
+    for kept in strips_of:
         block = torch.arange(cols, dtype=torch.int32, device=kept.device)
         parts.append((kept.sum(-1), block.expand_as(kept).masked_select(kept)))
     if len(parts) == 1:
@@ -193,6 +303,8 @@ def last_query_sums(
     heads = max(1, _WEIGHTS_AT_A_TIME // (per_query * last))
     # Where the queries of one key head are too many, too, they go in strips, which are added up.
     step = min(last, max(1, _WEIGHTS_AT_A_TIME // per_query))
+    if heads >= k.shape[1] and step == last:
+        return _strip_sums(query.float(), k.float(), scale, softcap)
     parts = []
     for i in range(0, k.shape[1], heads):
         sums = q.new_zeros(2, q.shape[0], min(heads, k.shape[1] - i) * query.shape[2], n, dtype=torch.float32)

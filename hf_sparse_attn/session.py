@@ -84,6 +84,7 @@ class Session(Uncopied):
         # What is told besides figures: settings without effect, steps that are guessed.
         self.notes = Notes()
         self._told_full = False
+        self._told_lengths: set[int] = set()
         self.number = next(_NUMBERS)
         SESSIONS[self.number] = self
 
@@ -133,6 +134,15 @@ class Session(Uncopied):
         params = ", ".join(f"{name}={value}" for name, value in self.method.params().items())
         where = "of some calls" if ctx is None else f"of a call of {ctx.layout.kv_len} tokens"
         self.notes.add(f"{self.method.name}({params}) keeps all keys {where}: nothing is saved there")
+
+    def _tell_length(self, ctx: Context) -> None:
+        """Notes what the method says of calls of a length, the first time that one comes."""
+        tokens = ctx.layout.kv_len
+        if tokens not in self._told_lengths:
+            self._told_lengths.add(tokens)
+            remark = self.method.remark(ctx)
+            if remark is not None:
+                self.notes.add(remark)
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         if self.strict:
@@ -231,6 +241,7 @@ class Session(Uncopied):
         work = self.work(q, ctx.layout)
         if self.stays_dense(record, case.before(), work):
             return None
+        self._tell_length(ctx)
         densities: list[float | Tensor] = []
 
         def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@
 #include "cpp_block_sparse_backward.h"
 #else
 #include "cpp_block_sparse_forward.h"
+#include "cpp_block_sparse_tiles.h"
 #endif
 
 namespace {
@@ -41,7 +42,7 @@ int64_t backward(const Call& c) {
 
 #else
 
-template <class Op, class Stored>
+template <class Worker>
 int64_t forward(const Call& c) {
   // One key/value head after the other keeps its keys in cache.
   std::vector<Item> work;
@@ -51,7 +52,7 @@ int64_t forward(const Call& c) {
   int64_t n = work.size();
 #pragma omp parallel num_threads(std::max<int64_t>(1, std::min(c.threads, n)))
   {
-    Forward<Op, Stored> worker(c);
+    Worker worker(c);
     if (!worker.ready()) failed = 1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < n; ++i)
@@ -74,11 +75,15 @@ int64_t hsa_run(const Call* call) {
 #if BACKWARD
   return backward<std::conditional_t<std::is_same_v<STORED, double>, double, float>, STORED>(*call);
 #else
+#if HSA_TILES
+  if constexpr (std::is_same_v<STORED, BFloat>)
+    if (TiledForward::takes(*call) && Tiles::allowed()) return forward<TiledForward>(*call);
+#endif
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<STORED, BFloat>)
-    if (call->dim % 2 == 0) return forward<Pair, BFloat>(*call);
+    if (call->dim % 2 == 0) return forward<Forward<Pair, BFloat>>(*call);
 #endif
-  return forward<Single<std::conditional_t<std::is_same_v<STORED, double>, double, float>>, STORED>(*call);
+  return forward<Forward<Single<std::conditional_t<std::is_same_v<STORED, double>, double, float>>, STORED>>(*call);
 #endif
 }
 

@@ -116,8 +116,8 @@ class CppBlockSparse(KernelBackend):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not(dtype: torch.dtype, compiling: bool, needs_grad: bool) -> str | None:
     reason = build.why_not(dtype)
-    if reason is None and dtype == torch.bfloat16 and "amx_bf16" in build.cpu_features():
-        return "this CPU multiplies bfloat16 in tiles (AMX): PyTorch's operators use them, this kernel does not"
+    if reason is None and needs_grad and dtype == torch.bfloat16 and "amx_bf16" in build.cpu_features():
+        return "this CPU multiplies bfloat16 in tiles (AMX): PyTorch's operators use them, this backward does not"
     if reason is None and compiling:
         try:
             for backward in (False, True)[: 1 + needs_grad]:

@@ -7,7 +7,8 @@
 namespace {
 
 template <class Op, class Stored>
-class Forward final : Reader<Op, Stored> {
+class Forward : protected Reader<Op, Stored> {
+ protected:
   using Base = Reader<Op, Stored>;
   using typename Base::Element;
   using typename Base::Real;
@@ -16,8 +17,10 @@ class Forward final : Reader<Op, Stored> {
   static constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
 
  public:
-  explicit Forward(const Call& call)
+  // `group`: keys from a multiple of which a part of a chunk begins.
+  explicit Forward(const Call& call, int group = Op::kStep)
       : Base(call),
+        group_(group),
         rule_(rule_of<Real>(call)),
         steps_((call.dim + Op::kStep - 1) / Op::kStep),
         dims_(round_up(call.value_dim, Op::kDims)),
@@ -44,24 +47,13 @@ class Forward final : Reader<Op, Stored> {
     for (int panel = 0; panel < panels_; ++panel) give(panel);
   }
 
- private:
+ protected:
   void attend_chunk() override {
-    const Stored* base = head_of<Stored>(c_.k, item_.batch, Base::kv_head());
-    const Element* keys[kKeys];
-    for (int i = 0; i < count_; ++i) {
-      const Stored* row = base + tokens_[i] * c_.k.token;
-      if constexpr (kPairs || kAsStored) {
-        keys[i] = reinterpret_cast<const Element*>(row);
-      } else {
-        keys[i] = keys_ + i * c_.dim;
-        widen_row(row, keys_ + i * c_.dim, c_.dim);
-      }
-    }
-    const Element* values = take_values();
+    take_chunk();
     for (int panel = 0; panel < panels_; ++panel) {
       int n = vectors(panel);
       if (!limited_) {
-        attend(panel, 0, n, keys, values, nullptr, 0, count_);
+        attend(panel, 0, n, nullptr, 0, count_);
         continue;
       }
       // Half a panel at a time: of a diagonal block little more is computed than is kept.
@@ -72,9 +64,24 @@ class Forward final : Reader<Op, Stored> {
         uint64_t here = (to * L == 64 ? ~0ull : (1ull << to * L) - 1) & ~((1ull << v * L) - 1);
         while (first < end && !(words[first] & here)) ++first;
         while (first < end && !(words[end - 1] & here)) --end;
-        if (first < end) attend(panel, v, to, keys, values, words, first / Op::kStep * Op::kStep, end);
+        if (first < end) attend(panel, v, to, words, first / group_ * group_, end);
       }
     }
+  }
+
+  // Where keys and values of the chunk are read from.
+  virtual void take_chunk() {
+    const Stored* base = head_of<Stored>(c_.k, item_.batch, Base::kv_head());
+    for (int i = 0; i < count_; ++i) {
+      const Stored* row = base + tokens_[i] * c_.k.token;
+      if constexpr (kPairs || kAsStored) {
+        keys_at_[i] = reinterpret_cast<const Element*>(row);
+      } else {
+        keys_at_[i] = keys_ + i * c_.dim;
+        widen_row(row, keys_ + i * c_.dim, c_.dim);
+      }
+    }
+    values_at_ = take_values();
   }
 
   // Values of the chunk's keys one after another, in pairs where two are multiplied at a time: a stride of whole heads
@@ -104,25 +111,24 @@ class Forward final : Reader<Op, Stored> {
   }
 
   // Vectors left..right of a panel's queries over keys first..end of the chunk.
-  void attend(int panel, int left, int right, const Element* const* keys, const Element* values, const uint64_t* words,
-              int first, int end) {
+  virtual void attend(int panel, int left, int right, const uint64_t* words, int first, int end) {
     const Real* queries = queries_ + panel * steps_ * kPanel;
     Real* sums = sums_ + panel * dims_ * kPanel;
     std::copy_n(peaks_ + panel * kPanel, kPanel, peak_);
     by_width(right - left, [&](auto c, int v) {
       int at = (left + v) * L;
-      logits<Op, c>(keys, words, at, first, end, queries + at, steps_, rule_, logits_ + at, peak_ + at);
+      logits<Op, c>(keys_at_, words, at, first, end, queries + at, steps_, rule_, logits_ + at, peak_ + at);
     });
     for (int v = left; v < right; ++v) weigh(panel, v * L, first, end);
     int from = first / Op::kStep, to = (end + Op::kStep - 1) / Op::kStep;
     by_width(right - left, [&](auto c, int v) {
       int at = (left + v) * L;
-      add_values<Op, c>(values, dims_, logits_ + at, from, to, dims_, decay_ + at, sums + at);
+      add_values<Op, c>(values_at_, dims_, logits_ + at, from, to, dims_, decay_ + at, sums + at);
     });
   }
 
-  // Logits to weights, in place; pairs of keys become pairs of bfloat16.
-  void weigh(int panel, int at, int first, int end) {
+  // Logits times `scale` to weights, in place; pairs of keys become pairs of bfloat16.
+  void weigh(int panel, int at, int first, int end, Real scale = 1) {
     Real *peak = peaks_ + panel * kPanel + at, *total = totals_ + panel * kPanel + at;
     V<Real> before = load(peak), now = load(peak_ + at);
     store(peak, now);
@@ -135,8 +141,8 @@ class Forward final : Reader<Op, Stored> {
     if constexpr (kPairs) {
       typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
       for (int i = first; i < end; i += 2) {
-        V<Real> a = power_of_two(load(row + i * kPanel) - shift), b = splat<Real>(0);
-        if (i + 1 < end) b = power_of_two(load(row + (i + 1) * kPanel) - shift);
+        V<Real> a = power_of_two(load(row + i * kPanel) * scale - shift), b = splat<Real>(0);
+        if (i + 1 < end) b = power_of_two(load(row + (i + 1) * kPanel) * scale - shift);
         sum += a + b;
         // Rounded to nearest: weights are never negative.
         U low = ((U)a + 0x8000u) >> 16, high = ((U)b + 0x8000u) & 0xffff0000u;
@@ -144,7 +150,7 @@ class Forward final : Reader<Op, Stored> {
       }
     } else {
       for (int i = first; i < end; ++i) {
-        V<Real> a = power_of_two(load(row + i * kPanel) - shift);
+        V<Real> a = power_of_two(load(row + i * kPanel) * scale - shift);
         sum += a;
         store(row + i * kPanel, a);
       }
@@ -164,6 +170,9 @@ class Forward final : Reader<Op, Stored> {
     Base::give_transposed(sums_ + panel * dims_ * kPanel, decay_, c_.out, c_.value_dim, panel);
   }
 
+  const int group_;
+  const Element* keys_at_[kKeys];
+  const Element* values_at_ = nullptr;
   Rule<Real> rule_;
   int64_t steps_, dims_;
   Real *queries_, *logits_, *sums_, *keys_, *values_, *peaks_, *totals_, *peak_, *decay_;

@@ -20,6 +20,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
+from tests.support import real_weights
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Files are handed to processes in their order: by their numbers of tests, those that take longest come last."""
@@ -63,18 +65,26 @@ def _no_own_costs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Whoever runs the tests may have calibrated the machine: the tests use the table that is shipped."""
     from huggingface_hub import constants
 
+    from hf_sparse_attn.pretrained import smollm2
+
+    # What takes long to make and is the same for all stays where the user has it.
+    shared = smollm2.cache_folder()
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(smollm2, "cache_folder", lambda: shared)
         patched.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
         yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none, and says so."""
-    if torch.cuda.is_available():
-        return
+    """Skips what needs a GPU, or the packages of real weights, where there is none, and says so."""
+    lacks = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "real": real_weights.why_not(),
+    }
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for name, reason in lacks.items():
+            if reason is not None and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _interpret() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import logging
 import os
 import re
@@ -15,6 +17,8 @@ from typing import NoReturn, TypeVar
 from hf_sparse_attn.nearest import nearest
 
 T = TypeVar("T")
+# What a terminal without Unicode gets for the lines of tables and the spots of pictures.
+_PLAIN = str.maketrans("─━·░▒▓█", "--.:+*#")
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,3 +83,25 @@ def logs_to_stderr(level: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+@contextmanager
+def plain_where_needed() -> Iterator[None]:
+    """Within it what the encoding of stdout cannot hold is written in ASCII, that of tables and pictures by look."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        said = error.object[error.start : error.end].translate(_PLAIN)
+        return said.encode("ascii", "replace").decode("ascii"), error.end
+
+    codecs.register_error("hf_sparse_attn.plain", plain)
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="hf_sparse_attn.plain")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors="strict")

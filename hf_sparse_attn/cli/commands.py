@@ -8,14 +8,15 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_sparse_attn import __version__
-from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of
+from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of, plain_where_needed
 from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.shipped import SHIPPED
 
 PROGRAM = "hf-sparse-attn"
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         exit status: 0, 1 where a check of `doctor` or `docs` failed, 2 for an error of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO):
+    with logs_to_stderr(logging.DEBUG if "--debug" in argv else logging.INFO), plain_where_needed():
         try:
             args = _parsed(argv)
             with importing(args.imports or ()):
@@ -64,7 +65,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; settings of a recipe may stand behind the options as well."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and args.recipe is not None:
+    if args.command == "train":
+        # Behind an option argparse sees no positional that may be left out.
+        if args.recipe is None and rest and not rest[0].startswith("-"):
+            args.recipe = rest.pop(0)
         args.settings += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.settings]
     if rest:
@@ -87,8 +91,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(name, parents=[common], help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **more: Any
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[common], help=text, description=text, **more
+        )
         made.set_defaults(run=run)
         return made
 
@@ -101,10 +109,15 @@ def _parser() -> Parser:
     demo.add_argument("--output", default="./hf_sparse_attn_demo", metavar="DIR", help="where pictures and JSON go")
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
 
-    methods = command("methods", _methods, "list the sparse attention methods")
-    methods.add_argument("--markdown", action="store_true", help="the tables of the documents")
+    methods = command("methods", _methods, "list the sparse attention methods, or tell all about one")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one, and draw its pattern")
+    methods.add_argument("--markdown", action="store_true", help="the tables, or the page, of the documents")
 
-    coverage = command("coverage", _coverage, "list the model classes installed here, and which can be patched")
+    coverage = command(
+        "coverage",
+        _noted("hf_sparse_attn.cli.coverage"),
+        "list the model classes installed here, and which can be patched",
+    )
     coverage.add_argument("--library", choices=("transformers", "diffusers", "all"), default="all", help="all")
     coverage.add_argument("--markdown", action="store_true", help="a page with counts and the list")
     coverage.add_argument("--output", metavar="DIR", help="write coverage.json and coverage.md there")
@@ -112,7 +125,11 @@ def _parser() -> Parser:
     doctor = command("doctor", _doctor, "what was found, which backends run here, and whether they are right")
     doctor.add_argument("--backends", type=list_of(str), metavar="A,B", help="try only these")
 
-    bench = command("bench", _bench, "time sparse against dense attention and FlexAttention, in one process")
+    bench = command(
+        "bench",
+        _noted("hf_sparse_attn.cli.bench"),
+        "time sparse against dense attention and FlexAttention, in one process",
+    )
     bench.add_argument(
         "--suite",
         default="quick",
@@ -149,16 +166,27 @@ def _parser() -> Parser:
     run = _printed("hf_sparse_attn.cli.profile", _width)
     profiled = command("profile", run, "find out which method each head tolerates, and choose within a budget")
     profiled.add_argument(
-        "model", help=f"folder or Hub id of a language model or video pipeline; or {', '.join(SHIPPED)}"
+        "model", help=f"folder or Hub id of a model or pipeline, a GGUF file, or {', '.join(SHIPPED)}"
     )
     profiled.add_argument("--data", metavar="FILE", help="text to calibrate on; for a pipeline one prompt per line")
-    profiled.add_argument("--length", type=list_of(int), metavar="N,N", help="tokens of a calibration text: 4096")
-    profiled.add_argument("--batches", type=int, default=4, metavar="N", help="texts of each length, or prompts: 4")
+    profiled.add_argument("--images", metavar="DIR", help="pictures to calibrate on, for a model of images")
+    profiled.add_argument("--audio", metavar="DIR", help="WAV files to calibrate on, for a model of speech")
+    profiled.add_argument(
+        "--length", type=list_of(int), metavar="N,N", help="tokens of a text: 4096, or all positions of the model"
+    )
+    profiled.add_argument("--size", type=int, metavar="N", help="side of an image in pixels: as the model has it")
+    profiled.add_argument(
+        "--batches", type=int, default=4, metavar="N", help="texts of each length, images, recordings or prompts: 4"
+    )
+    profiled.add_argument(
+        "--held-out", type=int, default=0, metavar="N", help="more such inputs, to run the finished profile on: 0"
+    )
+    profiled.add_argument("--part", metavar="NAME", help="the part of a model to profile: encoder, vision_model")
     profiled.add_argument("--budget", type=float, default=0.25, metavar="X", help="share of the dense cost: 0.25")
     profiled.add_argument(
         "--per", choices=("density", "time"), default="density", help="what the budget counts: density"
     )
-    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; layer_error if not given")
+    profiled.add_argument("--metric", help="what damage is, as hsa.profile takes it; its default if not given")
     profiled.add_argument("--candidates", metavar="FILE", help='JSON: [{"method": "svg", "params": {...}}, ...]')
     profiled.add_argument("--passes", type=int, default=1, help="2: measure again with the choice in force")
     profiled.add_argument(
@@ -182,24 +210,68 @@ def _parser() -> Parser:
     profiled.add_argument("--output", required=True, metavar="DIR", help="where the profile goes")
 
     run = _printed("hf_sparse_attn.evaluation.run")
-    evaluate = command("eval", run, "all methods at equal density on the shipped models: fidelity and quality")
-    evaluate.add_argument("--model", choices=("language", "video", "all"), default="all", help="which model; all")
+    evaluate = command("eval", run, "all methods at equal density on a model, against the dense one input by input")
+    evaluate.add_argument(
+        "name", nargs="?", metavar="MODEL",
+        help="folder or Hub id of a model or pipeline, a GGUF file; or language, video or all of ours: all; "
+        f"with the extra real also {', '.join(NAMES)}",
+    )  # fmt: skip
+    evaluate.add_argument("--model", metavar="MODEL", help="the same")
+    evaluate.add_argument("--texts", nargs="+", metavar="FILE", help="for models of text: the standard library")
+    evaluate.add_argument("--images", nargs="+", metavar="FILE", help="for models of images: files, or a folder")
+    evaluate.add_argument("--audio", nargs="+", metavar="FILE", help="for models of speech: WAV files, or a folder")
+    evaluate.add_argument("--prompts", metavar="FILE", help="for pipelines: one on each line; a few of our own")
+    evaluate.add_argument("--inputs", type=int, metavar="N", help="texts, images, ... to score: 4; of whisper 10")
     evaluate.add_argument("--methods", type=list_of(str), metavar="A,B", help="all whose density can be set")
     evaluate.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25")
+    evaluate.add_argument("--profile", metavar="DIR", help="score this head profile in place of a mix made for it")
     evaluate.add_argument("--no-profile", action="store_true", help="without the mix that the profiler chooses")
-    evaluate.add_argument("--tokens", type=int, default=4096, metavar="N", help="bytes of a document: 4096")
-    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="held-out documents to read: 6")
-    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="clips to sample: 4")
+    evaluate.add_argument(
+        "--tokens", "--length", type=int, metavar="N", help="of a text: 4096, or all positions of the model"
+    )
+    evaluate.add_argument("--size", type=int, metavar="N", help="side of an image in pixels: as the model has it")
+    evaluate.add_argument("--part", metavar="NAME", help="the part of a model to make sparse: encoder, vision_model")
+    evaluate.add_argument("--call", metavar="JSON", help='arguments of a pipeline: {"num_frames": 81}')
+    evaluate.add_argument("--documents", type=int, default=6, metavar="N", help="language: documents to read: 6")
+    evaluate.add_argument("--clips", type=int, default=4, metavar="N", help="video: clips to sample: 4")
     evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    evaluate.add_argument("--device", help="cuda where there is one, else cpu")
+    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: auto")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the noise of a pipeline: 0")
     evaluate.add_argument("--output", metavar="DIR", help="write eval.json, eval.md and pictures there")
 
-    train = command("train", _train, "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention")
+    run = _printed("hf_sparse_attn.cli.sample", _width)
+    sampled = command("sample", run, "make a clip with sparse attention, alone or beside the dense one")
+    sampled.add_argument("model", help="moving_wan, or the folder or Hub id of a pipeline that makes videos")
+    sampled.add_argument("--method", metavar="NAME", help="a method, or the folder or Hub id of a profile")
+    sampled.add_argument("--density", type=float, metavar="X", help="share of the pairs to keep; moving_wan: 0.25")
+    sampled.add_argument(
+        "--set", action="append", metavar="PARAM=VALUE", help="a parameter of the method; may be given more than once"
+    )
+    sampled.add_argument("--quality", metavar="WORD", help="parameters of the method: high, balanced or fast")
+    sampled.add_argument("--compare", action="store_true", help="the dense clip beside it, and how near it comes")
+    sampled.add_argument("--prompt", metavar="TEXT", help='what to show; moving_wan: "red disc down-left"')
+    sampled.add_argument("--steps", type=int, metavar="N", help="denoising steps; moving_wan: 8")
+    sampled.add_argument("--call", metavar="JSON", help='arguments of the pipeline: {"num_frames": 81, "height": 480}')
+    sampled.add_argument("--seed", type=int, default=0, help="0")
+    sampled.add_argument("--frames-per-second", type=int, default=8, metavar="N", help="of the film: 8")
+    sampled.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
+    sampled.add_argument("--device", help="cuda where there is one, else cpu")
+    sampled.add_argument("--dtype", default="auto", help="of a pipeline: auto, float32, bfloat16 or float16: auto")
+    sampled.add_argument("--output", metavar="FILE", help=".mp4 or .gif; moving_wan_radial.mp4, say, if not given")
+
+    text = "adapt a model by a recipe: LoRA, gates or distillation, with sparse attention"
+    train = command("train", _train, text, add_help=False)
+    train.add_argument("-h", "--help", action="store_true", help="this help; after a recipe, its keys")
+    train.set_defaults(usage=train.format_help)
     train.add_argument("recipe", nargs="?", help="a YAML file, or one that comes with the package; none lists those")
     train.add_argument("settings", nargs="*", metavar="key=value", help="in place of the file's: optimizer.beta1=0.9")
     train.add_argument("--output", metavar="DIR", help="folder for log, checkpoints and the result")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
 
-    report = command("report", _report, "show a head profile: tables, and a page with pictures")
+    report = command(
+        "report", _noted("hf_sparse_attn.profiling.view.page"), "show a head profile: tables, and a page with pictures"
+    )
     report.add_argument("profile", metavar="PROFILE", help="the folder of a profile, or its id on the Hub")
     report.add_argument("--output", metavar="DIR", help="write report.html, its pictures and report.json there")
     report.add_argument("--worst", type=int, default=10, metavar="N", help="heads in the table of the worst: 10")
@@ -220,52 +292,24 @@ def _printed(module: str, *more: Callable[[], int]) -> Callable[[argparse.Namesp
     return run
 
 
+def _noted(module: str) -> Callable[[argparse.Namespace], int]:
+    """The same of a module whose `main` gives besides what was written, which goes to stderr."""
+
+    def run(args: argparse.Namespace) -> int:
+        text, notes = import_module(module).main(args, _width())
+        print(text)
+        for note in notes:
+            print(note, file=sys.stderr)
+        return 0
+
+    return run
+
+
 def _methods(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.documents import catalog
-    from hf_sparse_attn.tables import markdown, table
+    from hf_sparse_attn.cli import methods
 
-    columns, presets = catalog.presets_table()
-    document = {
-        "methods": catalog.methods(),
-        "families": catalog.families(),
-        "backends": catalog.backends(),
-        "presets": [dict(zip(columns, row, strict=True)) for row in presets],
-    }
-
-    def text() -> str:
-        if args.markdown:
-            parts = catalog.tables().items()
-            return "\n\n".join(f"<!-- generated: {name} -->\n{markdown(*t)}\n<!-- end -->" for name, t in parts)
-        # What a method keeps takes a sentence, too wide for a terminal: it is in --markdown and --json.
-        heads, rows = catalog.methods_table(third_party=True)
-        methods = table([*heads[:1], *heads[2:]], [[*row[:1], *row[2:]] for row in rows], width=_width())
-        return f"{methods}\n\n{table(columns, presets, title='Presets (quality=)', width=_width())}"
-
-    return _show(args, document, text)
-
-
-def _coverage(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.coverage import page as coverage_page
-    from hf_sparse_attn.coverage.listing import coverage_summary, coverage_table
-    from hf_sparse_attn.coverage.run import coverage_of, versions
-    from hf_sparse_attn.sharing.files import make_folder
-    from hf_sparse_attn.tables import table
-
-    if args.output is not None:
-        # A folder that cannot be made must not cost the list.
-        make_folder(args.output)
-    found = coverage_of(args.library)
-    used = versions(found)
-    document = coverage_page.document(found, used)
-    written = [] if args.output is None else coverage_page.write(document, args.output)
-
-    def text() -> str:
-        if args.markdown:
-            return coverage_page.page(document).rstrip("\n")
-        said = f"With {', '.join(f'{name} {version}' for name, version in used.items())}."
-        return "\n".join([table(*coverage_table(found), width=_width()), "", *coverage_summary(found), said])
-
-    return _show(args, document, text, [f"wrote {path}" for path in written])
+    print(methods.main(args, _width(), _terminal()))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -276,58 +320,15 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if found["ok"] else 1
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.bench import harness as bench
-    from hf_sparse_attn.bench import plot as bench_plot
-    from hf_sparse_attn.bench.options import make_options
-    from hf_sparse_attn.sharing.files import make_folder
-
-    if args.calibrate:
-        return _calibrate(args)
-    apart = ("run", "command", "imports", "json", "debug", "output", "calibrate")
-    given = {name: value for name, value in vars(args).items() if name not in apart and value is not None}
-    options = make_options(**given)
-    if args.output is not None:
-        # A folder that cannot be made must not cost a result of many minutes.
-        make_folder(args.output)
-    result = bench.run(options)
-    # Files before tables, for a reader that has gone.
-    notes = [] if args.output is None else bench_plot.write(result, args.output)
-    return _show(args, result, lambda: bench_plot.render(result, _width()), notes)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.profiling.view import page
-
-    text, notes = page.main(args, _width())
-    print(text)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return 0
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from hf_sparse_attn.bench import calibrate
-    from hf_sparse_attn.bench.options import Options
-    from hf_sparse_attn.cost import table as cost
-    from hf_sparse_attn.cost.timing import threads
-    from hf_sparse_attn.sharing.files import make_folder
-
-    own = ("suite", "imports", "json", "debug", "output", "calibrate", "run", "command", "threads", "device")
-    other = [f"--{name}" for name, value in vars(args).items() if name not in own and value is not None]
-    if other:
-        raise ValueError(f"--calibrate takes only --threads, --device, --output and --json, got {', '.join(other)}")
-    device = Options(threads=args.threads, device=args.device).where
-    # With --output for the package or another machine, else for this user.
-    path = cost.user_file(device) if args.output is None else Path(args.output) / cost.file_name(device)
-    make_folder(path.parent)
-    with threads(args.threads):
-        found = calibrate.measure(device)
-    calibrate.write(found, path)
-    return _show(args, found, lambda: calibrate.render(found, _width()), [f"wrote {path}"])
-
-
 def _train(args: argparse.Namespace) -> int:
+    if args.help:
+        from hf_sparse_attn.cli import recipe_help
+
+        if args.recipe is None:
+            print(args.usage(), end="")
+            return 0
+        found = recipe_help.keys_of(args.recipe, args.settings)
+        return _show(args, found, lambda: recipe_help.render(found, _terminal()))
     from hf_sparse_attn.cli import train as train_command
 
     return train_command.main(args, _width())
@@ -346,14 +347,15 @@ def _docs(args: argparse.Namespace) -> int:
     return 1 if args.check and changed else 0
 
 
-def _show(
-    args: argparse.Namespace, document: dict[str, Any], text: Callable[[], str], notes: Sequence[str] = ()
-) -> int:
-    """Prints the document with --json, else the text; what was written beside it goes to stderr."""
+def _show(args: argparse.Namespace, document: dict[str, Any], text: Callable[[], str]) -> int:
+    """Prints the document with --json, else the text."""
     print(json.dumps(document, indent=2, default=str) if args.json else text())
-    for note in notes:
-        print(note, file=sys.stderr)
     return 0
+
+
+def _terminal() -> int:
+    """Columns of the terminal, for text."""
+    return min(140, max(40, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _width() -> int:

@@ -14,6 +14,7 @@ from hf_sparse_attn.tables import Table
 
 # Where the table of presets tells what is in force without one.
 DEFAULT = "(none given)"
+NOT_MEASURED = "no"
 
 
 def methods(third_party: bool = True) -> list[dict[str, Any]]:
@@ -102,17 +103,18 @@ def presets_table() -> Table:
 
     By family and method; families with the same values share their rows.
     """
-    columns = ("family", "method", "quality", "models", "values", "source")
+    columns = ("family", "method", "quality", "models", "values", "source", "measured")
     found: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
         for p in presets_of(name, family) if is_own(family) else ():
             values = [f"{key}={value}" for key, value in p.params.items()]
             values += [f"dense_layers={p.dense_layers}"] if p.dense_layers is not None else []
             values += [f"dense_steps={p.dense_steps:.3g}"] if p.dense_steps is not None else []
-            found.setdefault((p.method, p.quality, p.size, ", ".join(values), p.source), []).append(name)
+            measured = "; ".join(map(str, p.measured)) or NOT_MEASURED
+            found.setdefault((p.method, p.quality, p.size, ", ".join(values), p.source, measured), []).append(name)
         for d in family_defaults().get(name, ()) if is_own(family) else ():
             said = ", ".join(f"{key}={value}" for key, value in d.params.items())
-            found.setdefault((d.method, DEFAULT, d.size, said, d.source), []).append(name)
+            found.setdefault((d.method, DEFAULT, d.size, said, d.source, NOT_MEASURED), []).append(name)
     rows = [(", ".join(names), *row) for row, names in found.items()]
     order = (*QUALITIES, DEFAULT)
     return columns, sorted(rows, key=lambda r: (r[0], r[1], r[3], order.index(r[2])))

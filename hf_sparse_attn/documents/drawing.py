@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 _HEADS, _GROUPS, _DIM = 4, 2, 16
 # Tokens along the side of a cell: all pairs of a cell are one spot of the picture.
@@ -36,18 +37,28 @@ def draw(method: Method) -> str:
         ValueError: the method declines the layout.
     """
     layout = layout_of(method)
+    pattern = pattern_of(method, layout)
+    if isinstance(pattern, Decline):
+        raise ValueError(f"`method` must apply to {layout}, got {method!r}: {pattern.reason}")
+    return _picture(drawn_heads(pattern, layout), f"{method.name} on {layout}")
+
+
+def pattern_of(method: Method, layout: TokenLayout) -> BlockPattern | Decline:
+    """What a method keeps of made-up queries and keys."""
     q, k = made_up(layout)
     ctx = Context(layout, num_heads=_HEADS, num_kv_heads=_GROUPS, head_dim=_DIM)
     if method.reads:
         ctx = replace(ctx, inputs=LayerInputs(q.transpose(1, 2).flatten(2), q, k))
-    pattern = method.pattern(q, k, ctx)
-    if isinstance(pattern, Decline):
-        raise ValueError(f"`method` must apply to {layout}, got {method!r}: {pattern.reason}")
+    return method.pattern_for(q, k, ctx)
+
+
+def drawn_heads(pattern: BlockPattern, layout: TokenLayout) -> list[tuple[str, Tensor, Tensor]]:
+    """The heads that are drawn, one where all are alike: name, and the kept and the visible pairs [tokens, tokens]."""
     kept = pattern.to_dense()[0].double()
     seen = torch.ones_like(kept[0])
     seen = seen.tril() if layout.is_causal else seen
     heads = _DRAWN if len(kept) > 1 else _DRAWN[:1]
-    return _picture([(f"head {head}", kept[head], seen) for head in heads], f"{method.name} on {layout}")
+    return [(f"head {head}", kept[head], seen) for head in heads]
 
 
 @lru_cache

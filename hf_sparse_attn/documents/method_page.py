@@ -11,7 +11,7 @@ from hf_sparse_attn.documents.docstrings import Docstring, default_text, fields_
 from hf_sparse_attn.documents.drawing import layout_of
 from hf_sparse_attn.method import NEEDS, READS, Method
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.tables import markdown
+from hf_sparse_attn.tables import Table, markdown
 
 _ARXIV = re.compile(r"\b(?:arXiv )?(\d{4}\.\d{5})\b")
 # What an evaluation measures of every method, and of its kind of model: key, heading, format.
@@ -103,8 +103,14 @@ def _presets(name: str) -> str:
     return markdown((columns[0], *columns[2:]), own) if own else ""
 
 
-def _measured(name: str, evaluation: dict[str, Any] | None) -> str:
-    parts = []
+def measured(name: str, evaluation: dict[str, Any] | None) -> list[tuple[str, Table]]:
+    """What was measured of a method beside dense attention: a setting in words and a table for each.
+
+    Args:
+        name: of the method.
+        evaluation: as for `page`.
+    """
+    found = []
     for result in [] if evaluation is None else evaluation["results"]:
         rows = [dict(row) for row in result["rows"] if row["name"] in ("dense", name)]
         if not any(row["name"] == name and row["wanted"] is not None for row in rows):
@@ -112,14 +118,19 @@ def _measured(name: str, evaluation: dict[str, Any] | None) -> str:
         for row in rows:
             if "by_depth" in row:
                 row["needles"] = sum(row["by_depth"]) / len(row["by_depth"])
-        parts += [f"{result['setting']}:", _rows(rows)]
-    return "\n\n".join(parts)
+        found.append((result["setting"], _rows(rows)))
+    return found
 
 
-def _rows(rows: Sequence[dict[str, Any]]) -> str:
+def _measured(name: str, evaluation: dict[str, Any] | None) -> str:
+    parts = ((f"{setting}:", markdown(*table)) for setting, table in measured(name, evaluation))
+    return "\n\n".join(text for part in parts for text in part)
+
+
+def _rows(rows: Sequence[dict[str, Any]]) -> Table:
     columns = [column for column in _MEASURED if column[0] in rows[0]]
     cells = [
         [row["name"], *("-" if row[key] is None else form.format(row[key]) for key, _, form in columns)]
         for row in rows
     ]
-    return markdown(("method", *(heading for _, heading, _ in columns)), cells)
+    return ("method", *(heading for _, heading, _ in columns)), cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hf_sparse_attn.documents.drawing import draw
 from hf_sparse_attn.documents.figures import figures
 from hf_sparse_attn.documents.figures import read as read_figures
 from hf_sparse_attn.documents.method_page import linked, page
-from hf_sparse_attn.documents.settings_page import commands, recipe_keys
+from hf_sparse_attn.documents.settings_page import commands, recipe_keys, recipe_records
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import Table, markdown
@@ -36,10 +37,12 @@ def pages(folder: Path, parser: argparse.ArgumentParser) -> dict[Path, str]:
 
     Args:
         folder: of the pages. Beside it are the files of measured figures and, two folders up, a README with generated
-            blocks: as .github/docs stands in the repository. Where they are not there they are left out.
+            blocks and the package with what `train RECIPE --help` shows: as .github/docs stands in the repository.
+            Where they are not there they are left out.
         parser: of the command line.
     """
-    blocks = {**_blocks(parser), **figures(folder.parent)}
+    records = recipe_records()
+    blocks = {**_blocks(parser, records), **figures(folder.parent)}
     evaluation = read_figures(folder.parent / "eval" / "eval.json")
     found = {}
     for name, cls in METHODS.items():
@@ -51,6 +54,9 @@ def pages(folder: Path, parser: argparse.ArgumentParser) -> dict[Path, str]:
     readme = folder.parent.parent / "README.md"
     if _BLOCK.search(_text(readme)):
         found[readme] = _filled(_text(readme), blocks, "README.md", ())
+    keys = readme.parent / "hf_sparse_attn" / "assets" / "recipe_keys.json"
+    if keys.is_file():
+        found[keys] = json.dumps(records, indent=1) + "\n"
     return found
 
 
@@ -91,10 +97,10 @@ def _filled(text: str, blocks: dict[str, str], name: str, wanted: tuple[str, ...
     return "\n\n".join([text.rstrip("\n"), *lacking]) + "\n"
 
 
-def _blocks(parser: argparse.ArgumentParser) -> dict[str, str]:
+def _blocks(parser: argparse.ArgumentParser, records: dict[str, Any]) -> dict[str, str]:
     tables = {**catalog.tables(), "methods_linked": _methods_linked()}
     texts = {
-        "recipe_keys": recipe_keys(),
+        "recipe_keys": recipe_keys(records),
         "family_notes": _notes(FAMILIES),
         "backend_notes": _notes(BACKENDS),
         "commands": commands(parser),

@@ -8,31 +8,56 @@ from typing import Any
 
 from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.documents.docstrings import dataclasses_in, default_text, fields_of, read, type_text
-from hf_sparse_attn.recipe import recipe_class, recipe_modules
+from hf_sparse_attn.recipe import Recipe, recipe_class, recipe_modules
 from hf_sparse_attn.tables import markdown
 
 _COLUMNS = ("key", "type", "default", "meaning")
 
 
-def recipe_keys() -> str:
-    """A section for each recipe, the files that ship for it first, then one for each group of keys they share."""
-    files: dict[str, list[str]] = {}
-    for record in catalog.recipes():
-        kind = catalog.recipe_of(Path(record["file"]))
-        files.setdefault(kind, []).append(f"- `{record['recipe']}`: {record['summary']}")
-    parts: list[str] = []
+def recipe_records() -> dict[str, Any]:
+    """Every recipe and every group of keys that recipes share, as they also stand in assets/recipe_keys.json.
+
+    Returns:
+        `common`, the keys that every recipe has; `recipes` and `groups`, each by name: summary, paragraphs, and keys
+        (those of a recipe without the common ones) with type, default, meaning and the names of the groups that they
+        hold; and `files`: recipe and summary of each file that comes with the package.
+    """
     groups: dict[str, type[Any]] = {}
+    common = _record(Recipe, groups)["keys"]
+    found: dict[str, Any] = {"common": common, "recipes": {}, "groups": {}}
     for name in recipe_modules():
-        recipe = recipe_class(name)
-        doc = read(recipe.__doc__)
-        parts += [f"### {name}", doc.summary, *doc.paragraphs, "Files:", "\n".join(files.get(name, ["- none"]))]
-        parts += [_keys(recipe, groups)]
-    done: set[str] = set()
-    while left := [name for name in groups if name not in done]:
+        record = _record(recipe_class(name), groups)
+        record["keys"] = [key for key in record["keys"] if key not in common]
+        found["recipes"][name] = record
+    while left := [name for name in groups if name not in found["groups"]]:
         for name in left:
-            doc = read(groups[name].__doc__)
-            parts += [f"### {name}", doc.summary, *doc.paragraphs, _keys(groups[name], groups)]
-            done.add(name)
+            found["groups"][name] = _record(groups[name], groups)
+    found["files"] = {
+        record["recipe"]: {"recipe": catalog.recipe_of(Path(record["file"])), "summary": record["summary"]}
+        for record in catalog.recipes()
+    }
+    return found
+
+
+def recipe_keys(records: dict[str, Any]) -> str:
+    """A section for each recipe, the files that ship for it first, then one for each group of keys they share.
+
+    Args:
+        records: as `recipe_records` gives them.
+    """
+    parts: list[str] = []
+    for name, record in records["recipes"].items():
+        files = [f"- `{file}`: {of['summary']}" for file, of in records["files"].items() if of["recipe"] == name]
+        about = [record["summary"], *record["paragraphs"]]
+        parts += [
+            f"### {name}",
+            *about,
+            "Files:",
+            "\n".join(files or ["- none"]),
+            _keys(records["common"] + record["keys"]),
+        ]
+    for name, record in records["groups"].items():
+        parts += [f"### {name}", record["summary"], *record["paragraphs"], _keys(record["keys"])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -52,13 +77,32 @@ def commands(parser: argparse.ArgumentParser) -> str:
     return "\n\n".join(parts)
 
 
-def _keys(kind: type[Any], groups: dict[str, type[Any]]) -> str:
-    """The keys of a dataclass; those that are groups of keys are noted in `groups`."""
-    rows = []
-    for field, hint, said in fields_of(kind):
-        names = [_group_name(group, groups) for group in dataclasses_in(hint)]
-        links = "".join(f" ([keys](#{name.lower()}))" for name in names)
-        rows.append((f"`{field.name}`", f"`{type_text(hint)}`{links}", f"`{default_text(field)}`", said))
+def _record(kind: type[Any], groups: dict[str, type[Any]]) -> dict[str, Any]:
+    """What a dataclass is and its keys; those that are groups of keys are noted in `groups`."""
+    doc = read(kind.__doc__)
+    keys = [
+        {
+            "key": field.name,
+            "type": type_text(hint),
+            "default": default_text(field),
+            "meaning": said,
+            "groups": [_group_name(group, groups) for group in dataclasses_in(hint)],
+        }
+        for field, hint, said in fields_of(kind)
+    ]
+    return {"summary": doc.summary, "paragraphs": list(doc.paragraphs), "keys": keys}
+
+
+def _keys(keys: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"`{key['key']}`",
+            f"`{key['type']}`{''.join(f' ([keys](#{name.lower()}))' for name in key['groups'])}",
+            f"`{key['default']}`",
+            key["meaning"],
+        )
+        for key in keys
+    ]
     return markdown(_COLUMNS, rows) if rows else ""
 
 

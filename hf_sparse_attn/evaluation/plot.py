@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_sparse_attn.cost.table import device_name
-from hf_sparse_attn.evaluation.result import PROFILED, Result
+from hf_sparse_attn.evaluation.result import PROFILED, Result, Row
 from hf_sparse_attn.extras import need
 from hf_sparse_attn.profiling.run import library_versions
 
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 # Colours that are told apart without red and green (Okabe and Ito), and a marker for each besides.
 _COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #8C6D1F #7F7F7F #332288 #44AA99".split()
 _MARKERS = "osD^vP<>X*"
+
+
+_BARS = "bars: standard error of the difference from dense; signs where inputs do not agree on it (+ more than dense)"
 
 
 def machine() -> dict[str, str]:
@@ -47,6 +50,12 @@ def write(results: Sequence[Result], folder: Path) -> list[Path]:
     return files + [file for result in results if (file := draw(result, folder)) is not None]
 
 
+def _error(row: Row, attribute: str) -> float:
+    """Half the length of a bar."""
+    found = row.paired.get(attribute)
+    return 0.0 if found is None or found.error is None else found.error
+
+
 def draw(result: Result, folder: Path) -> Path | None:
     """Fidelity against density, a panel for each figure; None, told in the log, where matplotlib is not installed."""
     try:
@@ -54,18 +63,24 @@ def draw(result: Result, folder: Path) -> Path | None:
     except ImportError:
         log.warning("the plot of fidelity %s", need("matplotlib"))
         return None
-    plots = type(result.rows[0]).plots
+    plots = result.rows[0].own_plots()
     names = list(dict.fromkeys(row.name for row in result.rows if row.wanted is not None))
     figure = Figure(figsize=(3.6 * len(plots), 4.6), layout="constrained")
     for ax, (attribute, label, larger) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
         for i, name in enumerate(names):
             own = sorted((row for row in result.rows if row.name == name), key=lambda row: row.density)
-            ax.plot(
-                [row.density for row in own], [getattr(row, attribute) for row in own], label=name,
-                color="black" if name == PROFILED else _COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
-                linewidth=2.4 if name == PROFILED else 1.4, markersize=6, alpha=0.9,
+            x, y = [row.density for row in own], [row.value(attribute) for row in own]
+            colour = "black" if name == PROFILED else _COLOURS[i % len(_COLOURS)]
+            marker = _MARKERS[i % len(_MARKERS)]
+            ax.errorbar(
+                x, y, [_error(row, attribute) for row in own], label=name, color=colour, marker=marker,
+                linewidth=2.4 if name == PROFILED else 1.4, markersize=6, alpha=0.9, capsize=2, elinewidth=0.9,
             )  # fmt: skip
-        dense = getattr(result.rows[0], attribute)
+            for at, height, row in zip(x, y, own, strict=True):
+                if attribute in row.paired and not row.paired[attribute].agreed:
+                    ax.annotate(row.paired[attribute].signs, (at, height), fontsize=6, color=colour, xytext=(3, 3),
+                                textcoords="offset points")  # fmt: skip
+        dense = result.rows[0].value(attribute)
         # Equal clips have no finite PSNR: a line for it would press all others together.
         if attribute != "psnr":
             ax.axhline(dense, color="black", linewidth=0.8, linestyle=":")
@@ -80,7 +95,7 @@ def draw(result: Result, folder: Path) -> Path | None:
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(names)), frameon=False, fontsize=9)
-    figure.suptitle(result.setting, fontsize=11)
+    figure.suptitle(f"{result.setting}\n{_BARS}", fontsize=9)
     file = folder / f"eval_{result.subject}.png"
     figure.savefig(file, dpi=120)
     return file

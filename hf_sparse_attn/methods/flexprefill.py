@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
+    amount_of,
+    check_amount,
     check_block_size,
     check_share,
     gather_rows,
@@ -59,9 +62,9 @@ class FlexPrefill(Method):
         gamma: share of the estimated attention that is kept, in (0, 1].
         tau: largest distance of a query-aware head, at least 0 (none is); from 0.84 on all are.
         min_budget: tokens of columns, and of diagonals, that every head keeps, at least 1; 1024 in the code, 512 in
-            its README.
+            its README. Or, as a float in (0, 1), a share of the keys, which means the same at any length.
         max_budget: tokens of columns, and of diagonals, that a vertical-slash head keeps at most, not less than
-            `min_budget`; None for no limit.
+            `min_budget`, or a share of the keys like it; None for no limit.
         block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
         unit: columns or diagonals that count as one block, at least 1; None means `block_size`.
 
@@ -75,8 +78,8 @@ class FlexPrefill(Method):
 
     gamma: float = 0.9
     tau: float = 0.1
-    min_budget: int = 1024
-    max_budget: int | None = None
+    min_budget: int | float = 1024
+    max_budget: int | float | None = None
     block_size: int = 128
     unit: int | None = None
 
@@ -86,9 +89,12 @@ class FlexPrefill(Method):
             raise TypeError(f"`tau` must be a number, got {self.tau!r} of type {type(self.tau).__name__}")
         if not self.tau >= 0:
             raise ValueError(f"`tau` must be at least 0, got {self.tau}")
-        check_int("min_budget", self.min_budget, 1)
+        check_amount("min_budget", self.min_budget, 1)
         if self.max_budget is not None:
-            check_int("max_budget", self.max_budget, self.min_budget)
+            alike = isinstance(self.max_budget, float) == isinstance(self.min_budget, float)
+            check_amount("max_budget", self.max_budget, int(self.min_budget) if alike else 1)
+            if alike and self.max_budget < self.min_budget:
+                raise ValueError(f"`max_budget` must be at least {self.min_budget}, got {self.max_budget}")
         check_block_size(self.block_size)
         if self.unit is not None:
             check_int("unit", self.unit, 1)
@@ -143,8 +149,8 @@ class FlexPrefill(Method):
         guess = self._logits(mean @ pool_blocks(k, size).mT, ctx).softmax(-1).flatten(1, 2)
         aware = js_distance(guess, by_column) < self.tau
         blocks = by_column.shape[-1]
-        fewest = -(-self.min_budget // size)
-        most = blocks if self.max_budget is None else min(blocks, -(-self.max_budget // size))
+        fewest = -(-amount_of(self.min_budget, k.shape[2]) // size)
+        most = blocks if self.max_budget is None else min(blocks, -(-amount_of(self.max_budget, k.shape[2]) // size))
         kept = []
         for share, pooled in ((vertical, by_column), (slash, by_diagonal)):
             needed = (share.sort(dim=-1, descending=True).values.cumsum(-1) <= self.gamma).sum(-1) + 1
@@ -184,6 +190,11 @@ class FlexPrefill(Method):
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the last block of queries; see Method.choosing_pairs."""
         return float(self.block_size * ctx.layout.kv_len)
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Shares of the attention that are held; see Method.candidates."""
+        return [{"gamma": held, "min_budget": 1 / 32} for held in (0.6, 0.9)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

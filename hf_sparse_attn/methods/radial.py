@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -169,6 +170,11 @@ class Radial(Method):
 
         # More than a third of the rows; no power of two is a multiple of three.
         return columns(math.floor(size * _COLUMN_SHARE) + 1) / (columns(1) + 1e-9) > _BLOCK_SHARE
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """As it is; see Method.candidates."""
+        return [{}]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
@@ -175,6 +175,11 @@ class SeerAttention(Method):
     def least_density(self, ctx: Context) -> float:
         """What the best blocks and the last rows of a whole prompt come to; see Method.least_density."""
         return 0.0 if self.density is None else self.density / 2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """None: it needs gates that were trained for the model; see Method.candidates."""
+        return []
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import CHUNK, distinct_tiles
-from hf_sparse_attn.pattern.video_tiles import Cut, Sizes, check_sizes, cut_video
+from hf_sparse_attn.pattern.video_tiles import Cut, Sizes, check_sizes, cut_video, tile_for
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share
 
@@ -121,6 +122,11 @@ class SlidingTile(Method):
         tiling, windows = _tiling(layout, self.tile), self._windows(ctx)
         kept = sum(map(tiling.pairs, windows)) / len(windows)
         return (tokens**2 - video**2 + kept) / tokens**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Shares of the canvas; see Method.candidates."""
+        return [{"window": share, "tile": tile_for(layout)} for share in (1 / 32, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

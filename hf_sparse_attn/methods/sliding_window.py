@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, pattern_from_rule, text_blocks, text_tokens
+from hf_sparse_attn.selection import (
+    amount_of,
+    check_amount,
+    check_block_size,
+    pattern_from_rule,
+    text_blocks,
+    text_tokens,
+)
 
 
 @METHODS.register("sliding_window")
@@ -33,8 +41,9 @@ class SlidingWindow(Method):
         themselves. Leave it where anything outside of the window must be found again: it is gone.
 
     Args:
-        window: tokens kept up to and including the query itself (on both sides where bidirectional), at least 1.
-        sink: first tokens kept by every query, at least 0.
+        window: tokens kept up to and including the query itself (on both sides where bidirectional), at least 1; or,
+            as a float in (0, 1), a share of the keys, which means the same at any length.
+        sink: first tokens kept by every query, at least 0, or a share of the keys like `window`.
         block_size: tokens in a block of the pattern, a power of two from 16 to 256; does not change what is kept.
 
     Raises:
@@ -45,25 +54,26 @@ class SlidingWindow(Method):
     static = True
     knob = Knob("window", 1, 1 << 30, log=True, integer=True)
 
-    window: int = 3968
-    sink: int = 128
+    window: int | float = 3968
+    sink: int | float = 128
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_int("window", self.window, 1)
-        check_int("sink", self.sink, 0)
+        check_amount("window", self.window, 1)
+        check_amount("sink", self.sink, 0)
         check_block_size(self.block_size)
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern:
         """Sinks and band as aligned blocks with edge tiles; see Method.pattern."""
         layout, size = ctx.layout, self.block_size
+        window, sink = (amount_of(n, layout.kv_len) for n in (self.window, self.sink))
         rows, cols = -(-layout.q_len // size), -(-layout.kv_len // size)
         first = layout.query_start + torch.arange(rows) * size
         last = (first + size - 1).clamp(max=layout.kv_len - 1)
-        high = last if layout.is_causal else (last + self.window - 1).clamp(max=layout.kv_len - 1)
-        low = (first - self.window + 1).clamp(min=0)
+        high = last if layout.is_causal else (last + window - 1).clamp(max=layout.kv_len - 1)
+        low = (first - window + 1).clamp(min=0)
         block = torch.arange(cols)
-        sinks = block * size < self.sink
+        sinks = block * size < sink
         if layout.is_causal:
             sinks = sinks & (block * size <= last[:, None])
         band = (block >= low[:, None] // size) & (block <= high[:, None] // size)
@@ -74,16 +84,16 @@ class SlidingWindow(Method):
         row, col = (band | sinks | text_row[:, None] | text_col).nonzero().unbind(1)
         # A tile depends on how far the block lies from the row, up to beyond the window, on where the sinks end, and
         # on where text begins and ends in its rows and in its keys.
-        far = self.window + 2 * size
+        far = window + 2 * size
         edges = text.diff(prepend=text[:1]).nonzero()[:, 0]
-        alike = [(first[row] - col * size).clamp(-far, far), (self.sink - col * size).clamp(0, size)]
+        alike = [(first[row] - col * size).clamp(-far, far), (sink - col * size).clamp(0, size)]
         alike += [(edge - start).clamp(0, size) for edge in edges for start in (first[row], col * size)]
 
         def rule(query: Tensor, key: Tensor) -> Tensor:
-            near = query - key < self.window
+            near = query - key < window
             if not layout.is_causal:
-                near = near & (key - query < self.window)
-            kept = near | (key < self.sink)
+                near = near & (key - query < window)
+            kept = near | (key < sink)
             if layout.is_causal:
                 return kept & (key <= query)
             last = layout.kv_len - 1
@@ -94,7 +104,7 @@ class SlidingWindow(Method):
     def least_density(self, ctx: Context) -> float:
         """The window alone; see Method.least_density."""
         n = ctx.layout.kv_len
-        window = min(self.window, n)
+        window = min(amount_of(self.window, n), n)
         if ctx.layout.query_start:
             return 0.0
         # The first queries of a causal window have fewer keys; in one of both sides the last ones do, too.
@@ -102,6 +112,14 @@ class SlidingWindow(Method):
         if ctx.layout.is_causal:
             return (kept - missing) / (n * (n + 1) / 2)
         return (2 * (kept - missing) - n) / n**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Windows that are shares of the tokens, of 16 at least; see Method.candidates."""
+        is_video = layout.video_part is not None
+        parts = (64, 32, 16, 8, 4) if layout.is_causal else (32, 16) if is_video else (32, 16, 8, 4)
+        wide = [part for part in parts if tokens >= 16 * part] or parts[-1:]
+        return [{"window": 1 / part, "sink": 0 if is_video else 16} for part in wide]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

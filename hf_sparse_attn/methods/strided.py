@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, gather_rows, pattern_of_rows, row_blocks, text_blocks
+from hf_sparse_attn.selection import (
+    amount_of,
+    check_amount,
+    check_block_size,
+    gather_rows,
+    pattern_of_rows,
+    row_blocks,
+    text_blocks,
+)
 
 
 @METHODS.register("strided")
@@ -41,7 +50,8 @@ class Strided(Method):
         ones as they are: most of its far blocks are none that a head asked for.
 
     Args:
-        local: neighbouring blocks, the row's own included (on both sides where bidirectional), at least 1.
+        local: neighbouring blocks, the row's own included (on both sides where bidirectional), at least 1; or, as a
+            float in (0, 1), a share of the blocks of keys, which means the same at any length.
         stride: distance between the other blocks that are kept, at least 1 (all).
         sink: first blocks kept by every row, at least 0.
         offset: shift of all heads, at least 0.
@@ -58,7 +68,7 @@ class Strided(Method):
     static = True
     knob = Knob("stride", 1, 1024, log=True, integer=True)
 
-    local: int = 16
+    local: int | float = 16
     stride: int = 8
     sink: int = 0
     offset: int = 0
@@ -67,7 +77,7 @@ class Strided(Method):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_int("local", self.local, 1)
+        check_amount("local", self.local, 1)
         check_int("stride", self.stride, 1)
         check_int("sink", self.sink, 0)
         check_int("offset", self.offset, 0)
@@ -82,6 +92,7 @@ class Strided(Method):
         """Neighbours and strides as aligned blocks, one head for all where no offset differs; see Method.pattern."""
         layout, size = ctx.layout, self.block_size
         rows, cols = -(-layout.q_len // size), -(-layout.kv_len // size)
+        local = amount_of(self.local, cols)
         low, high = row_blocks(layout, size)
         block = torch.arange(cols)
         text_row, text_col = text_blocks(layout, size, size)
@@ -101,7 +112,7 @@ class Strided(Method):
                 strided = strided | (((end - block).abs() + shift) % self.stride == 0)
             else:
                 strided = (block + shift) % self.stride == 0
-            near = (block > begin - self.local) & (block < end + self.local)
+            near = (block > begin - local) & (block < end + local)
             kept = strided | near | (block < self.sink) | text_row[first:last, None] | text_col
             return (kept & (block <= end) if layout.is_causal else kept)[None]
 
@@ -118,12 +129,19 @@ class Strided(Method):
         blocks = layout.kv_len // size
         if layout.query_start or not blocks:
             return 0.0
-        local = min(self.local, blocks)
+        local = min(amount_of(self.local, -(-layout.kv_len // size)), blocks)
         pairs = local * blocks - local * (local - 1) // 2
         if layout.is_causal:
             kept = pairs * size**2 - blocks * size * (size - 1) // 2
             return kept / (layout.kv_len * (layout.kv_len + 1) / 2)
         return (2 * pairs - blocks) * size**2 / layout.kv_len**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Every few blocks; of both sides the row's own besides, as found best for images; see Method.candidates."""
+        if layout.is_causal:
+            return [{"local": 1 / 32, "stride": stride, "sink": 1} for stride in (8, 16)]
+        return [{"local": 1, "stride": stride} for stride in (2, 3, 4, 6, 8)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -226,6 +227,15 @@ class Svg(Method):
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the sampled queries, and their outputs under either mask; see Method.choosing_pairs."""
         return 2.0 * self.num_samples * ctx.layout.kv_len
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Both kinds of head; one frame has no two kinds; see Method.candidates."""
+        part = layout.video_part
+        if part is None or part[1].grid is None or part[1].grid[0] < 2:
+            return []
+        kinds: tuple[Kind, ...] = ("spatial", "temporal")
+        return [{"kind": kind, "density": share} for kind in kinds for share in (1 / 32, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

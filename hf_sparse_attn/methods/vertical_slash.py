@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection import check_block_size, last_query_sums, rank_descending
+from hf_sparse_attn.selection import amount_of, best_ascending, check_amount, check_block_size, last_query_sums
 
 # First columns and nearest diagonals that are always kept, as in the published run-time code.
 _FORCED_VERTICALS = 30
@@ -43,8 +44,9 @@ class VerticalSlash(Method):
         earlier queries need other keys than the last ones, as in training on packed documents.
 
     Args:
-        vertical: columns kept, at least 0 (30 are kept in any case).
-        slash: diagonals kept, at least 0 (50 are kept in any case).
+        vertical: columns kept, at least 0 (30 are kept in any case); or, as a float in (0, 1), a share of the keys,
+            which means the same at any length.
+        slash: diagonals kept, at least 0 (50 are kept in any case), or a share of the keys like `vertical`.
         last_queries: queries that estimate, at least 1.
         block_size: queries in a row and keys in a block, a power of two from 16 to 256; 64 as published.
 
@@ -56,14 +58,14 @@ class VerticalSlash(Method):
     needs = frozenset({"causal"})
     knob = Knob("slash", 1, 1 << 30, log=True, integer=True)
 
-    vertical: int = 1000
-    slash: int = 6096
+    vertical: int | float = 1000
+    slash: int | float = 6096
     last_queries: int = 64
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_int("vertical", self.vertical, 0)
-        check_int("slash", self.slash, 0)
+        check_amount("vertical", self.vertical, 0)
+        check_amount("slash", self.slash, 0)
         check_int("last_queries", self.last_queries, 1)
         check_block_size(self.block_size)
 
@@ -76,7 +78,11 @@ class VerticalSlash(Method):
 
     def turned(self, value: float) -> Method:
         """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
-        return replace(self, slash=round(value), vertical=round(value * self.vertical / max(1, self.slash)))
+        if isinstance(self.vertical, float) != isinstance(self.slash, float):
+            # A number and a share have no proportion before the length is known.
+            return replace(self, slash=round(value))
+        most = max(1, self.slash) if isinstance(self.slash, int) else self.slash
+        return replace(self, slash=round(value), vertical=round(value * self.vertical / most))
 
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
@@ -84,22 +90,25 @@ class VerticalSlash(Method):
         vertical_score, slash_score = last_query_sums(q, k, self.last_queries, ctx.softmax_scale, ctx.softcap)
         vertical_score[..., :_FORCED_VERTICALS] = torch.inf
         slash_score[..., :_FORCED_SLASHES] = torch.inf
-        vertical = min(n, max(self.vertical, _FORCED_VERTICALS))
-        slash = min(n, max(self.slash, _FEWEST_SLASHES))
-        return (
-            rank_descending(vertical_score)[..., :vertical].sort(-1).values,
-            rank_descending(slash_score)[..., :slash].sort(-1).values,
-        )
+        vertical = min(n, max(amount_of(self.vertical, n), _FORCED_VERTICALS))
+        slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
+        return best_ascending(vertical_score, vertical), best_ascending(slash_score, slash)
 
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""
         n = ctx.layout.kv_len
-        slash = min(n, max(self.slash, _FEWEST_SLASHES))
+        slash = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
         return 0.0 if ctx.layout.query_start else slash * (slash + 1) / (n * (n + 1))
 
     def choosing_pairs(self, ctx: Context) -> float:
         """Those of the estimating queries, once for columns and once for diagonals; see Method.choosing_pairs."""
         return 2.0 * self.last_queries * ctx.layout.kv_len
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """More columns than diagonals, which are rounded to blocks and so cost more; see Method.candidates."""
+        parts = ((16, 64), (8, 64), (4, 64), (32, 32), (16, 16), (8, 8))
+        return [{"vertical": 1 / vertical, "slash": 1 / slash} for vertical, slash in parts]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
@@ -142,19 +151,20 @@ def build_pattern(
     diagonal.scatter_(2, slashes, slashes)
     # below[d]: the largest chosen diagonal less than d.
     below = torch.nn.functional.pad(diagonal.cummax(-1).values, (1, 0))[..., :-1]
-    step = torch.minimum(torch.arange(reach + 1, device=device) - size, below)
-    # Where a block reaches the end of the row (d <= 0) it is the last: -1 marks that nothing follows.
     furthest = below.gather(2, end.clamp(max=reach).expand(batch, heads, rows))
-    distance = torch.minimum(furthest, (end - size).expand_as(furthest))
-    ends, more = [distance], distance > 0
-    while bool(more.any()):
-        distance = torch.where(more, step.gather(2, distance.clamp(min=0)), -size)
-        ends.append(distance)
-        more = more & (distance > 0)
+    # From here on distances are counted from -size. Where a block reaches the end of the row (d <= 0) it is the last,
+    # and 0, which leads to itself, stands for none.
+    step = torch.minimum(torch.arange(reach + 1, device=device), below + size)
+    step = torch.nn.functional.pad(step[..., 1:], (size + 1, 0))
+    far = torch.minimum(furthest + size, end.expand_as(furthest))[..., None]
+    # Twice as many steps at each turn: those there are, and those that as many steps lead to.
+    while bool((far[..., -1] > size).any()):
+        far = torch.cat([far, step.gather(2, far.flatten(2)).view_as(far)], -1)
+        step = step.gather(2, step)
     # [batch, heads, rows, steps]: distance of each block's end, absent where the row had ended.
-    far = torch.stack(ends, -1)
     there = torch.ones_like(far, dtype=torch.bool)
-    there[..., 1:] = (far[..., :-1] > 0).cumprod(-1).bool()
+    there[..., 1:] = far[..., :-1] > size
+    far = far - size
     start = end[:, None] - far - size
     there &= start < kv_len
     starts = start[there]
@@ -182,10 +192,9 @@ def _columns_between(verticals: Tensor, start: Tensor, there: Tensor, size: int,
     block_end = before.gather(2, (start + size).clamp(0, kv_len).flatten(2)).view_as(start)
     gap_start = torch.nn.functional.pad(block_end[..., :-1], (1, 0))
     length = ((gap_end - gap_start) * there).flatten()
-    first = torch.repeat_interleave(gap_start.flatten(), length)
-    at = torch.arange(int(length.sum()), device=start.device)
-    at = at - torch.repeat_interleave(torch.nn.functional.pad(length.cumsum(0), (1, 0))[:-1], length) + first
-    head = torch.repeat_interleave(
-        torch.arange(batch * heads, device=start.device), length.view(batch * heads, -1).sum(1)
-    )
-    return length.view(batch, heads, rows, steps).sum(-1), verticals.flatten(0, 1)[head, at]
+    own = torch.arange(batch * heads, device=start.device).view(batch, heads, 1, 1) * verticals.shape[2]
+    # From the place of a column in the result to its place among the verticals.
+    shift = (gap_start + own).flatten() - (length.cumsum(0) - length)
+    at = torch.repeat_interleave(shift, length)
+    at += torch.arange(len(at), device=start.device)
+    return length.view(batch, heads, rows, steps).sum(-1), verticals.flatten()[at]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import Decline, Knob, Method, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -166,6 +166,11 @@ class Vsa(Method):
         counts = video_tiles(layout, self.tile).counts
         kept = sum(counts[len(counts) - self.count(len(counts)) :])
         return (tokens**2 - video**2 + video * kept) / tokens**2
+
+    @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """Shares of the tiles, without gates; see Method.candidates."""
+        return [{"density": share} for share in (1 / 16, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.context import Context, TokenLayout, check_int
 from hf_sparse_attn.method import Decline, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
+    block_pairs,
     check_block_size,
     check_share,
     covering,
     gather_rows,
+    gather_share,
     least_of_row_blocks,
     pattern_of_rows,
     row_blocks,
+    share_missing,
     text_blocks,
 )
 
 # Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
-_FEWEST_STRIPS = 8
+_FEWEST_STRIPS = 4
 
 
 @METHODS.register("xattention")
@@ -41,8 +45,9 @@ class XAttention(Method):
     over the tokens there are; the published code fails where the length is a multiple of its chunks); the first block
     never competes for the share (in the first chunk of queries of the published code, commit e379887, it does, so that
     one or two blocks more are kept per row there); one threshold for all heads (give heads their own by a profile);
-    at threshold 1 everything is kept. In chunked prefill the blocks of queries begin at the chunk: choose chunks of
-    whole blocks to get the blocks of the whole prompt.
+    at threshold 1 everything is kept. With `density` (ours) every head has the threshold at which it keeps that share
+    of the pairs: rows then still differ in what they keep, and inputs do not. In chunked prefill the blocks of queries
+    begin at the chunk: choose chunks of whole blocks to get the blocks of the whole prompt.
 
     Formula:
         e(a, b) = sum over t < S of Q[a * S + S - 1 - t] . K[b * S + t] / (S * sqrt(dim)), S = stride
@@ -50,14 +55,17 @@ class XAttention(Method):
         keep(r) = the first block, its own, and the fewest others so that `threshold` of the score is held
 
     When:
-        Take it where single columns and diagonals matter and the budget may follow the content. Leave it where the
-        density must be known ahead, or where estimating would cost more than it saves: at short lengths.
+        Take it where single columns and diagonals matter and the budget may follow the content; with `density` also
+        where the budget must be known ahead. Leave it where estimating would cost more than it saves: at short
+        lengths.
 
     Args:
         threshold: share of the estimated attention that is kept, in (0, 1].
         stride: tokens along an anti-diagonal, at least 1; must divide the block size. Fewer estimate better: the
             estimate does 1 / `stride` of the products of queries and keys.
         block_size: tokens in a block of queries and of keys, a power of two from 16 to 256.
+        density: share of the visible pairs that every head keeps, in (0, 1], in place of `threshold`; None means that
+            `threshold` decides. The first block and each query's own are kept whatever it is.
 
     Raises:
         ValueError, TypeError: a parameter out of its range or of the wrong type.
@@ -69,9 +77,12 @@ class XAttention(Method):
     threshold: float = 0.9
     stride: int = 16
     block_size: int = 128
+    density: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_share("threshold", self.threshold))
+        if self.density is not None:
+            object.__setattr__(self, "density", check_share("density", self.density))
         check_block_size(self.block_size)
         if self.block_size % check_int("stride", self.stride, 1):
             raise ValueError(f"`stride` must divide `block_size` = {self.block_size}, got {self.stride}")
@@ -85,21 +96,38 @@ class XAttention(Method):
         low, high = row_blocks(layout, size, device)
         block = torch.arange(shape[3], device=device)
         text_row, text_col = (t.to(device) for t in text_blocks(layout, size, size))
-        queries, keys = q.detach(), tiles_of(k.detach(), self.stride, size).flip(3).flatten(3)
+        queries, keys = q.detach(), k.detach()
+        if not q.is_cuda:
+            # Once for all strips.
+            queries, keys = queries.float(), keys.float()
+        keys = tiles_of(keys, self.stride, size).flip(3).flatten(3)
 
-        def keep(first: int, last: int) -> Tensor:
-            score = self._scores(queries, keys, first, last, ctx)
+        def bounds(first: int, last: int) -> tuple[Tensor, Tensor]:
+            """Blocks that every row keeps, and those that it may keep."""
             if not layout.is_causal:
                 forced = text_col.expand(last - first, -1)
-                visible = torch.ones_like(forced)
-            else:
-                begin, end = low[first:last, None], high[first:last, None]
-                visible = block <= end
-                forced = (block == 0) | (block == begin) | (block == end)
+                return forced, torch.ones_like(forced)
+            begin, end = low[first:last, None], high[first:last, None]
+            return (block == 0) | (block == begin) | (block == end), block <= end
+
+        def keep(first: int, last: int) -> Tensor:
+            forced, visible = bounds(first, last)
+            score = self._scores(queries, keys, first, last, ctx)
             return covering(score, self.threshold, forced, visible) | text_row[first:last, None]
 
+        def missing(first: int, last: int) -> Tensor:
+            forced, visible = bounds(first, last)
+            score = self._scores(queries, keys, first, last, ctx)
+            return share_missing(score, forced | text_row[first:last, None], visible)
+
         tiles = size // self.stride
-        counts, blocks = gather_rows(keep, shape, tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1)
+        weight, strips = tiles * tiles, _FEWEST_STRIPS if layout.is_causal else 1
+        if self.density is not None:
+            counts, blocks = gather_share(
+                missing, shape, block_pairs(layout, size, device), self.density, weight, strips
+            )
+        else:
+            counts, blocks = gather_rows(keep, shape, weight, strips)
         return pattern_of_rows(counts, blocks, size, layout)
 
     def _scores(self, q: Tensor, keys: Tensor, first: int, last: int, ctx: Context) -> Tensor:
@@ -117,7 +145,7 @@ class XAttention(Method):
         keys = keys[:, :, : min(seen, blocks) * per_block]
         query = tiles_of(q[:, :, first * size : last * size], stride, size).flatten(3)
         rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT) * (ctx.softmax_scale / stride)
+        logits = products(rows.flatten(0, 1), keys.flatten(0, 1).mT).mul_(ctx.softmax_scale / stride)
         if ctx.softcap:
             logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
         logits = logits.view(*query.shape[:3], keys.shape[2])
@@ -125,14 +153,15 @@ class XAttention(Method):
         key = torch.arange(keys.shape[2], device=q.device) * stride
         hidden = (key > at[:, None]) if layout.is_causal else (key >= layout.kv_len)
         weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
-        weights[:, :, at >= layout.kv_len] = 0
+        if last * size > layout.q_len:
+            weights[:, :, at >= layout.kv_len] = 0
         # Rows first: that adds whole lines of memory.
         score = weights.unflatten(2, (-1, per_block)).sum(3).unflatten(3, (-1, per_block)).sum(4)
         return torch.nn.functional.pad(score, (0, blocks - score.shape[3]))
 
     def least_density(self, ctx: Context) -> float:
         """The first block and the query's own; see Method.least_density."""
-        return least_of_row_blocks(ctx, self.block_size)
+        return max(least_of_row_blocks(ctx, self.block_size), self.density or 0.0)
 
     def choosing_pairs(self, ctx: Context) -> float:
         """One logit for each `stride` pairs, of a mere product; see Method.choosing_pairs."""
@@ -140,11 +169,17 @@ class XAttention(Method):
         return 0.5 * seen * ctx.layout.q_len * ctx.layout.kv_len / self.stride
 
     @classmethod
+    def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
+        """By density, which holds on inputs that were not measured; see Method.candidates."""
+        return [{"density": share, "stride": 8} for share in (1 / 16, 1 / 8, 1 / 4)]
+
+    @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """A low share with long anti-diagonals, a high one with short ones."""
         return [
             {"threshold": 0.5, "stride": 16, "block_size": 16},
             {"threshold": 0.9, "stride": 4, "block_size": 32},
+            {"density": 0.25, "stride": 8, "block_size": 16},
         ]
 
     @classmethod

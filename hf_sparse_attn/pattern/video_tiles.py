@@ -33,6 +33,16 @@ def check_sizes(name: str, value: Any) -> Sizes:
     return frames, height, width
 
 
+def tile_for(layout: TokenLayout) -> Sizes:
+    """A tile of about a sixth of the canvas along each side, at most the published (6, 8, 8)."""
+    part = layout.video_part
+    grid = (1, 1, 1) if part is None or part[1].grid is None else part[1].grid
+    frames, height, width = (
+        min(size, most, max(2, -(-size // 6))) for size, most in zip(grid, (6, 8, 8), strict=True)
+    )
+    return frames, height, width
+
+
 class Cut(NamedTuple):
     """A canvas cut into tiles, the last of a dimension being smaller where the tile does not divide it.
 

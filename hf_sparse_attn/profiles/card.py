@@ -14,6 +14,8 @@ from hf_sparse_attn.sharing.hub import is_hub_id
 if TYPE_CHECKING:
     from hf_sparse_attn.profiles.head_profile import HeadProfile
 
+_EVALUATION = ("tokens", "inputs", "figure", "density", "dense", "sparse", "difference")
+
 
 def card(profile: HeadProfile, repo_id: str | None = None) -> str:
     """README.md of a profile: front matter, how to use it, what it chose and what was measured.
@@ -34,6 +36,7 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
         "A model of another class or configuration is refused, and the difference named.\n",
         *section("Model", ("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
         *section("Methods", *method_table(profile)),
+        *section("Quality on inputs it was not made from", _EVALUATION, _evaluation(profile)),
         *section("Calibration", ("", ""), _facts(profile)),
         *section("Other budgets", ("density", "damage"), [(number(a), number(b)) for a, b in profile.pareto]),
         *section("Versions", ("library", "version"), list(profile.versions.items())),
@@ -62,6 +65,13 @@ def method_table(profile: HeadProfile) -> tuple[tuple[str, ...], list[tuple[str,
         means = [number(float(np.nanmean(v))) if not np.isnan(v).all() else "-" for v in figures]
         rows.append((label_of(method), f"{100 * chosen.mean():.1f} %", *means))
     return ("method", "heads", "mean density", *names), rows
+
+
+def _evaluation(profile: HeadProfile) -> list[tuple[str, ...]]:
+    return [
+        tuple(number(row[name]) if isinstance(row[name], float) else str(row[name]) for name in _EVALUATION)
+        for row in profile.evaluation
+    ]
 
 
 def _facts(profile: HeadProfile) -> list[tuple[str, str]]:

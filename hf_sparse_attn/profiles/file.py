@@ -44,6 +44,8 @@ VERSION = 1
 FILE, MEASUREMENTS, CARD = "head_profile.json", "measurements.safetensors", "README.md"
 # A profile of 80 layers of 64 heads and 50 step ranges has 12 MiB.
 _LARGEST_FILE = 32 << 20
+# Of an evaluation.
+_MOST_ROWS = 256
 _KEYS = (
     "format", "version", "model", "methods", "plans", "figures", "metric", "budget", "calibration", "pareto",
     "same_in_group", "versions",
@@ -143,6 +145,10 @@ def to_json(profile: HeadProfile) -> str:
         "same_in_group": profile.same_in_group,
         "versions": dict(profile.versions),
     }  # fmt: skip
+    if profile.evaluation:
+        value["evaluation"] = [
+            {k: _rounded(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in profile.evaluation
+        ]
     return _lines(value) + "\n"
 
 
@@ -153,8 +159,8 @@ def _method_to_json(method: Method) -> dict[str, Any]:
     return made if module.split(".")[0] == "hf_sparse_attn" else made | {"module": module}
 
 
-def _rounded(x: float) -> float | None:
-    return None if math.isnan(x) else float(f"{x:.4g}")
+def _rounded(x: float, digits: int = 4) -> float | None:
+    return None if math.isnan(x) else float(f"{x:.{digits}g}")
 
 
 def _lines(value: Any, indent: str = "") -> str:
@@ -174,7 +180,7 @@ def from_json(kind: type[HeadProfile], text: str) -> HeadProfile:
     Raises:
         ValueError, TypeError: the text is no valid profile; the message names the part, the rule and the value.
     """
-    value = read_document(text, "profile", FORMAT, VERSION, _KEYS)
+    value = read_document(text, "profile", FORMAT, VERSION, _KEYS, optional=("evaluation",))
     check_keys("model", value["model"], MODEL_KEYS)
     for key, part in value["model"].items():
         if not isinstance(part, (str, int)) or (isinstance(part, str) and len(part) > 200):
@@ -194,6 +200,7 @@ def from_json(kind: type[HeadProfile], text: str) -> HeadProfile:
         pareto=tuple(as_pair("pareto", p) for p in as_list("pareto", value["pareto"], 4096)),
         same_in_group=value["same_in_group"],
         versions=as_dict("versions", value["versions"]),
+        evaluation=tuple(as_list("evaluation", value.get("evaluation", []), _MOST_ROWS)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.context import Context
+from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.profiles.measurements import METRICS, Measurements, label_of, weights_of
 from hf_sparse_attn.profiles.step_plan import MOST_METHODS, MOST_PLANS, StepPlan
@@ -24,6 +24,10 @@ FIGURES = ("density", "seconds", "damage", "output_error_p95", *METRICS)
 # Of profiles that others measured: their figures are in units of their own.
 PUBLISHED = "published"
 BUDGETS = ("density", "time")
+# Fields of a row of an evaluation.
+EVALUATION = ("figure", "tokens", "inputs", "density", "dense", "sparse", "difference")
+# Lengths are far from one another from this ratio on, and the same up to that one.
+FAR, SAME = 1.5, 1.25
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,6 +47,9 @@ class HeadProfile:
         same_in_group: whether all query heads of a key/value head read the union of their patterns.
         versions: versions of the libraries by name.
         measurements: all candidates' figures; kept in a file of its own.
+        evaluation: what the profile does to the whole model, on inputs it was not made from: a row for each length and
+            figure, with the keys of EVALUATION: "figure" ("loss", "output error", ...), "tokens" (the length),
+            "inputs" (how many), "density", and the figure "dense", "sparse" and as "difference" of the two.
 
     Raises:
         ValueError, TypeError: a part that does not fit the others, or a value out of its range.
@@ -59,6 +66,7 @@ class HeadProfile:
     same_in_group: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     measurements: Measurements | None = None
+    evaluation: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
@@ -81,6 +89,7 @@ class HeadProfile:
         object.__setattr__(self, "pareto", tuple((finite("pareto", a), finite("pareto", b)) for a, b in self.pareto))
         if not isinstance(self.same_in_group, bool):
             raise TypeError(f"`same_in_group` must be a bool, got {shortened(self.same_in_group)}")
+        object.__setattr__(self, "evaluation", tuple(map(_checked_row, self.evaluation)))
         if self.measurements is not None:
             found = (len(self.measurements.layers), self.measurements.heads)
             if found != shape:
@@ -112,6 +121,26 @@ class HeadProfile:
         # A share of a run that is written with few digits must still find its step.
         share = ctx.step / max(1, ctx.num_steps) + 1e-6
         return next((p for p in self.plans if share < p.steps[1]), self.plans[-1])
+
+    def remark(self, tokens: int) -> str | None:
+        """What is to be known of a run at a length far from those the profile was measured at; None where it is not.
+
+        Args:
+            tokens: of the run.
+        """
+        found = self.calibration.get("tokens")
+        lengths = [n for n in found if isinstance(n, int) and n > 0] if isinstance(found, (list, tuple)) else []
+        if not lengths or min(_ratio(n, tokens) for n in lengths) < FAR:
+            return None
+        said = f"the profile was measured at {', '.join(map(str, lengths))} tokens and runs at {tokens}"
+        rows = [row for row in self.evaluation if _ratio(row["tokens"], tokens) <= SAME]
+        if not rows:
+            return f"{said}, of which it has no figures"
+        figures = "; ".join(
+            f"{row['figure']} {row['sparse']:.4g} where dense has {row['dense']:.4g}, at density {row['density']:.3g}"
+            for row in rows
+        )
+        return f"{said}, where it was found to do: {figures}"
 
     def labels(self) -> list[str]:
         """The methods in words."""
@@ -257,6 +286,25 @@ def _checked_figures(
     # What is rounded or predicted may be a little beyond.
     if (density < 0).any() or (density > 1.01).any():
         raise ValueError(f"`figures['density']` must be from 0 to 1, got {np.nanmin(density)} to {np.nanmax(density)}")
+    return made
+
+
+def _ratio(one: int, two: int) -> float:
+    return max(one, two) / max(1, min(one, two))
+
+
+def _checked_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row, Mapping) or set(row) != set(EVALUATION):
+        raise ValueError(f"`evaluation` must be rows of {', '.join(EVALUATION)}; got {shortened(row)}")
+    made = {name: row[name] for name in EVALUATION}
+    if not isinstance(made["figure"], str) or not 0 < len(made["figure"]) <= 200 or not made["figure"].isprintable():
+        raise ValueError(f"`evaluation` must name a figure in a few words, got {shortened(made['figure'])}")
+    for name in ("tokens", "inputs"):
+        check_int(f"evaluation: {name}", made[name], 1)
+    for name in ("density", "dense", "sparse", "difference"):
+        made[name] = finite(f"evaluation: {name}", made[name])
+    if not 0 <= made["density"] <= 1.01:
+        raise ValueError(f"`evaluation` must have densities from 0 to 1, got {made['density']}")
     return made
 
 

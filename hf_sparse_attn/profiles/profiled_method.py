@@ -86,6 +86,10 @@ class ProfiledMethod(Method):
             "same_in_group": self.profile.same_in_group,
         }
 
+    def remark(self, ctx: Context) -> str | None:
+        """Of a length far from those that were measured; see Method.remark."""
+        return self.profile.remark(ctx.layout.kv_len)
+
     def requested_density(self, layer: int) -> float | None:
         """Mean over the heads of the layer; see Method.requested_density."""
         if layer >= self.profile.model.layers:

@@ -1,40 +1,94 @@
-"""What a profile chooses from where nothing is said: methods for a kind of layout, scaled to its length."""
+"""What a profile chooses from where nothing is said: what each method would have tried, as far as it can differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from hf_sparse_attn.context import TokenLayout
-from hf_sparse_attn.method import Method
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.decision import FULL
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.pattern.rows import head_densities, kept_cells
+from hf_sparse_attn.pattern.video_tiles import tile_for as tile_for
 from hf_sparse_attn.registry import METHODS
 
-# Names of methods with their parameters; all get the block size of the length besides.
-Entries = list[tuple[str, dict[str, Any]]]
+# Tokens up to which methods that choose by content are tried on noise: beyond, no rounding makes two of them one.
+_TRIED = 4096
+# Cells along each side of the map by which patterns are told apart, besides their densities.
+_CELLS = 64
 
 
 def default_candidates(
     layout: TokenLayout, tokens: int = 0, family: Callable[[object], dict[str, Any]] = lambda _: {}
 ) -> list[Method]:
-    """Methods and parameters to measure on a layout; those that this installation does not have are left out.
+    """Methods and parameters to measure on a layout: `Method.candidates` of all that apply, static ones first.
+
+    Left out are those that keep everything there, and those that keep what another one keeps.
 
     Args:
         layout: the tokens of a call.
-        tokens: length to scale windows and budgets to; fewer than the layout has means those of the layout.
+        tokens: length of the longest call that is known; fewer than the layout has means those of the layout.
         family: parameters by which a family's default of a method, given its name, differs from the method's.
     """
     n = max(tokens, layout.kv_len)
-    entries = _text(n) if layout.is_causal else _video(n, layout) if layout.video_part is not None else _full(n)
-    made = []
-    for name, own in entries:
-        params = {**family(name), **own, "block_size": block_for(n)}
-        # A method of another version may lack a parameter.
-        if name in METHODS and set(params) <= {f.name for f in fields(METHODS.get(name))}:
-            method = METHODS.get(name)(**params)
-            if method not in made:
-                made.append(method)
-    return made
+    if n > layout.kv_len and all(part.kind == "text" for part in layout.parts):
+        layout = TokenLayout.causal(n) if layout.is_causal else TokenLayout.bidirectional(n)
+    ctx = Context(layout, num_heads=2, num_kv_heads=2, head_dim=32)
+    found = [m for name, kind in sorted(METHODS.items()) for m in _of_method(name, kind, ctx, n, family)]
+    # Of two that are alike the cheaper one to choose by is kept.
+    ordered = sorted(found, key=lambda method: not method.static)
+    kept: dict[Hashable, Method] = {}
+    for method in ordered:
+        told = _told_apart(method, ctx)
+        if told is not None:
+            kept.setdefault(told, method)
+    return list(kept.values())
+
+
+def _of_method(
+    name: str, kind: type[Method], ctx: Context, tokens: int, family: Callable[[object], dict[str, Any]]
+) -> Iterator[Method]:
+    """What a method would have tried, where it applies."""
+    known = {field.name for field in fields(kind)}
+    common = {"block_size": block_for(tokens)} if "block_size" in known else {}
+    for own in kind.candidates(ctx.layout, tokens):
+        method = kind(**{**family(name), **common, **own})
+        if method.why_not(ctx) is not None:
+            return
+        yield method
+
+
+def _told_apart(method: Method, ctx: Context) -> Hashable | None:
+    """What is the same of two methods only if they keep the same on these tokens; None where all is kept, or nothing.
+
+    Methods that choose by content are tried on noise of two kinds, of flat and of sharp attention.
+    """
+    layout = ctx.layout
+    if method.static:
+        pattern = method.static_pattern(ctx, torch.device("cpu"))
+    elif layout.kv_len > _TRIED:
+        return method if method.least_density(ctx) < FULL else None
+    else:
+        pattern = method.pattern_for(*_noise(ctx), ctx)
+    if isinstance(pattern, Decline):
+        return None
+    density = head_densities(pattern, layout.density_count)
+    if float(density.min()) >= FULL:
+        return None
+    cells = [kept_cells(pattern, head, _CELLS).numpy().tobytes() for head in range(ctx.num_heads)]
+    return tuple(density.expand(-1, ctx.num_heads).flatten().tolist()), *cells
+
+
+def _noise(ctx: Context) -> tuple[Tensor, Tensor]:
+    """q and k [1, heads, tokens, dim], the logits of each head ten times as large as those of the one before."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, ctx.num_heads, ctx.layout.kv_len, ctx.head_dim)
+    q, k = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+    return q[:, :, ctx.layout.query_start :] * 10.0 ** torch.arange(ctx.num_heads)[:, None, None], k
 
 
 def block_for(tokens: int) -> int:
@@ -43,43 +97,3 @@ def block_for(tokens: int) -> int:
     while size < 128 and size * 128 <= tokens:
         size *= 2
     return size
-
-
-def _text(n: int) -> Entries:
-    found = _windows(n, (64, 32, 16, 8, 4), sink=16)
-    # Diagonals are rounded to blocks and so cost more than columns.
-    for vertical, slash in ((16, 64), (8, 64), (32, 32), (16, 16), (8, 8)):
-        found.append(("vertical_slash", {"vertical": max(30, n // vertical), "slash": max(50, n // slash)}))
-    found += _densities(1 / 16, 1 / 8, 1 / 4)
-    found.append(("strided", {"local": 4, "stride": 8, "sink": 1}))
-    for held in (0.6, 0.9):
-        found.append(("flexprefill", {"gamma": held, "min_budget": max(block_for(n), n // 32)}))
-        found.append(("xattention", {"threshold": held, "stride": 8}))
-    return found
-
-
-def tile_for(layout: TokenLayout) -> tuple[int, int, int]:
-    """A tile of about a sixth of the canvas along each side, at most the published (6, 8, 8)."""
-    grid = layout.video_part[1].grid if layout.video_part is not None else None
-    frames, height, width = (max(2, -(-size // 6)) for size in grid or (1, 1, 1))
-    return min(6, frames), min(8, height), min(8, width)
-
-
-def _video(n: int, layout: TokenLayout) -> Entries:
-    shares = (1 / 32, 1 / 8, 1 / 4)
-    found: Entries = [("radial", {})]
-    found += [("svg", {"kind": kind, "density": share}) for kind in ("spatial", "temporal") for share in shares]
-    found += [("sliding_tile", {"window": share, "tile": tile_for(layout)}) for share in shares]
-    return found + _densities(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2) + _windows(n, (32, 16), sink=0)
-
-
-def _full(n: int) -> Entries:
-    return _densities(1 / 16, 1 / 8, 1 / 4, 1 / 2) + _windows(n, (32, 16, 8, 4), sink=16)
-
-
-def _windows(n: int, parts: tuple[int, ...], sink: int) -> Entries:
-    return [("sliding_window", {"window": max(16, n // part), "sink": sink}) for part in parts]
-
-
-def _densities(*shares: float) -> Entries:
-    return [("block_topk", {"density": share}) for share in shares]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -27,10 +26,13 @@ from hf_sparse_attn.profiling.observe import Observing, Seen, evaluating, observ
 from hf_sparse_attn.profiling.probe import Needle, Probe, sample_units
 from hf_sparse_attn.profiling.tally import Steps, Tally
 from hf_sparse_attn.registry import make_method
+from hf_sparse_attn.sharing.fingerprint import weights_hash
 
 Batch = Mapping[str, Any] | Tensor | Callable[[Any], Any]
 # Always measured, so that asking for them changes nothing.
 _ALWAYS = ("output_error", "layer_error", "recall")
+# Inputs of a forward that are images, videos or sound.
+_SENSED = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
 def measure(
@@ -149,7 +151,11 @@ class _Watch:
         if self.tally is None:
             chosen = self.candidates
             if chosen is None:
-                chosen = with_dense(default_candidates(ctx.layout, longest(self.batches), self.own))
+                suited = default_candidates(ctx.layout, longest(self.batches), self.own)
+                if not suited:
+                    least = f"no method keeps less than all of {ctx.layout.kv_len} tokens"
+                    raise ValueError(f"`batches` must be longer: {least}, batch {self.number}")
+                chosen = with_dense(suited, self.own)
             self.tally = Tally(chosen, self.steps)
         tally = self.tally
         cases = len(tally.cases)
@@ -178,25 +184,54 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs: Any = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    watch.needles = ()
+    inputs, watch.needles = _inputs_of(batch)
     if not callable(inputs):
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
-        inputs = dict(inputs)
-        watch.needles = inputs.pop("needles", ())
+        _check_inputs(inputs, watch.number)
     if "retrieval_score" in watch.metrics and not watch.needles:
         raise ValueError("`batches` must be mappings with \"needles\" for the metric 'retrieval_score'")
     with observing(model, watch, method, gradients, steps) as patch, torch.set_grad_enabled(gradients):
         if gradients:
             _differentiate(model, inputs, patch)
-        elif callable(inputs):
-            inputs(model)
         else:
-            inputs.pop("labels", None)
-            model(**_ready(model, inputs))
+            run_batch(model, batch)
         said = {reason for record in patch.session.records.values() for reason in record.dense_reasons}
     return "; ".join(sorted(said - {"observed"})) or "no call came by"
+
+
+def _inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
+    """What a model is given, and the needles."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}, ()
+    if callable(batch):
+        return batch, ()
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batches` must hold mappings, token ids or callables, got {type(batch).__name__}")
+    inputs = dict(batch)
+    return inputs, inputs.pop("needles", ())
+
+
+def run_batch(model: Any, batch: Batch) -> None:
+    """Runs a model on one batch, without its labels; see `measure`."""
+    inputs = _inputs_of(batch)[0]
+    if callable(inputs):
+        inputs(model)
+        return
+    inputs.pop("labels", None)
+    model(**ready(model, inputs))
+
+
+def _check_inputs(inputs: Mapping[str, Any], number: int) -> None:
+    """Refuses inputs in which there is nothing to attend to: no tokens, a black image, silence."""
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        if not value.numel():
+            raise ValueError(f"`batches` must hold values, batch {number} has none in {name!r}")
+        if name in _SENSED and value.is_floating_point():
+            # Channels of an image differ by how they were scaled.
+            along = value.flatten(-2) if value.ndim > 3 else value
+            if (along.amin(-1) == along.amax(-1)).all():
+                raise ValueError(f"`batches` must show something, {name!r} of batch {number} is one value all over")
 
 
 def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
@@ -213,10 +248,10 @@ def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
             "`batches` must hold \"labels\" for a model, or callables that return the loss, for 'influence'"
         )
     elif pretrained_models(model):
-        loss = model(**_ready(model, inputs)).loss
+        loss = model(**ready(model, inputs)).loss
     else:
         labels = inputs.pop("labels")
-        out = model(**_ready(model, inputs))
+        out = model(**ready(model, inputs))
         out = out[0] if isinstance(out, tuple) else out.sample
         loss = (out.float() - labels.to(out.device).float()).square().mean()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -226,7 +261,7 @@ def _differentiate(model: Any, inputs: Any, patch: Patch) -> None:
     session.outputs.clear()
 
 
-def _ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs on the model's device; text models keep no cache and give the logits that are asked for alone."""
     if not isinstance(model, nn.Module):
         return inputs
@@ -267,17 +302,6 @@ def longest(batches: object) -> int:
         return 0
     ids = [b.get("input_ids") if isinstance(b, Mapping) else b for b in batches]
     return max((t.shape[-1] for t in ids if isinstance(t, Tensor)), default=0)
-
-
-def weights_hash(model: Any) -> str:
-    """Short hash of a model's classes, and of the first weights of every parameter."""
-    digest = hashlib.sha256()
-    for module in find_family(model)[2]:
-        digest.update(type(module).__name__.encode())
-        for name, weight in module.named_parameters():
-            some = weight.detach().flatten()[:8].float().cpu()
-            digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_metrics(metrics: Sequence[str]) -> frozenset[str]:

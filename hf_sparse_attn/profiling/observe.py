@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -10,17 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.autocast import no_autocast
-from hf_sparse_attn.context import Context, TokenLayout
-from hf_sparse_attn.decision import of_sequence
+from hf_sparse_attn.context import Context
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.family import check_reads, find_family, install
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.policy import Policy
-from hf_sparse_attn.record import LayerRecord
-from hf_sparse_attn.session import Session, gathered
-from hf_sparse_attn.span import Span
+from hf_sparse_attn.record import Done, LayerRecord
+from hf_sparse_attn.session import Session
 
 # More than no share and less than any that keeps a step dense: the family then tells steps it is sure of, or none.
 _KNOWN_STEPS = 1e-12
@@ -49,14 +46,20 @@ Observer = Callable[[Seen], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Nothing(Method):
-    """Stands for the method of a session that has none. Not `dense`, for which hosts ask no session."""
+class _Observed(Method):
+    """Stands for the method of a session that shows its calls. Not `dense`, for which hosts ask no session."""
 
     name = "observed"
+
+    def __init__(self, by_steps: bool) -> None:
+        object.__setattr__(self, "by_steps", by_steps)
 
 
 class Observing(Session):
     """A session that shows every call to an observer and lets the host run its own dense attention.
+
+    The calls come by the way of a patched model's, and are shown where its method would be asked: what is shown is
+    what a method is given.
 
     Args:
         observer: called with each Seen.
@@ -72,47 +75,36 @@ class Observing(Session):
         reads: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         policy = Policy(min_tokens=0, dense_steps=_KNOWN_STEPS if steps else None)
-        super().__init__(_Nothing() if method is None else method, policy, "auto", strict=False)
+        super().__init__(_Observed(method is not None and method.by_steps), policy, "auto", strict=False)
+        # Asked by itself for each sequence, so that one that it leaves dense is shown as well.
+        self.in_force = None if method is None else Session(method, policy, "auto", strict=False)
         self.observer = observer
-        self.reads |= reads
+        self.reads |= reads if method is None else reads | method.reads
         self.gradients = gradients
         self.outputs: list[Tensor] = []
 
-    def sparse(
-        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None = None,
-        dense: Callable[[], object] | None = None, decided: TokenLayout | None = None,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Shows the call; see Session.sparse."""
-        if self.stays_dense(record, of_sequence(self, ctx, q.device)):
-            return None
-        with no_autocast(q.device):
-            if self.gradients:
-                return self._watched(record, q, k, v, ctx, spans)
-            for span, own in _spans(q, k, ctx, spans):
-                if of_sequence(self, own, q.device).reason is None:
-                    self._show(_seen(record.name, span.cut(q, k, v), own))
-        if isinstance(self.method, _Nothing):
+    def _attend(
+        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, known: bool = False
+    ) -> Done | None:
+        """Shows a sequence, or a batch of equal ones; see Session._attend."""
+        seen = Seen(record.name, q.detach(), k.detach(), v.detach(), ctx)
+        if not self.gradients:
+            self._show(seen)
+        inner, done = self.in_force, None
+        if inner is not None:
+            done = inner.sparse(inner.record(record.name, record.index), q, k, v, ctx)
+        if done is None:
             record.count(record.dense_reasons, "observed")
-            return None
-        return super().sparse(record, q, k, v, ctx, spans, decided=decided)
+            if not self.gradients:
+                return None
+            done = dense_attention(q, k, v, ctx)[:2]
+        if self.gradients:
+            self._watch(done[0], seen)
+        return Done(*done, 1.0, 0.0, self.work(q, ctx.layout))
 
     def _show(self, seen: Seen) -> None:
         with torch.no_grad():
             self.observer(seen)
-
-    def _watched(
-        self, record: LayerRecord, q: Tensor, k: Tensor, v: Tensor, ctx: Context, spans: Sequence[Span] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention, dense where there is no method, whose gradient is shown when it is known."""
-        record.count(record.dense_reasons, "observed")
-        sequences, parts = _spans(q, k, ctx, spans), []
-        for span, own in sequences:
-            cut = span.cut(q, k, v)
-            done = None if isinstance(self.method, _Nothing) else self._attend(record, *cut, own)
-            parts.append(dense_attention(*cut, own) if done is None else done[:2])
-            if of_sequence(self, own, q.device).reason is None:
-                self._watch(parts[-1][0], _seen(record.name, cut, own))
-        return gathered(q, v, [span for span, _ in sequences], parts)
 
     def _watch(self, out: Tensor, seen: Seen) -> None:
         if not out.requires_grad:
@@ -120,19 +112,6 @@ class Observing(Session):
             out.requires_grad_()
         out.register_hook(lambda grad: self._show(replace(seen, grad=grad)))
         self.outputs.append(out)
-
-
-def _seen(layer: str, cut: tuple[Tensor, Tensor, Tensor], ctx: Context) -> Seen:
-    q, k, v = (t.detach() for t in cut)
-    return Seen(layer, q, k, v, ctx)
-
-
-def _spans(q: Tensor, k: Tensor, ctx: Context, spans: Sequence[Span] | None) -> list[tuple[Span, Context]]:
-    """The sequences of a call with their contexts; a call without spans is one."""
-    if not spans:
-        whole = Span(tuple(range(q.shape[0])), (0, q.shape[2]), (0, k.shape[2]), ctx.layout)
-        return [(whole, ctx)]
-    return [(span, span.context(ctx)) for span in spans]
 
 
 @contextmanager
@@ -189,13 +168,18 @@ class Call(NamedTuple):
     ctx: Context
 
 
-def capture(model: nn.Module, tokens: Tensor) -> dict[int, Call]:
-    """q, k, v of every layer, by its index, of a dense forward over `tokens` [1, length]."""
+def capture(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[int, Call]:
+    """q, k, v of every layer, by its index, of a dense forward.
+
+    Args:
+        model: the model.
+        inputs: tokens [1, length], or keyword inputs of the forward.
+    """
     found: dict[int, Call] = {}
 
     def keep(seen: Seen) -> None:
         found[seen.ctx.layer] = Call(seen.q, seen.k, seen.v, seen.ctx)
 
     with observing(model, keep), torch.no_grad():
-        model(tokens, use_cache=False)
+        model(**inputs) if isinstance(inputs, Mapping) else model(inputs, use_cache=False)
     return found

@@ -21,9 +21,11 @@ from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.pattern.rows import head_densities
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiles.measurements import Measurements, weights_of
+from hf_sparse_attn.profiles.measurements import DEFAULT_METRIC, Measurements, weights_of
 from hf_sparse_attn.profiles.step_plan import StepPlan
 from hf_sparse_attn.profiling.budget import SOLVERS, BudgetError, Choice, choose, choose_elastic, pareto
+from hf_sparse_attn.profiling.density import keep_in_use
+from hf_sparse_attn.profiling.evaluate import evaluate
 from hf_sparse_attn.profiling.measure import Batch, longest, measure
 from hf_sparse_attn.profiling.tally import Steps, longest_of_class
 from hf_sparse_attn.selection import check_share
@@ -39,7 +41,7 @@ def profile(
     batches: Iterable[Batch],
     candidates: Sequence[str | Method] | None = None,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",
@@ -55,6 +57,7 @@ def profile(
     seed: int = 0,
     progress: bool = True,
     source: str = "",
+    held_out: Iterable[Batch] | None = None,
 ) -> HeadProfile:
     """Finds out which method each head tolerates, and chooses one for every head within a budget.
 
@@ -62,15 +65,17 @@ def profile(
     the choice with the least total damage is made (see budget.choose). The model is left as it was.
 
     Args:
-        model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched.
+        model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched. Of one whose parts
+            differ, a part: an encoder by itself, a decoder with callables that run the whole model.
         batches: calibration inputs, as for `measure`; lengths that are nearest to different powers of two are
             measured apart, and the choice then keeps within the budget at each (MoA's elastic rule).
         candidates: methods or names of methods to choose from; None means sensible ones for the kind of tokens.
         budget: share in (0, 1] of the dense cost.
         metric: what damage is: "output_error", "layer_error", "recall", "influence", "retrieval_score" or "video_mse"
             (`measure` says what each needs of the batches), or a sum such as "layer_error + 0.1 * retrieval_score".
-        per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget; "time",
-            the attention's time by the cost model of this device.
+        per: "density", the kept share of the visible pairs of tokens, mean over heads, is within the budget, in sparse
+            runs of the model on the batches where these are a sequence, else by the dense model's q and k; "time", the
+            attention's time by the cost model of this device.
         solver: "exact", "milp" or "lagrangian".
         same_in_group: the query heads of a key/value head get one method and read the union of their patterns; the
             damage of a group is the sum over its heads.
@@ -84,6 +89,8 @@ def profile(
         state: a file to keep what was measured in after every batch; a killed profile goes on from there.
         progress: whether to show a bar on stderr.
         source: what the batches are, in words, for the file.
+        held_out: inputs that the profile is not made from, of any lengths: the finished profile is run on them beside
+            dense attention, and has the figures of the whole model as its `evaluation`.
 
     Raises:
         TypeError: a model of no known family, or batches of another type.
@@ -119,11 +126,16 @@ def profile(
             said["query_blocks"] = query_blocks
         if source:
             said["source"] = source
-        made = from_measurements(
-            found, model_print, budget, metric, per=per, same_in_group=same_in_group, calibration=said, **settings
-        )
+        choose = partial(
+            from_measurements, found, model_print, metric=metric, per=per, same_in_group=same_in_group,
+            calibration=said, **settings,
+        )  # fmt: skip
+        made = choose(budget)
+        # An iterator has been used up by now.
+        if per == "density" and number == passes - 1 and isinstance(batches, Sequence):
+            made = keep_in_use(model, made, batches, choose)
     assert made is not None
-    return made
+    return made if held_out is None else replace(made, evaluation=evaluate(model, made, held_out))
 
 
 def check_settings(
@@ -194,7 +206,7 @@ def from_measurements(
     found: Measurements,
     model: Fingerprint,
     budget: float = 0.25,
-    metric: str = "output_error",
+    metric: str = DEFAULT_METRIC,
     *,
     per: Per = "density",
     solver: str = "exact",

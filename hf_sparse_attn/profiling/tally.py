@@ -64,12 +64,14 @@ class Tally:
         if not self.layers:
             self.layers = [""] * ctx.num_layers
             self.heads, self.kv_heads = ctx.num_heads, ctx.num_kv_heads
-        own, first = (ctx.num_layers, ctx.num_heads, ctx.num_kv_heads), (len(self.layers), self.heads, self.kv_heads)
+        own, first = (ctx.num_layers, ctx.num_heads), (len(self.layers), self.heads)
         if own != first:
             raise ValueError(
-                f"`model` must have equally many heads in all layers to be profiled: (layers, heads, key/value heads) "
+                f"`model` must have equally many heads in all layers to be profiled: (layers, heads) "
                 f"{first} first, then {own}"
             )
+        # The fewest where layers differ: heads that share keys in one layer then do so in all.
+        self.kv_heads = min(self.kv_heads, ctx.num_kv_heads)
         sums = self.cases.setdefault((length_class(ctx.layout.kv_len), number), Sums())
         sums.calls += 1
         sums.tokens += ctx.layout.kv_len

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -76,15 +77,17 @@ class Fingerprint:
         """
         family, _, modules = find_family(model)
         layers = _count_layers(model)
-        found = {
-            cls(type(part).__name__, family, layers, *_sizes(part, config), *_hashes(config))
+        of_part = {
+            part: cls(type(part).__name__, family, layers, *_sizes(part, config), *_hashes(config))
             for part, config in _parts(modules)
         }
+        found = set(of_part.values())
         if len(found) != 1:
             first, *others = sorted(found, key=str)
             raise ValueError(
                 f"`model` must have attention of one kind, got {len(found)} in {type(model).__name__}"
                 + "".join(f" ({'; '.join(first.difference(other))})" for other in others)
+                + _give(model, of_part)
             )
         return found.pop()
 
@@ -107,6 +110,17 @@ class Fingerprint:
             for name, mine, their in pairs
             if mine != their
         ]
+
+
+def weights_hash(model: Any) -> str:
+    """Short hash of a model's classes, and of the first weights of every parameter."""
+    digest = hashlib.sha256()
+    for module in find_family(model)[2]:
+        digest.update(type(module).__name__.encode())
+        for name, weight in module.named_parameters():
+            some = weight.detach().flatten()[:8].float().cpu()
+            digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _count_layers(model: Any) -> int:
@@ -133,29 +147,80 @@ def _parts(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
     for module in modules:
         config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):
-            from hf_sparse_attn.hosts.transformers_encoder import is_any_attention
-            from hf_sparse_attn.hosts.transformers_install import attention_modules
-
-            if not any(owner is module for _, _, owner in attention_modules(module, is_any_attention)):
+            if _attention_of(module) is None:
                 continue
             config = config.to_dict()
         parts.append((module, dict(config) if isinstance(config, Mapping) else {}))
     return parts
 
 
+def parts_of(model: Any, parts: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Those parts of a model that have a fingerprint by themselves, by where they stand in it ("model.encoder").
+
+    Args:
+        model: a model, or a pipeline of transformers.
+        parts: modules within it.
+    """
+    root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    names = {id(m): name for name, m in root.named_modules()} if isinstance(root, nn.Module) else {}
+    found = {}
+    for part in parts:
+        if names.get(id(part)):
+            with suppress(TypeError, ValueError):
+                Fingerprint.of(part)
+                found[names[id(part)]] = part
+    return found
+
+
+def _give(model: Any, parts: Iterable[nn.Module]) -> str:
+    """Names the parts of a model that can be given in its place."""
+    root = "model" if isinstance(model, nn.Module) else "pipeline.model"
+    names = [f"{root}.{name}" for name in parts_of(model, parts)]
+    return f": give {' or '.join(names)}" if names else ""
+
+
 def _sizes(module: nn.Module, config: dict[str, Any]) -> tuple[int, int, int]:
     """Query heads, key/value heads and the size of a head: by the config, else by the first attention module."""
     attention: Any = next((m for m in module.modules() if hasattr(m, "heads") or hasattr(m, "head_dim")), None)
+    own = _attention_of(module)
 
     def number(*names: str, default: Any = None) -> int:
         values = [value for name in names if isinstance(value := config.get(name), int) and value > 0]
         return int(values[0] if values else default)
 
+    def of_module(*names: str) -> int:
+        values = (getattr(own, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
     heads = number("num_attention_heads", "n_head", "num_heads", default=getattr(attention, "heads", 0))
-    kv_heads = number("num_key_value_heads", "num_kv_heads", "num_key_value_attention_heads", default=heads)
+    # The fields of a config by their own names; others that mean the same (BART, DistilBERT) are not among them.
+    known = heads > 0
+    heads = heads or of_module("num_heads", "n_heads", "num_attention_heads") or _rows(own, "q_proj")
+    kv_heads = number(
+        "num_key_value_heads", "num_kv_heads", "num_key_value_attention_heads",
+        default=heads if known else of_module("num_key_value_heads", "num_kv_heads") or _rows(own, "k_proj") or heads,
+    )  # fmt: skip
     width = number("hidden_size", "n_embd", default=getattr(attention, "inner_dim", heads))
+    if not known:
+        width = heads * of_module("head_dim", "attention_head_size") or getattr(own.config, "hidden_size", width)
     dim = number("head_dim", "attention_head_dim", default=getattr(attention, "head_dim", width // max(1, heads)))
     return heads, kv_heads, dim
+
+
+def _rows(attention: Any, name: str) -> int:
+    """Heads that a projection of an attention module makes, 0 where that is not known."""
+    width, dim = getattr(getattr(attention, name, None), "out_features", 0), getattr(attention, "head_dim", None)
+    return width // dim if isinstance(dim, int) and dim > 0 else 0
+
+
+def _attention_of(module: nn.Module) -> Any:
+    """The first attention module of which a model of transformers is the innermost that holds it, or None."""
+    if not hasattr(getattr(module, "config", None), "to_dict"):
+        return None
+    from hf_sparse_attn.hosts.transformers_encoder import is_any_attention
+    from hf_sparse_attn.hosts.transformers_install import attention_modules
+
+    return next((m for _, m, owner in attention_modules(module, is_any_attention) if owner is module), None)
 
 
 def _hashes(config: dict[str, Any]) -> tuple[str, str]:

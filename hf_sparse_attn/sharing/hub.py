@@ -91,6 +91,21 @@ def loading(model: object, argument: str = "model", besides: Sequence[str] = ())
         raise ValueError(f"{rule}; got the file {path}")
     if not path.is_dir() and _ID_OF_OLD.fullmatch(str(model)) is None:
         raise FileNotFoundError(f"{rule}; got {str(model)!r}, which is not there")
+    with reading(f"{rule}; got {str(model)!r}{nearest(model, besides)}"):
+        yield
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within it what keeps something from being read is told in one line.
+
+    Args:
+        what: begins that line: the rule, and what was given.
+
+    Raises:
+        ValueError: it is none of what it should be.
+        OSError: it is not there, or cannot be reached.
+    """
     try:
         yield
     # What is not installed is told by itself, and memory that runs out is no fault of the model.
@@ -100,7 +115,7 @@ def loading(model: object, argument: str = "model", besides: Sequence[str] = ())
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         said = " ".join(str(error).split()) or type(error).__name__
-        raise kind(f"{rule}; got {str(model)!r}{nearest(model, besides)}: {said}") from error
+        raise kind(f"{what}: {said}") from error
 
 
 @contextmanager

@@ -77,8 +77,12 @@ def _names(keys: set[str]) -> str:
     return ", ".join(shortened(k) for k in sorted(keys)[:8])
 
 
-def read_document(text: str, what: str, form: str, version: int, keys: tuple[str, ...]) -> dict[str, Any]:
+def read_document(
+    text: str, what: str, form: str, version: int, keys: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The object in a text of a known format, with exactly these keys; `what` names it in errors.
+
+    Those that are optional may be there besides.
 
     Raises:
         ValueError, TypeError: the text is not JSON, or of another format, version or keys.
@@ -90,7 +94,7 @@ def read_document(text: str, what: str, form: str, version: int, keys: tuple[str
     found = value.get("format"), value.get("version")
     if found[0] != form or type(found[1]) is not int or found[1] != version:
         raise ValueError(f"the format must be {form} version {version}, got {shortened(found)}")
-    check_keys(what, value, keys)
+    check_keys(what, value, (*keys, *(key for key in optional if key in value)))
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_sparse_attn.profiles.measurements import DEFAULT_METRIC
 from hf_sparse_attn.shipped import SHIPPED
 
 MODEL = Path(__file__).parents[1] / "assets" / "byte_llama"
@@ -44,4 +45,4 @@ NEEDLE_WEIGHT = 0.02
 
 def default_metric(model: str) -> str:
     """What damage is where nothing is said; needles are known of the shipped language model alone."""
-    return f"layer_error + {NEEDLE_WEIGHT} * retrieval_score" if model == SHIPPED[0] else "layer_error"
+    return f"{DEFAULT_METRIC} + {NEEDLE_WEIGHT} * retrieval_score" if model == SHIPPED[0] else DEFAULT_METRIC

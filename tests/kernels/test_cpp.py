@@ -330,7 +330,7 @@ def test_refuses(what: str, reason: str, forgotten: None, monkeypatch: pytest.Mo
     elif what == "compiler":
         monkeypatch.setattr(shutil, "which", lambda name: None)
     else:
-        inputs = tiny(torch.bfloat16)
+        inputs = [x.requires_grad_() for x in tiny(torch.bfloat16)]
         monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"amx_bf16"}))
     with pytest.raises(hsa.BackendUnavailable, match=f"'cpp_block_sparse' cannot run this call: {reason}"):
         run_pattern(*inputs, random_pattern(40, 40).to(inputs[0].device), 1.0, "cpp_block_sparse")

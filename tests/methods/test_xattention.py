@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_sparse_attn import Context, TokenLayout
 from hf_sparse_attn.methods.xattention import XAttention, products, tiles_of
-from hf_sparse_attn.selection import covering, text_blocks
+from hf_sparse_attn.selection import block_pairs, covering, row_blocks, share_missing, text_blocks
 from tests.support.golden import golden
 from tests.support.patterns import Largest
 
@@ -190,6 +190,51 @@ def test_least_density_is_what_is_forced(n: int) -> None:
     assert method.least_density(context(layout)) == pytest.approx(density)
     assert method.least_density(context(layout.continued(n // 2))) == 0.0
     assert method.least_density(context(TokenLayout.bidirectional(n))) == 0.0
+
+
+@pytest.mark.parametrize("layout", ["odd", "odd_chunk", "bidirectional", "video"])
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.8])
+def test_a_density_is_kept_by_every_head_with_a_threshold_of_its_own(layout: str, density: float) -> None:
+    method = XAttention(density=density, stride=8, block_size=16)
+    ctx, (q, k) = context(LAYOUTS[layout]), inputs(LAYOUTS[layout])
+    kept = block_map(method, q, k, ctx)
+    pairs = block_pairs(ctx.layout, 16)
+    shares = (kept * pairs).sum((2, 3)) / pairs.sum()
+    # Text beside a video is kept whatever the density.
+    least = 0.0 if layout != "video" else float(shares.min())
+    # Blocks whose missing shares are equal to 8 bits are kept or dropped together.
+    assert (shares - max(density, least)).abs().max() <= 0.01
+    if layout != "video":
+        assert method.least_density(ctx) == density
+    score = method._scores(q, tiles_of(k, 8, 16).flip(3).flatten(3), 0, kept.shape[2], ctx)
+    low, high = row_blocks(ctx.layout, 16)
+    block = torch.arange(kept.shape[3])
+    visible = block <= high[:, None] if ctx.layout.is_causal else torch.ones_like(kept[0, 0])
+    text_row, text_col = text_blocks(ctx.layout, 16, 16)
+    forced = (block == 0) | (block == low[:, None]) | (block == high[:, None]) if ctx.layout.is_causal else text_col
+    # Each head is what one threshold gives: the least share of a row that is missing before a block that is kept.
+    missing = share_missing(score, forced | text_row[:, None], visible).float()
+    for here, gone in zip(kept.flatten(0, 1), missing.flatten(0, 1), strict=True):
+        left_out = gone[~here & (gone >= 0)]
+        assert not len(left_out) or float(left_out.max()) < float(gone[here].min())
+
+
+def test_visible_pairs_of_blocks() -> None:
+    for layout in LAYOUTS.values():
+        query, key = torch.arange(layout.query_start, layout.kv_len), torch.arange(layout.kv_len)
+        seen = key <= query[:, None] if layout.is_causal else torch.ones(layout.q_len, layout.kv_len, dtype=torch.bool)
+        padded = torch.nn.functional.pad(seen, (0, -layout.kv_len % 32, 0, -layout.q_len % 32))
+        want = padded.unflatten(1, (-1, 32)).unflatten(0, (-1, 32)).sum((1, 3))
+        assert torch.equal(block_pairs(layout, 32), want)
+
+
+def test_share_missing_by_hand() -> None:
+    scores = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.5, 0.0, 0.0]])
+    visible = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    forced = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    found = share_missing(scores, forced, visible).float()
+    want = torch.tensor([[torch.inf, 0.9, 0.5, 0.2], [torch.inf, 0.5, -1, -1]])
+    torch.testing.assert_close(found, want, rtol=0.01, atol=0)
 
 
 def test_no_gradient_goes_through_the_estimate() -> None:

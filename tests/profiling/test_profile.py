@@ -431,21 +431,6 @@ def test_candidates_that_decline_are_named_and_not_chosen() -> None:
     assert all(not isinstance(m, Never) for m in found.methods)
 
 
-def test_default_candidates_for_text_and_video() -> None:
-    from hf_sparse_attn.profiling.candidates import default_candidates
-
-    for layout in (
-        TokenLayout.causal(4096),
-        TokenLayout.video(9, 12, 20, text_after=7),
-        TokenLayout.bidirectional(900),
-    ):
-        found = default_candidates(layout)
-        assert 8 <= len(found) <= 20 and len(set(found)) == len(found)
-        assert all(m.why_not(Context(layout)) is None for m in found)
-    # Windows are scaled to the longest text that is known to come.
-    assert default_candidates(TokenLayout.causal(64), 16384)[2].window == 1024
-
-
 REFUSED = {
     "metric": ({"metric": "speed"}, "`metric` must be one of"),
     "per": ({"per": "energy"}, "`per` must be 'density' or 'time'"),

@@ -69,6 +69,7 @@ def summary(profile: HeadProfile, worst: int = 10) -> dict[str, Any]:
         "pareto": [list(point) for point in profile.pareto],
         "calibration": dict(profile.calibration),
         "versions": dict(profile.versions),
+        "evaluation": [dict(row) for row in profile.evaluation],
         "measured": profile.measurements is not None,
     }
 
@@ -92,6 +93,8 @@ def render(document: dict[str, Any], width: int = 110) -> str:
     ]
     parts = ["\n".join(lines), table(["method", *ranges, *map(words, figures)], rows, "Methods", width)]
     parts.append(table(*layer_table(document), "Layers", width))
+    if document["evaluation"]:
+        parts.append(table(*evaluation_table(document), "Whole model, on inputs it was not made from", width))
     if document["worst"]:
         parts.append(table(*worst_table(document), f"Worst heads of {document['heads']}", width))
     return "\n\n".join(parts)
@@ -104,6 +107,16 @@ def layer_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         used = ", ".join(f"{n} {name}" for name, n in entry["methods"].items())
         rows.append([str(entry["layer"]), number(entry["density"]), number(entry["damage"]), used])
     return ["layer", "density", "damage", "heads by method"], rows
+
+
+def evaluation_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What the profile does to the whole model as columns and rows of text."""
+    figures = ("density", "dense", "sparse", "difference")
+    rows = [
+        [str(row["tokens"]), str(row["inputs"]), row["figure"], *(number(row[name]) for name in figures)]
+        for row in document["evaluation"]
+    ]
+    return ["tokens", "inputs", "figure", *figures], rows
 
 
 def worst_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
