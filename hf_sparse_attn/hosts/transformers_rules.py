@@ -320,9 +320,7 @@ def stays_dense(state: LayerState, module: nn.Module, q: Tensor, k: Tensor, mask
     if state.watch is not None:
         state.watch.release()
     keys = keys if mask is None else mask.kv_end
-    state.record.count_dense(
-        found, Work.of(q, keys, causal, session.policy.min_queries, kwargs.get("sliding_window"))
-    )
+    state.record.count_dense(found, Work.of(q, keys, causal, session.policy.min_queries, kwargs.get("sliding_window")))
     return True
 
 

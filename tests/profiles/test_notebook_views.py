@@ -106,3 +106,19 @@ def test_texts_for_html_lose_their_tags_and_controls_once() -> None:
     assert html(("", ""), [("<", Markup("<i></i>"))], (1,)) == (
         '<table><tbody><tr><td>&lt;</td><td class="n"><i></i></td></tr></tbody></table>'
     )
+
+
+def test_a_profile_shows_what_it_does_to_the_whole_model() -> None:
+    row = {
+        "figure": "a<b",
+        "tokens": 2048,
+        "inputs": 8,
+        "density": 0.25,
+        "dense": 2.5,
+        "sparse": 2.75,
+        "difference": 0.25,
+    }
+    shown = make(evaluation=(row,))._repr_html_()
+    plain(shown)
+    head, first = rows_of(shown)[:2]
+    assert dict(zip(head, first, strict=True)) == {name: str(value) for name, value in row.items()}
