@@ -36,7 +36,7 @@ def card(profile: HeadProfile, repo_id: str | None = None) -> str:
         "A model of another class or configuration is refused, and the difference named.\n",
         *section("Model", ("field", "value"), [(k, str(v)) for k, v in vars(model).items()]),
         *section("Methods", *method_table(profile)),
-        *section("Quality on inputs it was not made from", _EVALUATION, _evaluation(profile)),
+        *section("Quality on inputs it was not made from", *evaluation_table(profile)),
         *section("Calibration", ("", ""), _facts(profile)),
         *section("Other budgets", ("density", "damage"), [(number(a), number(b)) for a, b in profile.pareto]),
         *section("Versions", ("library", "version"), list(profile.versions.items())),
@@ -67,11 +67,13 @@ def method_table(profile: HeadProfile) -> tuple[tuple[str, ...], list[tuple[str,
     return ("method", "heads", "mean density", *names), rows
 
 
-def _evaluation(profile: HeadProfile) -> list[tuple[str, ...]]:
-    return [
+def evaluation_table(profile: HeadProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows: what the profile does to the whole model; no rows where that was not measured."""
+    rows = [
         tuple(number(row[name]) if isinstance(row[name], float) else str(row[name]) for name in _EVALUATION)
         for row in profile.evaluation
     ]
+    return _EVALUATION, rows
 
 
 def _facts(profile: HeadProfile) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""A HeadProfile in a notebook: a line on the whole and a table of its methods, in the notebook's own colours."""
+"""A HeadProfile in a notebook: a line on the whole, its quality and its methods, in the notebook's own colours."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_sparse_attn.profiles.card import method_table, number
+from hf_sparse_attn.profiles.card import evaluation_table, method_table, number
 from hf_sparse_attn.tables import escape, html
 
 if TYPE_CHECKING:
@@ -20,4 +20,7 @@ def render(profile: HeadProfile) -> str:
     title = f"Head profile of {model.model_class}: {model.layers} layers x {model.heads} heads{ranges}"
     said = f"density {number(profile.density)}, budget {budget}, damage by {profile.metric}"
     table = html(columns, rows, range(1, len(columns)), inline=True)
-    return f"<p><b>{escape(title)}</b><br>{escape(said)}</p>{table}"
+    names, figures = evaluation_table(profile)
+    at = [i for i, name in enumerate(names) if name != "figure"]
+    whole = f"<p>On inputs it was not made from:</p>{html(names, figures, at, inline=True)}" if figures else ""
+    return f"<p><b>{escape(title)}</b><br>{escape(said)}</p>{whole}{table}"

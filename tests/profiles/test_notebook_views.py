@@ -15,7 +15,7 @@ from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.report import LayerReport, Report
 from hf_sparse_attn.tables import Markup, escape, html
-from tests.profiling.test_profile_report import HOSTILE, VIDEO, Page, make
+from tests.support.head_profiles import HOSTILE, VIDEO, Page, make
 from tests.support.tiny_lm import FAMILIES, tokens
 
 HOSTILE_LAYER = LayerReport(0, HOSTILE, 1, 2, {HOSTILE: 1}, 0.25, 0.2512, 1.5, None, {HOSTILE: 2})
@@ -106,3 +106,19 @@ def test_texts_for_html_lose_their_tags_and_controls_once() -> None:
     assert html(("", ""), [("<", Markup("<i></i>"))], (1,)) == (
         '<table><tbody><tr><td>&lt;</td><td class="n"><i></i></td></tr></tbody></table>'
     )
+
+
+def test_a_profile_shows_what_it_does_to_the_whole_model() -> None:
+    row = {
+        "figure": "a<b",
+        "tokens": 2048,
+        "inputs": 8,
+        "density": 0.25,
+        "dense": 2.5,
+        "sparse": 2.75,
+        "difference": 0.25,
+    }
+    shown = make(evaluation=(row,))._repr_html_()
+    plain(shown)
+    head, first = rows_of(shown)[:2]
+    assert dict(zip(head, first, strict=True)) == {name: str(value) for name, value in row.items()}

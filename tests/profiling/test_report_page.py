@@ -20,7 +20,8 @@ from hf_sparse_attn.profiling.view.colours import LEVELS, contrast, level_class
 from hf_sparse_attn.profiling.view.page import page
 from hf_sparse_attn.profiling.view.report import number, short_labels, summary
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from tests.profiling.test_profile_report import HOSTILE, VIDEO, Page, make
+from hf_sparse_attn.tables import escape
+from tests.support.head_profiles import HOSTILE, VIDEO, Page, make
 
 Tags = list[tuple[str, dict[str, str | None]]]
 
@@ -248,3 +249,14 @@ def test_equal_plans_of_one_method_have_a_page() -> None:
     figures = {"density": np.ones((1, 1, 2), np.float32), "damage": np.zeros((1, 1, 2), np.float32)}
     html, _ = made(replace(profile, plans=plans, figures=figures))
     assert "0 of 2" in html
+
+
+def test_the_whole_models_figures_are_a_table() -> None:
+    row = {"figure": HOSTILE[:60], "tokens": 2048, "inputs": 8, "density": 0.25, "dense": 2.5, "sparse": 2.75,
+           "difference": 0.25}  # fmt: skip
+    html, _ = made(make(evaluation=(row,)))
+    (section,) = re.findall(r'<h2 id="quality">.*?</section>', html, re.DOTALL)
+    numbers = re.findall(r'<td class="n">([^<]+)</td>', section)
+    assert sorted(map(float, numbers)) == [0.25, 0.25, 2.5, 2.75, 8, 2048]
+    assert "<script" not in section and escape(HOSTILE[:60]) in section
+    assert "was not measured" in made(make())[0]

@@ -23,7 +23,16 @@ from hf_sparse_attn.profiling.view.colours import style_sheet
 from hf_sparse_attn.profiling.view.curves import attention_picture, pareto_picture, single_styles
 from hf_sparse_attn.profiling.view.grids import Links, cell_id, figure_grid, method_grid, named
 from hf_sparse_attn.profiling.view.plots import Picture, figure_map, method_map
-from hf_sparse_attn.profiling.view.report import layer_table, number, render, short_labels, summary, words, worst_table
+from hf_sparse_attn.profiling.view.report import (
+    evaluation_table,
+    layer_table,
+    number,
+    render,
+    short_labels,
+    summary,
+    words,
+    worst_table,
+)
 from hf_sparse_attn.sharing.files import make_folder
 from hf_sparse_attn.tables import Markup, escape, html
 
@@ -31,8 +40,10 @@ PAGE = "report.html"
 _MOST_PLANS = 12
 _ASSETS = Path(__file__).parents[2] / "assets" / "report"
 _NO_BUDGETS = "No other budgets were tried, and no measurements are stored with the profile."
+_NO_QUALITY = "What the profile does to the whole model was not measured."
 _NO_MAPS = "This part needs measurements with attention maps (measurements.safetensors beside the profile)."
 _SECTIONS = {
+    "quality": "Whole model",
     "methods": "Methods",
     "heads": "Layers and heads",
     "budgets": "What a budget buys",
@@ -120,6 +131,7 @@ def page(profile: HeadProfile, document: dict[str, Any]) -> str:
     shown = heads(profile, drawn)
     links = {} if shown is None else shown.links
     parts = {
+        "quality": _quality(document),
         "methods": _methods(profile, document),
         "heads": _maps(profile, drawn, links),
         "budgets": chart(profile)
@@ -194,6 +206,15 @@ def _tiles(document: dict[str, Any]) -> str:
     ]
     inner = "".join(f"<div><dt>{escape(text)}</dt><dd>{escape(value)}</dd></div>" for value, text in tiles)
     return f'<dl class="tiles">{inner}</dl>'
+
+
+def _quality(document: dict[str, Any]) -> str:
+    if not document["evaluation"]:
+        return _note(_NO_QUALITY)
+    columns, rows = evaluation_table(document)
+    numeric = [i for i, name in enumerate(columns) if name != "figure"]
+    said = "Dense and sparse, on inputs that the profile was not made from, by their length in tokens."
+    return _note(said) + _table(columns, rows, numeric, "sort")
 
 
 def _methods(profile: HeadProfile, document: dict[str, Any]) -> str:
