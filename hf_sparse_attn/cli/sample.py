@@ -42,6 +42,8 @@ _SHIPPED = "moving_wan"
 _STEPS = 8
 # What a method of a shipped model is turned to where nothing is said.
 _DENSITY = 0.25
+# Arguments of a pipeline's call that the command sets.
+_OWN = {"prompt", "generator", "output_type"}
 # A density further off than this share of the one asked for is told.
 _NEAR = 0.1
 # Clips of each kind that are timed, in turns; of a pipeline, which takes minutes for one, a single one.
@@ -314,6 +316,9 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> Subject:
     if args.prompt is None:
         raise ValueError(f"`prompt` must say what a pipeline is to show, got none for {args.model}")
     call = {} if args.call is None else read_call(args.call)
+    own = sorted(call.keys() & _OWN)
+    if own:
+        raise ValueError(f"`call` must leave out what the command sets itself, got {', '.join(own)}")
     call |= {} if args.steps is None else {"num_inference_steps": args.steps}
     call["output_type"] = "np"
     loaded = load(args.model, prompts=[args.prompt], count=1, call=call, dtype=args.dtype, device=device)
