@@ -158,8 +158,8 @@ def _sampled(
             continue
         row = Row(_label(report), report.density, seconds[kind], right=right)
         if compare:
-            near = {"psnr": psnr(clip, clips["dense"]), "ssim": ssim(clip, clips["dense"])}
-            row = replace(row, ratio=medians["sparse"] / medians["dense"], **near)
+            other, ratio = clips["dense"], medians["sparse"] / medians["dense"]
+            row = replace(row, ratio=ratio, psnr=psnr(clip, other), ssim=ssim(clip, other))
         rows.append(row)
     return rows, list(clips.values()), report
 
@@ -323,8 +323,10 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> Subject:
     call["output_type"] = "np"
     loaded = load(args.model, prompts=[args.prompt], count=1, call=call, dtype=args.dtype, device=device)
 
+    given: Any = loaded.batches[0]
+
     def run(steps: int | None) -> Tensor:
-        batch = {**loaded.batches[0], "generator": torch.Generator().manual_seed(args.seed)}
+        batch = {**given, "generator": torch.Generator().manual_seed(args.seed)}
         made = loaded.model(**batch)
         frames = made.frames if hasattr(made, "frames") else made.images
         clip = torch.as_tensor(frames[0])
