@@ -90,7 +90,7 @@ def by_shape(
         context: makes the call's context; not asked where the shape is known.
         tokens: what the layout depends on besides the number of queries and keys.
     """
-    shape, known = (q.shape, kv_len, q.dtype, q.device, tokens), record.by_shape
+    shape, known = _shape(q, kv_len, tokens), record.by_shape
     decision = known.get(shape)
     if decision is None:
         ctx = context()
@@ -101,6 +101,16 @@ def by_shape(
             known.clear()
         known[shape] = decision
     return decision
+
+
+def known_dense(record: LayerRecord, q: Tensor, kv_len: int, tokens: Hashable = None) -> Decision | None:
+    """What `by_shape` has said of a call, if it said that all calls of the shape are dense; arguments as there."""
+    decision = record.by_shape.get(_shape(q, kv_len, tokens))
+    return None if decision is None or decision.reason is None else decision
+
+
+def _shape(q: Tensor, kv_len: int, tokens: Hashable) -> Hashable:
+    return q.shape, kv_len, q.dtype, q.device, tokens
 
 
 def _bound(session: Session, q: Tensor, ctx: Context) -> Decision:

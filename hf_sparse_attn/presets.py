@@ -71,8 +71,10 @@ class Measured:
         return -self.difference if self.figure in _RISING else self.difference
 
     def __str__(self) -> str:
+        # An error is one against dense attention.
+        dense = f", dense {self.dense:.4g} ({self.difference:+.2g})" if self.dense else ""
         return (
-            f"{self.figure} {self.sparse:.4g}, dense {self.dense:.4g} ({self.difference:+.2g}), on {self.model} "
+            f"{self.figure} {self.sparse:.4g}{dense}, on {self.model} "
             f"({self.inputs} inputs of {self.tokens:,} tokens, density {self.density:.2g})"
         )
 

@@ -37,6 +37,11 @@ def note(session: Session) -> None:
         running.again = session.checkpointed = True
 
 
+def is_quiet() -> bool:
+    """Whether no forward with gradients and no backward runs in this thread, so that nothing can run again."""
+    return _RUNNING.get() is None and torch._C._current_graph_task_id() == -1
+
+
 def is_of_before(session: Session) -> bool:
     """Whether backward runs attention again of a forward before the patch: none since is known."""
     return not session.checkpointed and in_backward()

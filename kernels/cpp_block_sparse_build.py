@@ -20,6 +20,8 @@ from threading import Lock
 
 import torch
 
+from hf_sparse_attn.cost.table import cpu_features
+
 log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
@@ -167,14 +169,3 @@ def _key() -> str:
     version = subprocess.run([str(compiler()), "--version"], check=True, capture_output=True, text=True, timeout=60)
     parts += [version.stdout, *_FLAGS, _NATIVE[platform.machine()], *sorted(cpu_features())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-@lru_cache(maxsize=1)
-def cpu_features() -> frozenset[str]:
-    """What the CPU can do, in the words of Linux; empty where that is not told."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(found.partition(":")[2].split())

@@ -66,9 +66,10 @@ def measure(
             else the machine does only adds time.
 
     Returns:
-        plain values ready for JSON: `version`, `device`, `kind`, `threads` (None on a GPU), `date`, `torch`, `dense`
-        (seconds of one head by length), `sparse` (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest
-        relative error of the fit), `tuned` (what the backends' own `calibrate(device)` gave).
+        plain values ready for JSON: `version`, `device`, `kind`, `matrix_units` (whether it is a CPU that has them for
+        bfloat16), `threads` (None on a GPU), `date`, `torch`, `dense` (seconds of one head by length), `sparse`
+        (cost.RUN_COSTS and cost.PLAN_COSTS in seconds, `error`: the largest relative error of the fit), `tuned` (what
+        the backends' own `calibrate(device)` gave).
     """
     kind = device.type
     if dtypes is None:
@@ -81,6 +82,7 @@ def measure(
         "version": cost.VERSION,
         "device": cost.device_name(device),
         "kind": kind,
+        "matrix_units": cost.has_matrix_units(device),
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "date": machine.now(),
         "torch": str(torch.__version__),

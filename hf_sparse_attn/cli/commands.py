@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from hf_sparse_attn import __version__
 from hf_sparse_attn.cli.arguments import Parser, importing, list_of, logs_to_stderr, message_of, plain_where_needed
 from hf_sparse_attn.nearest import nearest
+from hf_sparse_attn.pretrained import NAMES
 from hf_sparse_attn.shipped import SHIPPED
 
 PROGRAM = "hf-sparse-attn"
@@ -212,14 +213,15 @@ def _parser() -> Parser:
     evaluate = command("eval", run, "all methods at equal density on a model, against the dense one input by input")
     evaluate.add_argument(
         "name", nargs="?", metavar="MODEL",
-        help="folder or Hub id of a model or pipeline, a GGUF file; or language, video or all of ours: all",
+        help="folder or Hub id of a model or pipeline, a GGUF file; or language, video or all of ours: all; "
+        f"with the extra real also {', '.join(NAMES)}",
     )  # fmt: skip
     evaluate.add_argument("--model", metavar="MODEL", help="the same")
     evaluate.add_argument("--texts", nargs="+", metavar="FILE", help="for models of text: the standard library")
     evaluate.add_argument("--images", nargs="+", metavar="FILE", help="for models of images: files, or a folder")
     evaluate.add_argument("--audio", nargs="+", metavar="FILE", help="for models of speech: WAV files, or a folder")
     evaluate.add_argument("--prompts", metavar="FILE", help="for pipelines: one on each line; a few of our own")
-    evaluate.add_argument("--inputs", type=int, default=4, metavar="N", help="texts, images, ... to score: 4")
+    evaluate.add_argument("--inputs", type=int, metavar="N", help="texts, images, ... to score: 4; of whisper 10")
     evaluate.add_argument("--methods", type=list_of(str), metavar="A,B", help="all whose density can be set")
     evaluate.add_argument("--densities", type=list_of(float), metavar="X,X", help="0.0625,0.125,0.25")
     evaluate.add_argument("--profile", metavar="DIR", help="score this head profile in place of a mix made for it")

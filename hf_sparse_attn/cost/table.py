@@ -200,7 +200,8 @@ class Table:
 
     def choosing_seconds(self, shape: Shape, pairs: float) -> float:
         """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs for `pairs`."""
-        whole = self._dense_seconds(shape._replace(causal=False)) / (shape.q_len * shape.kv_len)
+        # Estimates are made in float32 whatever the model computes in.
+        whole = self._dense_seconds(shape._replace(causal=False, dtype="float32")) / (shape.q_len * shape.kv_len)
         read = _PAIRS_PER_TOKEN * (shape.q_len + shape.kv_len) + _PAIRS_PER_LOGIT * pairs
         return _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
 
@@ -309,13 +310,28 @@ def cpu_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     import platform
 
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """What the CPU can do, in the words of Linux; empty where that is not told."""
+    return frozenset(_cpu_info("flags", "Features").split())
+
+
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether a CPU has units for products of matrices in bfloat16 (AMX): what is computed in it costs far less."""
+    return device.type == "cpu" and "amx_bf16" in cpu_features()
+
+
+def _cpu_info(*names: str) -> str:
+    """What Linux tells of the first CPU under one of some names, or nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() in names), "")
 
 
 def user_file(device: torch.device) -> Path:
@@ -346,10 +362,11 @@ def _load(device: torch.device) -> Table:
     own = SHIPPED / file_name(device)
     if own.is_file():
         return Table(json.loads(own.read_text(encoding="utf-8")), "measured")
-    for path in sorted(SHIPPED.glob("cost-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["kind"] == device.type:
-            return Table(found, "shipped")
+    shipped = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SHIPPED.glob("cost-*.json"))]
+    alike = [found for found in shipped if found["kind"] == device.type]
+    if alike:
+        same = [found for found in alike if found.get("matrix_units", False) == has_matrix_units(device)]
+        return Table((same or alike)[0], "shipped")
     return Table(json.loads((SHIPPED / "assumed.json").read_text(encoding="utf-8")), "assumed")
 
 

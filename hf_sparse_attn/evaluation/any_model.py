@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from hf_sparse_attn.api import check_device, patch
+from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
-from hf_sparse_attn.evaluation.equal_density import Fit
-from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.evaluation.outputs import FIGURES, Dense, Runner, captured
-from hf_sparse_attn.evaluation.paired import Paired
-from hf_sparse_attn.evaluation.result import PROFILED, Result, Row, difference
-from hf_sparse_attn.evaluation.run import (
-    Contestant,
-    Measure,
-    Trial,
-    common_figures,
-    dense_figures,
-    dense_of,
-    fitted,
-    measured_density,
-    profiles_within,
-    settled,
-)
-from hf_sparse_attn.method import Method
-from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
+from hf_sparse_attn.evaluation.compare import Subject, compare
+from hf_sparse_attn.evaluation.outputs import FIGURES, Dense, Runner
+from hf_sparse_attn.evaluation.result import Result, Row, difference
+from hf_sparse_attn.evaluation.run import load_profile
 from hf_sparse_attn.profiling.inputs import load, read_call, read_text
-from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from hf_sparse_attn.shipped.byte_llama import default_metric
+from hf_sparse_attn.profiling.observe import Call
 
+# Inputs to score where nothing is said.
+INPUTS = 4
 # Inputs to fit and profile with, and to correct densities by, where there are enough besides those that are scored.
 _CALIBRATION, _CORRECTION = 2, 1
-# Attention calls that densities are fitted on, and such that fidelity is measured on.
-_FITTED, _LOOKED_AT = 12, 8
 
 
 @dataclass(frozen=True)
@@ -52,6 +33,12 @@ class ModelRow(Row):
     """
 
     figures: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **fields: Any) -> ModelRow:
+        """A row of figures by name, and of the fields of Row."""
+        figures = {name: fields.pop(name) for name in FIGURES if name in fields}
+        return cls(figures=figures, **fields)
 
     def own_columns(self) -> Sequence[tuple[str, Callable[[Any], str]]]:
         """A column for each figure, and another for the difference where dense has a figure of its own."""
@@ -94,8 +81,10 @@ def evaluate(
     Raises:
         ValueError, OSError: as `load`; or inputs that no attention is seen on.
     """
-    begin = time.perf_counter()
-    known = None if args.profile is None else _profile(args.profile)
+    inputs = args.inputs or INPUTS
+    if args.profile is not None:
+        # Before a model is loaded for it.
+        load_profile(args.profile)
     model, batches, source = load(
         args.model,
         texts=_texts(args.texts),
@@ -104,7 +93,7 @@ def evaluate(
         prompts=args.prompts,
         length=None if args.tokens is None else [args.tokens],
         size=args.size,
-        count=check_int("inputs", args.inputs, 1) + _CALIBRATION + _CORRECTION,
+        count=inputs + _CALIBRATION + _CORRECTION,
         part=args.part,
         call=None if args.call is None else read_call(args.call),
         dtype=args.dtype,
@@ -112,46 +101,31 @@ def evaluate(
         seed=check_int("seed", args.seed, 0),
         shorter=True,
     )
-    if known is not None:
-        known.check(model)
-    calibration, correction, scored, said = _shared_out(batches, args.inputs)
+    calibration, correction, scored, said = _shared_out(batches, inputs)
     runner = Runner(model)
-    calls = captured(model, lambda: runner.alone(calibration[0]), _FITTED)
-    held_out = Reference(captured(model, lambda: runner.alone(scored[0]), _LOOKED_AT))
-    first = [runner.output(batch) for batch in scored]
-    dense = [Dense(out, len(scored)) for out in first]
-    whole = [one.figures(out) for one, out in zip(dense, first, strict=True)]
-    del first
-    skipped: dict[str, str] = {}
 
-    def measure(method: Method) -> float:
-        with patch(model, method, min_tokens=0) as applied:
-            runner.alone(correction)
-        return measured_density(applied)
+    def setting(calls: Sequence[Call]) -> str:
+        layouts = " and ".join(dict.fromkeys(str(call.ctx.layout) for call in calls))
+        number = f"{len(scored)} input" + ("" if len(scored) == 1 else "s")
+        return f"{args.model}, {number} of {source} ({layouts}){said}"
 
-    def run(method: Method) -> Trial:
-        with patch(model, method, min_tokens=0) as applied:
-            found = [one.figures(runner.output(batch)) for one, batch in zip(dense, scored, strict=True)]
-        return Trial(measured_density(applied), {"figures": _means(found), "paired": _paired(found, whole)})
-
-    rows: list[Row] = [ModelRow(figures=_means(whole), **dense_figures())]
-    contestants = fitted(names, densities, calls, measure, skipped, Path(args.model).name)
-    if known is not None:
-        own: Iterator[Contestant] = iter([Contestant(f"profile {args.profile}", None, Fit(known.method(), 0.0))])
-    else:
-        own = _mixes(args.model, model, calibration, densities, skipped, measure) if profiled else iter(())
-    for contestant in chain(contestants, own):
-        rows.append(ModelRow(**common_figures(*settled(contestant, run), held_out)))
-    layouts = " and ".join(dict.fromkeys(str(call.ctx.layout) for call in calls))
-    setting = f"{args.model}, {_counted(len(scored), 'input')} of {source} ({layouts}){said}"
-    return Result("model", setting, dense_of(model), rows, skipped, time.perf_counter() - begin)
-
-
-def _profile(source: str) -> HeadProfile:
-    found = find_profile(source)
-    if found is None:
-        raise ValueError(f"`profile` must be the folder or Hub id of a head profile, got {source!r}")
-    return found
+    return compare(
+        Subject(
+            name="model",
+            setting=setting,
+            model=model,
+            row=ModelRow.of,
+            calibration=calibration,
+            correction=correction,
+            scored=scored,
+            run=runner.alone,
+            output=runner.output,
+            kept=lambda out: Dense(out, len(scored)),
+            figures=lambda out, dense: dense.figures(out),
+            one_sided=("psnr",),
+        ),
+        names, densities, profiled, args.profile,
+    )  # fmt: skip
 
 
 def _shared_out(batches: Sequence[Any], scored: int) -> tuple[Sequence[Any], Any, Sequence[Any], str]:
@@ -166,40 +140,6 @@ def _shared_out(batches: Sequence[Any], scored: int) -> tuple[Sequence[Any], Any
         return batches[:1], batches[0], batches[-1:], f"; densities fitted on {what}"
     fit = min(_CALIBRATION, max(1, len(batches) - _CORRECTION - scored))
     return batches[:fit], batches[fit], batches[fit + _CORRECTION :], ""
-
-
-def _mixes(
-    name: str,
-    model: Any,
-    batches: Sequence[Any],
-    densities: Sequence[float],
-    skipped: dict[str, str],
-    measure: Measure,
-) -> Iterator[Contestant]:
-    """What the profiler chooses; a model of several parts has no profile as a whole, which is said."""
-    try:
-        Fingerprint.of(model)
-    except ValueError as error:
-        skipped[PROFILED] = str(error)
-        return
-    yield from profiles_within(model, batches, default_metric(name), densities, skipped, measure)
-
-
-def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: fmean(one[name] for one in found) for name in found[0]}
-
-
-def _paired(found: Sequence[dict[str, float]], whole: Sequence[dict[str, float]]) -> dict[str, Paired]:
-    """Differences from dense; a PSNR has none, for that of equal pictures is no number."""
-    made = {}
-    for name in found[0]:
-        dense = None if name == "psnr" else [one[name] for one in whole]
-        made[name] = Paired.of([one[name] for one in found], dense)
-    return made
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _texts(files: Sequence[str] | None) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from hf_sparse_attn.evaluation.real import Subject, compare, relative_error
+from hf_sparse_attn.evaluation.compare import Subject, compare
+from hf_sparse_attn.evaluation.outputs import relative_error
 from hf_sparse_attn.evaluation.result import Result, Row, difference
 from hf_sparse_attn.pretrained import dinov2
 from hf_sparse_attn.pretrained.images import CALIBRATION, images
@@ -54,7 +55,7 @@ def evaluate(
     """Scores the methods on DINOv2-small in float32.
 
     Args:
-        args: `size` and `inputs` of the command, either None for the default.
+        args: `size`, `inputs` and `profile` of the command, each None for the default.
         names, densities, profiled: as in `compare`.
         output: unused; this model has no picture of its own.
 
@@ -63,8 +64,8 @@ def evaluate(
         MissingExtra: the packages of the extra `real` are not installed.
     """
     size, count = args.size or SIZE, args.inputs or PHOTOGRAPHS
-    model, decoder = dinov2.load_model(), dinov2.load_decoder()
     first, second, third = ({"pixel_values": dinov2.pixels(image, size)} for image in images(3, names=CALIBRATION))
+    model, decoder = dinov2.load_model(), dinov2.load_decoder()
 
     def output_of(pixels: Tensor) -> _Looked:
         hidden = model(pixel_values=pixels).last_hidden_state
@@ -88,5 +89,5 @@ def evaluate(
             output=output_of,
             figures=figures,
         ),
-        names, densities, profiled,
+        names, densities, profiled, args.profile,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from hf_sparse_attn.evaluation.run import (
     fitted,
     measured_density,
     profiles_within,
+    saved,
     settled,
 )
 from hf_sparse_attn.method import Method
@@ -128,8 +129,12 @@ def evaluate(
         return Trial(measured_density(applied), {**figures(losses, right), "paired": paired})
 
     found = fitted(names, densities, calls, measure, skipped, "language")
-    mixes = profiles(model, calibration, densities, skipped, measure) if profiled else ()
-    for contestant in chain(found, mixes):
+    own: Iterable[Contestant] = ()
+    if args.profile is not None:
+        own = [saved(args.profile, model)]
+    elif profiled:
+        own = profiles(model, calibration, densities, skipped, measure)
+    for contestant in chain(found, own):
         rows.append(LanguageRow(**common_figures(*settled(contestant, run), held_out)))
     setting = (
         f"shipped byte-level Llama, {args.documents} held-out documents of {tokens} bytes, {NEEDLES} needles each"

@@ -196,7 +196,8 @@ class Runner:
         for out in given:
             states.update({name: out[name] for name in _STATES if isinstance(out.get(name), Tensor)})
             logits = out["logits"] if isinstance(out.get("logits"), Tensor) else logits
-        if logits is None:
+        # Those of pictures have their classes elsewhere.
+        if logits is None or logits.ndim not in (2, 3):
             return Output(states)
         logits = logits[0] if logits.ndim == 3 else logits
         targets = None if callable(batch) else batch.get("labels")

@@ -14,6 +14,7 @@ from hf_sparse_attn.profiling.observe import Call
 from hf_sparse_attn.tables import table
 
 PROFILED = "per-head profile"
+HELD_OUT, SCORED = "held out", "scored"
 # What stands in a column of differences.
 EXPLAINED = "mean difference ± standard error; + more, - less, = as much as dense, a sign for each input"
 # Shipped models and how they are called as models.
@@ -35,6 +36,7 @@ class Row:
         estimate_share: part of the time of a sparse call that goes into choosing what to keep.
         paired: differences from dense on the same inputs, by figure.
         limit: why the density is not the one asked for; "" where it is, within 2 % of it.
+        turned_by: HELD_OUT or SCORED, the inputs by whose runs the density was corrected last; "" where it was not.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Row:
     estimate_share: float
     paired: Mapping[str, Paired] = field(default_factory=dict, kw_only=True)
     limit: str = field(default="", kw_only=True)
+    turned_by: str = field(default="", kw_only=True)
 
     # Columns of the table behind those that all rows have: heading, and what stands there.
     columns: ClassVar[Sequence[tuple[str, Callable[[Any], str]]]] = ()
@@ -111,6 +114,9 @@ class Result:
             for row in self.rows
             if row.limit and row.wanted is not None
         ]
+        by_scored = [f"{row.name} at {row.wanted:.4g}" for row in self.rows if row.turned_by == SCORED and row.wanted]
+        if by_scored:
+            said.append(f"turned once more by the density of the scored runs: {', '.join(by_scored)}")
         return "\n".join([text, *said, *(f"{name}: left out, {why}" for name, why in self.skipped.items())])
 
 

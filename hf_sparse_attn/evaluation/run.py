@@ -18,10 +18,12 @@ from hf_sparse_attn.context import TokenLayout, check_int
 from hf_sparse_attn.cost.timing import threads
 from hf_sparse_attn.evaluation.equal_density import VARIES, DensityCurve, Dial, Fit, correct_density, is_near
 from hf_sparse_attn.evaluation.fidelity import Reference
-from hf_sparse_attn.evaluation.result import PROFILED, SHIPPED_AS, SUBJECTS, estimate_share
+from hf_sparse_attn.evaluation.result import HELD_OUT, PROFILED, SCORED, SHIPPED_AS, SUBJECTS, estimate_share
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.patching import Patch
+from hf_sparse_attn.pretrained import NAMES
+from hf_sparse_attn.profiles.head_profile import HeadProfile, find_profile
 from hf_sparse_attn.profiles.measurements import label_of
 from hf_sparse_attn.profiling.budget import BudgetError
 from hf_sparse_attn.profiling.candidates import block_for, tile_for
@@ -87,6 +89,7 @@ class Contestant(NamedTuple):
         fit: the method turned to it.
         dial: what it was turned by; None for what has no such thing.
         step: as in `correct_density`.
+        turned_by: as in Row.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Contestant(NamedTuple):
     fit: Fit
     dial: Dial | None = None
     step: Callable[[float], float] = lambda density: density
+    turned_by: str = ""
 
 
 class Trial(NamedTuple):
@@ -145,7 +149,7 @@ def fitted(
                     beyond.append(f"{density:g} is out of reach, the nearest is what is shown for {shown:g}")
                 else:
                     known[found.method] = density
-                    yield Contestant(name, density, found, curve.dial, curve.nearest)
+                    yield Contestant(name, density, found, curve.dial, curve.nearest, HELD_OUT)
                 bar.update()
             if beyond:
                 skipped[name] = "; ".join(beyond)
@@ -178,7 +182,7 @@ def settled(contestant: Contestant, run: Callable[[Method], Trial]) -> tuple[Con
     if contestant.dial is not None and not fit.limit and not is_near(density, wanted):
         fit = correct_density(contestant.dial, fit.value, wanted, kept, contestant.step)
         fit = fit._replace(limit=fit.limit and VARIES)
-        contestant = contestant._replace(fit=fit)
+        contestant = contestant._replace(fit=fit, turned_by=SCORED)
     return contestant, trials[fit.method]
 
 
@@ -207,6 +211,7 @@ def common_figures(contestant: Contestant, trial: Trial, reference: Reference) -
         "output_error": seen.output_error,
         "estimate_share": estimate_share(fit.method, reference.calls),
         "limit": limit,
+        "turned_by": contestant.turned_by,
         **trial.figures,
     }
 
@@ -243,7 +248,30 @@ def profiles_within(
             skipped[f"{PROFILED} at {density:g}"] = str(error)
             continue
         fit = correct_density(dial, density, density, measure, lambda budget: budget)
-        yield Contestant(PROFILED, density, fit, dial)
+        yield Contestant(PROFILED, density, fit, dial, turned_by=HELD_OUT)
+
+
+def load_profile(source: str) -> HeadProfile:
+    """The profile to score.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = find_profile(source)
+    if found is None:
+        raise ValueError(f"`profile` must be the folder or Hub id of a head profile, got {source!r}")
+    return found
+
+
+def saved(source: str, model: Any) -> Contestant:
+    """A finished profile among what is scored.
+
+    Raises:
+        ValueError: there is none, or it is of another model.
+    """
+    found = load_profile(source)
+    found.check(model)
+    return Contestant(f"profile {source}", None, Fit(found.method(), found.density))
 
 
 def dense_figures() -> dict[str, Any]:
@@ -279,8 +307,10 @@ def main(args: argparse.Namespace) -> str:
         make_folder(output)
     names = turnable_methods(args.methods)
     subjects = [subject for subject in SUBJECTS if args.model in (subject, "all")]
+    if args.model in NAMES:
+        subjects = [args.model]
     if subjects:
-        _refuse_inputs(args)
+        _refuse_inputs(args, _TAKEN.get(args.model, ("tokens",)))
     with threads(args.threads):
         results = [
             import_module(f"hf_sparse_attn.evaluation.{subject}").evaluate(
@@ -303,9 +333,19 @@ def _model(first: str | None, named: str | None) -> str:
     return {name: subject for subject, name in SHIPPED_AS.items()}.get(model, model)
 
 
-def _refuse_inputs(args: argparse.Namespace) -> None:
+# What models with inputs of their own take of the options for any model; all of them together take "tokens".
+_TAKEN = {
+    "language": ("tokens", "profile"), "video": ("profile",),
+    "smollm2": ("inputs", "tokens", "profile", "dtype"), "dinov2": ("inputs", "size", "profile"),
+    "whisper": ("inputs", "profile"),
+}  # fmt: skip
+
+
+def _refuse_inputs(args: argparse.Namespace, taken: Sequence[str]) -> None:
     """Options that would be ignored for a model with inputs of its own."""
-    own = ("texts", "images", "audio", "prompts", "profile", "size", "part", "call", "device")
-    given = [f"--{name}" for name in own if getattr(args, name) is not None]
+    own = ("texts", "images", "audio", "prompts", "inputs", "profile", "tokens", "size", "part", "call", "device",
+           "dtype", "seed")  # fmt: skip
+    nothing = {"dtype": "auto", "seed": 0}
+    given = [f"--{name}" for name in own if name not in taken and getattr(args, name) != nothing.get(name)]
     if given:
         raise ValueError(f"{' and '.join(given)} must be left out for {args.model}, which has inputs of its own")

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.evaluation.real import Subject, compare
+from hf_sparse_attn.evaluation.compare import Subject, compare
 from hf_sparse_attn.evaluation.result import Result, Row, difference
 from hf_sparse_attn.pretrained import smollm2, texts
+from hf_sparse_attn.profiling.inputs import DTYPES
 
 NEEDLES = 8
 # Tokens of a text and texts to score where nothing is said.
@@ -61,10 +62,11 @@ class _Read(NamedTuple):
 def evaluate(
     args: argparse.Namespace, names: Sequence[str], densities: Sequence[float], profiled: bool, output: Path | None
 ) -> Result:
-    """Scores the methods on SmolLM2 in bfloat16.
+    """Scores the methods on SmolLM2.
 
     Args:
-        args: `tokens` and `inputs` of the command, either None for the default.
+        args: `tokens`, `inputs` and `profile` of the command, each None for the default; and `dtype`, of which
+            "auto" is bfloat16.
         names, densities, profiled: as in `compare`.
         output: unused; this model has no picture of its own.
 
@@ -73,10 +75,12 @@ def evaluate(
         MissingExtra: the packages of the extra `real` are not installed.
     """
     tokens, count = args.tokens or TOKENS, args.inputs or TEXTS
-    model, tokenizer = smollm2.load_model(torch.bfloat16), smollm2.load_tokenizer()
+    tokenizer = smollm2.load_tokenizer()
     # More texts than there are: the same with other needles.
     fitted, other, third = _documents(tokenizer, texts.CALIBRATION, 3, tokens)
     scored = _documents(tokenizer, texts.HELD_OUT, count, tokens)
+    dtype: Any = torch.bfloat16 if args.dtype == "auto" else DTYPES[args.dtype]
+    model = smollm2.load_model(dtype)
 
     def output_of(document: texts.NeedleDocument) -> _Read:
         logits = model(document.token_ids, use_cache=False).logits
@@ -86,7 +90,8 @@ def evaluate(
     return compare(
         Subject(
             name="smollm2",
-            setting=f"SmolLM2-135M in bfloat16, {count} held-out texts of {tokens} tokens, {NEEDLES} needles each",
+            setting=f"SmolLM2-135M in {str(dtype).removeprefix('torch.')}, {count} held-out texts of {tokens} tokens, "
+            f"{NEEDLES} needles each",
             model=model,
             row=SmolLM2Row,
             calibration=[fitted.batch, other.batch],
@@ -96,7 +101,7 @@ def evaluate(
             output=output_of,
             figures=_figures,
         ),
-        names, densities, profiled,
+        names, densities, profiled, args.profile,
     )  # fmt: skip
 
 

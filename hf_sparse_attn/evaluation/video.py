@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from hf_sparse_attn.evaluation.run import (
     fitted,
     measured_density,
     profiles_within,
+    saved,
     settled,
 )
 from hf_sparse_attn.extras import MissingExtra
@@ -119,8 +120,12 @@ def evaluate(
 
     taken: dict[Method, Tensor] = {}
     found = fitted(names, densities, calls, measure, skipped, "video")
-    mixes = profiles(model, densities, skipped, measure) if profiled else ()
-    for contestant in chain(found, mixes):
+    own: Iterable[Contestant] = ()
+    if args.profile is not None:
+        own = [saved(args.profile, model)]
+    elif profiled:
+        own = profiles(model, densities, skipped, measure)
+    for contestant in chain(found, own):
         contestant, trial = settled(contestant, run)
         rows.append(VideoRow(**common_figures(contestant, trial, held_out)))
         sheets.append((contestant.name, trial.density, taken[contestant.fit.method]))

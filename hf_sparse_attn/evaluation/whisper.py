@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from hf_sparse_attn.evaluation.real import Subject, compare, relative_error
+from hf_sparse_attn.evaluation.compare import Subject, compare
+from hf_sparse_attn.evaluation.outputs import relative_error
 from hf_sparse_attn.evaluation.result import Result, Row, difference
 from hf_sparse_attn.pretrained import speech, whisper
 
@@ -60,7 +61,7 @@ def evaluate(
     """Scores the methods on the encoder of Whisper tiny.en in float32, the decoder as it is.
 
     Args:
-        args: `inputs` of the command, None for the default.
+        args: `inputs` and `profile` of the command, each None for the default.
         names, densities, profiled: as in `compare`.
         output: unused; this model has no picture of its own.
 
@@ -97,5 +98,5 @@ def evaluate(
             output=output_of,
             figures=figures,
         ),
-        names, densities, profiled,
+        names, densities, profiled, args.profile,
     )  # fmt: skip

@@ -97,6 +97,12 @@ def forward_of(module: nn.Module) -> Forward | None:
     return next((f for f in reversed(_HERE.forwards) if f.bound.state_of(module) is not None), None)
 
 
+def runs_alone(bound: Bound | None) -> bool:
+    """Whether one forward runs in this thread, of the patch and awake."""
+    forwards = _HERE.forwards
+    return len(forwards) == 1 and forwards[0].bound is bound and not forwards[0].asleep
+
+
 def forward_with(config: Any) -> Forward | None:
     """The innermost forward of this thread whose layers a config leads here; where there is none, of any config."""
     forwards = _HERE.forwards

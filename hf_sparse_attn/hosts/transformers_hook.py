@@ -18,9 +18,9 @@ from transformers.modeling_utils import AttentionInterface
 from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.compiled import in_program, refuse_program
-from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with
+from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with, runs_alone
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
-from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide
+from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide, stays_dense
 from hf_sparse_attn.hosts.transformers_switch import hold
 from hf_sparse_attn.record import LayerRecord
 from hf_sparse_attn.selection import with_sinks
@@ -197,6 +197,17 @@ def attend(
 ) -> Output:  # fmt: skip
     """What transformers calls as the attention of a module; see `register` for `find` and `original`."""
     tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
+    if original is not None and segments is None and not torch.compiler.is_compiling():
+        now = find(module)
+        if (
+            now is not None
+            and not now.later
+            and (now.source is None or not now.source.other)
+            and runs_alone(now.bound)
+            and stays_dense(now, module, query, key, attention_mask, kwargs)
+        ):
+            kwargs.pop(RUNS, None)
+            return run_dense(now.dense, module, query, key, value, attention_mask, kwargs)
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()

@@ -219,7 +219,7 @@ class MaskSpec:
         args, kwargs = tree_map_only(cls, cls._tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    @property
+    @cached_property
     def kv_end(self) -> int:
         """Keys up to the last query's; all places of a static cache whose counter would have to be waited for."""
         offset = self.wanted["q_offset"]

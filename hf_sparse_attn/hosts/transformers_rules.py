@@ -9,14 +9,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_sparse_attn import recomputation
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
-from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape
-from hf_sparse_attn.hosts.sdpa_hook import is_context_parallel, watched_by
+from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape, known_dense
+from hf_sparse_attn.hosts.sdpa_hook import SDPA, is_context_parallel, watched_by
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, ReadyMask, read_ready, whole
 from hf_sparse_attn.record import Work
 from hf_sparse_attn.span import Span
@@ -70,9 +73,7 @@ class LayerCall:
     @property
     def causal(self) -> bool:
         """Whether the layer's dense implementation would take a call without a mask for causal."""
-        given = self.kwargs.get("is_causal")
-        # The eager functions of transformers know masks alone; modules of old say nothing, which others take for yes.
-        return bool(getattr(self.module, "is_causal", self.state.dense != "eager") if given is None else given)
+        return _causal(self.state, self.module, self.kwargs)
 
     @cached_property
     def by_shape(self) -> Context:
@@ -286,6 +287,49 @@ RULES = (
 )  # fmt: skip
 _EAGER = tuple(rule for rule in RULES if rule.eager)
 _TRACED = tuple(rule for rule in RULES if rule.traced)
+
+
+def stays_dense(state: LayerState, module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a plain call is dense as every call of its shape, which is then counted; False where it takes a look.
+
+    What most calls of short texts come to: they are to pay next to nothing for the patch. `decide` comes to the same
+    answer, if in some cases for a reason that it asks about before the shape.
+    """
+    session = state.session
+    # Whether a function of torch is watched or replaced, or runs in a transform, a trace, autocast, or for gradients.
+    if (
+        session.strict
+        or session.method.name == "dense"
+        or session.paused
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or F.scaled_dot_product_attention is not SDPA
+        or torch.is_autocast_enabled(q.device.type)
+        or not recomputation.is_quiet()
+    ):
+        return False
+    causal = _causal(state, module, kwargs)
+    keys = k.shape[2]
+    if keys < q.shape[2] or not (isinstance(mask, MaskSpec) or (mask is None and not causal)):
+        return False
+    hints = None if state.hints is None else state.hints.grid
+    found = known_dense(state.record, q, keys, (causal, hints))
+    if found is None:
+        return False
+    if state.watch is not None:
+        state.watch.release()
+    keys = keys if mask is None else mask.kv_end
+    state.record.count_dense(
+        found, Work.of(q, keys, causal, session.policy.min_queries, kwargs.get("sliding_window"))
+    )
+    return True
+
+
+def _causal(state: LayerState, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    # The eager functions of transformers know masks alone; modules of old say nothing, which others take for yes.
+    return bool(getattr(module, "is_causal", state.dense != "eager") if given is None else given)
 
 
 def decide(call: LayerCall, traced: bool = False) -> Decision:

@@ -14,7 +14,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.method import Decline, Knob, Method, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
-from hf_sparse_attn.pattern.video_tiles import Sizes, VideoTiles, check_sizes, tile_for, tile_pattern, video_tiles
+from hf_sparse_attn.pattern.video_tiles import Sizes, VideoTiles, check_sizes, tile_pattern, video_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_share, rank_descending
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
@@ -170,7 +170,7 @@ class Vsa(Method):
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:
         """Shares of the tiles, without gates; see Method.candidates."""
-        return [{"density": share, "tile": tile_for(layout)} for share in (1 / 16, 1 / 8, 1 / 4)]
+        return [{"density": share} for share in (1 / 16, 1 / 8, 1 / 4)]
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

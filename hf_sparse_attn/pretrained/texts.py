@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,23 @@ _HELD_OUT_PAGES = (("specialnames",), ("types",), ("string-methods",), ("debugge
 _HELD_OUT_MODULES = ("typing", "smtplib", "argparse", "configparser", "mailbox", "statistics")
 
 
+def _source(module: str) -> str:
+    # Found, not imported: some of them do things when they are.
+    spec = find_spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise FileNotFoundError(f"the standard library must come with its .py sources, found none of {module}")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
 def _texts(pages: Sequence[Sequence[str]], modules: Sequence[str]) -> dict[str, str]:
     from pydoc_data.topics import topics
 
-    found = {" ".join(names): "\n\n".join(topics[name] for name in names) for names in pages}
-    for name in modules:
-        # Found, not imported: some of them do things when they are.
-        spec = find_spec(name)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-            raise FileNotFoundError(f"the standard library must come with its .py sources, found none of {name}")
-        found[name] = Path(spec.origin).read_text(encoding="utf-8")
+    found = {}
+    # In turns, so that the first few are of both kinds.
+    for names, module in zip_longest(pages, modules):
+        if names is not None:
+            found[" ".join(names)] = "\n\n".join(topics[name] for name in names)
+        found[module] = _source(module)
     return found
 
 

@@ -62,9 +62,13 @@ def look_up(model: Any, quality: str, shipped: bool = True) -> Known:
         # Parts of several kinds: no one profile can be theirs.
         return Known()
     skipped: list[str] = []
-    for folder, where in _places(model, own, quality, shipped):
+    for folder, where in _places(own, quality, shipped):
         try:
-            found = HeadProfile.from_pretrained(folder, measurements=False)
+            # Weights are looked at where there is one of this fingerprint at all: they may be on a disk.
+            place = folder / weights_hash(model) / quality if folder.parent == _cache() else folder
+            if not place.is_dir():
+                continue
+            found = HeadProfile.from_pretrained(place, measurements=False)
         # A file in a cache may be anything by now: what could not be read is as if it were not there.
         except Exception as error:
             skipped.append(f"the profile in {folder} cannot be read and is skipped: {str(error)[:300]}")
@@ -75,9 +79,9 @@ def look_up(model: Any, quality: str, shipped: bool = True) -> Known:
     return Known(skipped=tuple(skipped))
 
 
-def _places(model: Any, own: Fingerprint, quality: str, shipped: bool) -> Iterator[tuple[Path, str]]:
+def _places(own: Fingerprint, quality: str, shipped: bool) -> Iterator[tuple[Path, str]]:
     """The folders that may hold a profile of a model, and where that is in words."""
-    cached = folder_of(model, own, quality)
+    cached = _cache() / _name(own)
     if cached.is_dir():
         yield cached, "made here for these weights"
     for folder in sorted(SHIPPED.glob(f"*/{quality}")) if shipped else ():
@@ -86,11 +90,18 @@ def _places(model: Any, own: Fingerprint, quality: str, shipped: bool) -> Iterat
 
 def folder_of(model: Any, own: Fingerprint, quality: str) -> Path:
     """Where the profile of a model at a quality is kept: under HF_HOME, by its fingerprint and its weights."""
+    return _cache() / _name(own) / weights_hash(model) / quality
+
+
+def _cache() -> Path:
     from huggingface_hub import constants
 
-    text = json.dumps(asdict(own), sort_keys=True)
-    name = f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{weights_hash(model)}"
-    return Path(constants.HF_HOME) / "hf_sparse_attn" / "profiles" / name / quality
+    return Path(constants.HF_HOME) / "hf_sparse_attn" / "profiles"
+
+
+def _name(own: Fingerprint) -> str:
+    """Of the folder of a fingerprint."""
+    return hashlib.sha256(json.dumps(asdict(own), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def keep_known(profile: HeadProfile, model: Any, quality: str) -> Path:

@@ -29,7 +29,12 @@ from hf_sparse_attn.shipped import SHIPPED
 LENGTH = 4096
 # Tokens to which texts are cut at most where they are too few for more.
 _SHORTEST = 64
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 # Prompts for models that make videos or images.
 PROMPTS = (
     "a dog runs along the beach, waves behind it",
@@ -141,7 +146,7 @@ class _Given(NamedTuple):
 
     model: str
     options: Mapping[str, Any]
-    count: int
+    number: int
     seed: int
     shorter: bool = False
 
@@ -194,7 +199,7 @@ def _shipped(given: _Given, device: torch.device) -> Loaded:
 
         given.refuse_all_but("length")
         # Documents first, for a length that they cannot have.
-        documents = _documents(given.options.get("length", (LENGTH,)), given.count, given.seed)
+        documents = _documents(given.options.get("length", (LENGTH,)), given.number, given.seed)
         byte_llama: Any = load_model()
         return Loaded(byte_llama.to(device), documents, "standard library, needles")
     from hf_sparse_attn.shipped import moving
@@ -205,7 +210,7 @@ def _shipped(given: _Given, device: torch.device) -> Loaded:
     def run(scene: Any, number: int) -> Callable[[Any], Any]:
         return lambda model: moving.sample(model, [scene], seed=given.seed + number)
 
-    scenes = draw_classes(given.count, given.seed)
+    scenes = draw_classes(given.number, given.seed)
     moving_wan = moving.load_moving_wan().to(device)
     return Loaded(moving_wan, [run(scene, i) for i, scene in enumerate(scenes)], "synthetic moving scenes")
 
@@ -243,14 +248,14 @@ def _pretrained(given: _Given, device: torch.device) -> Loaded:
         given.refuse("prompts", "call", "dtype")
         model, reader = dinov2.load_model(), _Pixels()
         if "images" not in given.options:
-            own = {"images": images.images(given.count, given.seed, images.CALIBRATION)}
+            own = {"images": images.images(given.number, given.seed, images.CALIBRATION)}
     else:
         from hf_sparse_attn.pretrained import speech, whisper
 
         given.refuse("prompts", "call", "dtype")
         model, reader = whisper.load_model(), whisper.load_extractor()
         if "audio" not in given.options:
-            own = {"audio": [speech.speak(said) for said in speech.calibration_sentences[: given.count]]}
+            own = {"audio": [speech.speak(said) for said in speech.calibration_sentences[: given.number]]}
     named = given._replace(options={**own, **given.options})
     return _with_batches(named, model.to(device).eval(), lambda what: reader)
 
@@ -332,7 +337,7 @@ def _pipeline(given: _Given, device: torch.device) -> Loaded:
         lines: Sequence[str] = PROMPTS
     else:
         lines = read_text(argument, source).splitlines() if isinstance(source, (str, os.PathLike)) else source
-    prompts = [line.strip() for line in lines if line.strip()][: given.count]
+    prompts = [line.strip() for line in lines if line.strip()][: given.number]
     if not prompts:
         raise ValueError(f"`{argument}` must hold one prompt per line, got none in {source}")
 
@@ -468,15 +473,15 @@ def _text_batches(given: _Given, model: Any, tokenizer: Any, argument: str, text
     if lengths is None:
         longest = min(LENGTH, _longest(model, tokenizer, table))
         if given.shorter:
-            held = len(tokenizer(text[: 16 * longest * given.count], verbose=False).input_ids)
-            longest = min(longest, max(_SHORTEST, held // given.count))
+            held = len(tokenizer(text[: 16 * longest * given.number], verbose=False).input_ids)
+            longest = min(longest, max(_SHORTEST, held // given.number))
         lengths = (longest,)
     for length in lengths:
         if check_int("length", length, 16) > (table or length):
             raise ValueError(f"`length` must be at most {table}, the positions of {given.model}, got {length}")
     takes = _takes(model)
     made = []
-    for ids in _token_ids(tokenizer, text, lengths, given.count, argument):
+    for ids in _token_ids(tokenizer, text, lengths, given.number, argument):
         _check_known(ids, model, tokenizer, given.model)
         batch = {"input_ids": ids}
         # A model that fills in what is masked has no loss on a whole text.
@@ -595,12 +600,13 @@ def _files(given: _Given, argument: str, endings: frozenset[str], what: str) -> 
 
 def _image_batches(given: _Given, model: Any, processor: Any) -> list[Any]:
     frames = int(getattr(model.config, "num_frames", 0) or 0)
-    pictures = _pictures(_files(given, "images", _PICTURES, "pictures"), given.count * max(1, frames), frames > 0)
+    pictures = _pictures(_files(given, "images", _PICTURES, "pictures"), given.number * max(1, frames), frames > 0)
     if len(pictures) < max(1, frames):
         raise ValueError(f"`images` must hold at least {frames} frames for a clip, got {len(pictures)}")
     # Short of pictures the batches are fewer.
     shown = [pictures[i : i + frames] for i in range(0, len(pictures) - frames + 1, frames)] if frames else pictures
-    size, more, options = given.options.get("size"), {}, {"return_tensors": "pt"}
+    size, more = given.options.get("size"), {}
+    options: dict[str, Any] = {"return_tensors": "pt"}
     if size is not None:
         check_int("size", size, 16)
         square = {"height": size, "width": size}
@@ -608,7 +614,7 @@ def _image_batches(given: _Given, model: Any, processor: Any) -> list[Any]:
         options |= {"size": {"shortest_edge": size} if shortest else square, "crop_size": square}
         if "interpolate_pos_encoding" in _takes(model):
             more = {"interpolate_pos_encoding": True}
-    return [{"pixel_values": processor(one, **options).pixel_values, **more} for one in shown[: given.count]]
+    return [{"pixel_values": processor(one, **options).pixel_values, **more} for one in shown[: given.number]]
 
 
 def _pictures(files: Sequence[Any], most: int, every: bool) -> list[Any]:
@@ -637,7 +643,7 @@ def _pictures(files: Sequence[Any], most: int, every: bool) -> list[Any]:
 def _speech_batches(given: _Given, model: Any, extractor: Any) -> list[Any]:
     rate = int(extractor.sampling_rate)
     made = []
-    for recording in _files(given, "audio", frozenset({".wav"}), "WAV files")[: given.count]:
+    for recording in _files(given, "audio", frozenset({".wav"}), "WAV files")[: given.number]:
         sound = read_wave(recording, rate) if isinstance(recording, Path) else torch.as_tensor(recording)
         if sound.min() == sound.max():
             raise ValueError(f"`audio` must hold sound, got silence in {recording}")

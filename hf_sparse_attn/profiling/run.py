@@ -65,7 +65,8 @@ def profile(
     the choice with the least total damage is made (see budget.choose). The model is left as it was.
 
     Args:
-        model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched.
+        model: a transformers model, a diffusers transformer, or a diffusers pipeline; not patched. Of one whose parts
+            differ, a part: an encoder by itself, a decoder with callables that run the whole model.
         batches: calibration inputs, as for `measure`; lengths that are nearest to different powers of two are
             measured apart, and the choice then keeps within the budget at each (MoA's elastic rule).
         candidates: methods or names of methods to choose from; None means sensible ones for the kind of tokens.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.presets import QUALITIES, Preset, find_preset, presets_of
+from hf_sparse_attn.presets import BUDGETS, QUALITIES, Preset, find_preset, presets_of
 from hf_sparse_attn.registry import FAMILIES, make_method
 from tests.support import tiny_hunyuan, tiny_wan
 from tests.support.tiny_lm import FAMILIES as MODELS
@@ -99,3 +99,24 @@ def test_presets_that_a_family_brings_go_before_the_table() -> None:
     with pytest.raises(ValueError, match="in family own, which has presets for: radial"):
         find_preset("own", family, [torch.nn.Identity()], "radial", "fast")
     assert presets_of("wan", family) == (own, *presets_of("wan", FAMILIES.get("wan")))
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("method", ["sliding_window", "block_topk"])
+def test_a_word_keeps_the_same_share_of_a_text_of_any_length(method: str, quality: str) -> None:
+    preset = find_preset("llama", FAMILIES.get("llama"), [], method, quality)
+    made = make_method(method, dict(preset.params))
+    for tokens in (1000, 2000, 8000):
+        ctx = hsa.Context(hsa.TokenLayout.causal(tokens), num_heads=1, num_kv_heads=1, head_dim=8)
+        q = torch.randn(1, 1, tokens, 8, generator=torch.Generator().manual_seed(tokens))
+        found = made.pattern_for(q, q, ctx)
+        assert isinstance(found, hsa.BlockPattern)
+        assert found.density("causal") == pytest.approx(BUDGETS[quality], rel=0.2)
+
+
+def test_presets_of_text_are_shares() -> None:
+    # A number of tokens is a number at 2,000 and at 128,000 tokens; sinks are the first few wherever a text ends.
+    for name, preset in ALL:
+        if "causal" in FAMILIES.get(name).provides:
+            amounts = {k: v for k, v in preset.params.items() if k not in ("block_size", "stride", "sink")}
+            assert amounts and all(isinstance(v, float) and 0 < v < 1 for v in amounts.values()), preset

@@ -207,9 +207,9 @@ KEEPS = "keeps all keys of a call of 300 tokens: nothing is saved there"
     ("method", "options"),
     [
         ("sliding_window", {"min_tokens": 0}),
-        ("sliding_window", {"quality": "fast", "min_tokens": 0}),
-        ("vertical_slash", {"quality": "balanced", "min_tokens": 0}),
-        ("block_topk", {"quality": "fast", "min_tokens": 0}),
+        ("sliding_window", {"window": 800, "sink": 100, "min_tokens": 0}),
+        ("vertical_slash", {"min_tokens": 0}),
+        ("block_topk", {"block_size": 64, "topk": 50, "min_tokens": 0}),
         ("block_topk", {"block_size": 16, "topk": 99, "min_tokens": 0}),
         ("sliding_window", {"backend": "cpp_block_sparse"}),
     ],

@@ -13,7 +13,7 @@ import torch
 import hf_sparse_attn as hsa
 from hf_sparse_attn.cli.commands import main
 from hf_sparse_attn.evaluation.any_model import _shared_out
-from hf_sparse_attn.evaluation.outputs import Dense, Output, Runner, captured
+from hf_sparse_attn.evaluation.outputs import Dense, Runner, captured, loss_of
 from hf_sparse_attn.evaluation.run import turnable_methods
 from hf_sparse_attn.profiling.inputs import load
 from tests.profiling import test_inputs
@@ -55,6 +55,7 @@ def test_a_language_model_by_its_loss_and_its_distance(models: Path, files: Path
     assert result["dense"] == "the unpatched LlamaForCausalLM (sdpa attention)"
     for row in rows:
         assert row["density"] == pytest.approx(0.3, rel=0.02) and row["limit"] == ""
+        assert row["turned_by"] in ("held out", "scored")
         loss = row["paired"]["loss"]
         assert len(loss["differences"]) == 3 == len(loss["signs"])
         assert loss["mean"] == pytest.approx(row["figures"]["loss"] - dense["figures"]["loss"])
@@ -83,11 +84,18 @@ def test_figures_are_those_of_the_runs(models: Path, files: Path) -> None:
     assert set(found) == {"loss", "kl", "agreement", "error"} and not math.isnan(sum(found.values()))
 
 
-def test_a_decoder_beside_an_encoder_reads_its_text_one_token_late() -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    dense = Dense(Output({}, logits, torch.tensor([0, 0])), 1)
-    by_hand = (math.log1p(math.exp(-2)) + 3 + math.log1p(math.exp(-3))) / 2
-    assert dense.loss == pytest.approx(by_hand)
+def test_a_decoder_beside_an_encoder_reads_its_text_one_token_late(models: Path, files: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    BartForConditionalGeneration(AutoConfig.from_pretrained(models / "bart")).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(models / "bart").save_pretrained(tmp_path)
+    model, batches, _ = load(str(tmp_path), texts=str(files / "text.txt"), length=[64], count=1)
+    out = Runner(model).output(batches[0])
+    with torch.no_grad():
+        assert loss_of(out) == pytest.approx(float(model(**batches[0]).loss), rel=1e-5)
+    found = Dense(out, 1).figures(out)
+    assert found == {"loss": loss_of(out), "kl": 0, "agreement": 1, "encoder_error": 0, "error": 0}
 
 
 # Folder, options, figures, rows that reach the density.
@@ -156,6 +164,19 @@ def test_a_saved_profile_is_scored_as_it_is(models: Path, files: Path, tmp_path:
     result = evaluated(capsys, models / "llama", *options, "--profile", str(tmp_path / "own"))
     row = result["rows"][-1]
     assert "own" in row["name"] and row["wanted"] is None and row["density"] == pytest.approx(found.density, abs=0.05)
+
+
+def test_a_saved_profile_of_a_shipped_model(tmp_path: Path, capsys: Any) -> None:
+    from hf_sparse_attn.shipped.byte_llama import load_model
+    from hf_sparse_attn.shipped.corpus import needle_document
+
+    ids = needle_document(700, 8).token_ids
+    found = hsa.profile(load_model(), [ids], ["sliding_window", "block_topk"], 0.9, progress=False)
+    found.save_pretrained(tmp_path)
+    options = ["--tokens", "1024", "--documents", "2", "--methods", "sliding_window", "--profile", str(tmp_path)]
+    row = evaluated(capsys, "language", *options)["rows"][-1]
+    assert row["name"] == f"profile {tmp_path}" and (row["wanted"], row["turned_by"]) == (None, "")
+    assert len(row["paired"]["loss"]["signs"]) == 2 and 0 < row["density"] < 1
 
 
 def test_a_pipeline_by_its_pictures(tmp_path: Path, capsys: Any) -> None:

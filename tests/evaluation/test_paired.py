@@ -8,7 +8,7 @@ import pytest
 import hf_sparse_attn as hsa
 from hf_sparse_attn.evaluation.equal_density import COARSE, END, VARIES, Dial, Fit, correct_density
 from hf_sparse_attn.evaluation.paired import Paired
-from hf_sparse_attn.evaluation.result import Result, Row
+from hf_sparse_attn.evaluation.result import SCORED, Result, Row
 from hf_sparse_attn.evaluation.run import Contestant, Trial, settled
 
 
@@ -93,6 +93,7 @@ def test_what_the_scored_runs_keep_is_met_where_inputs_differ():
     before = Contestant("w", 0.25, Fit(windows().make(250), 0.25, "", 250.0), windows(), lambda d: 1000 * d)
     contestant, trial = settled(before, run)
     assert trial.density == pytest.approx(0.25, rel=0.02) and contestant.fit.limit == ""
+    assert contestant.turned_by == SCORED
     assert contestant.fit.method.window == asked[-1] != 250
 
 
@@ -112,11 +113,13 @@ def test_tables_and_json_tell_differences_and_what_was_missed():
     rows = [
         Row("dense", "dense", None, 1.0, 1.0, 0.0, 0.0),
         Row("w", "w", 0.25, 0.3, 0.9, 0.1, 0.0, paired={"loss": Paired.of([1.0, 3.0])}, limit=COARSE),
+        Row("x", "x", 0.25, 0.25, 0.9, 0.1, 0.0, turned_by=SCORED),
     ]
     result = Result("test", "two inputs", "the unpatched model", rows, {}, 0.0)
     said = str(result)
     assert "0.300*" in said and "against the unpatched model" in said
     assert "* w at 0.25: 0.3 is the nearest, for its steps are coarse" in said
+    assert said.endswith("turned once more by the density of the scored runs: x at 0.25")
     kept = result.to_dict()["rows"][1]
     assert kept["paired"]["loss"]["signs"] == "++" and kept["limit"] == COARSE and kept["density"] == 0.3
 

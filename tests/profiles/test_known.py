@@ -101,7 +101,7 @@ def test_a_broken_file_is_skipped_with_a_note(broken: str | None) -> None:
         (folder / "head_profile.json").write_text(broken)
     with hsa.patch(model) as patch:
         assert patch.choice.method.methods[1].params()["window"] == 48
-        assert f"the profile in {folder} cannot be read and is skipped" in patch.notes[0]
+        assert f"the profile in {folder.parent.parent} cannot be read and is skipped" in patch.notes[0]
         assert patch.notes[1] == str(patch.choice)
 
 
@@ -186,10 +186,25 @@ def test_images_and_batches() -> None:
         assert patch.choice.method.budget == {"density": 0.25}
 
 
-def test_a_pipeline_takes_batches_of_its_call() -> None:
-    pipe = tiny_wan.pipeline()
-    with hsa.patch(pipe, profile="auto", batches=[tiny_wan.generate], quality="high") as patch:
-        assert patch.family == "wan" and isinstance(patch.choice.method, HeadProfile)
+def test_a_pipeline_takes_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = tiny_wan.pipeline(), []
+
+    def profile(model: Any, batches: Any, **_: Any) -> HeadProfile:
+        seen.extend(batches)
+        return _profile(model)
+
+    monkeypatch.setattr(hsa, "profile", profile)
+    with hsa.patch(pipe, profile="auto", texts=["a dog", "a cat"]) as patch:
+        assert patch.family == "wan" and patch.choice.method.methods == _profile(pipe).methods
+    assert seen == [{"prompt": "a dog"}, {"prompt": "a cat"}]
+
+
+def test_weights_that_are_not_here_are_no_obstacle() -> None:
+    model = FAMILIES["llama"]()
+    keep_known(_profile(model), model, "balanced")
+    empty = copy.deepcopy(model).to("meta")
+    found = look_up(empty, "balanced")
+    assert found.profile is None and "is skipped" in found.skipped[0]
 
 
 def test_a_profile_that_cannot_be_made_leaves_the_model_and_the_cache_alone(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from hf_sparse_attn.registry import METHODS
 TEXT = {"block_topk", "sliding_window", "strided", "xattention"}
 LAYOUTS: dict[str, tuple[TokenLayout, set[str]]] = {
     "a text": (TokenLayout.causal(640), TEXT | {"vertical_slash", "flexprefill"}),
-    "a short text": (TokenLayout.causal(111), TEXT | {"vertical_slash", "flexprefill"}),
+    # Of seven blocks two ways of choosing among them are one.
+    "a short text": (TokenLayout.causal(111), TEXT - {"xattention"} | {"vertical_slash", "flexprefill"}),
     "an encoder": (TokenLayout.bidirectional(900), TEXT),
     "an image": (TokenLayout.video(1, 28, 28, text_before=1), TEXT | {"sliding_tile", "vsa"}),
     "a few frames": (TokenLayout.video(2, 8, 8), TEXT | {"sliding_tile", "vsa", "svg", "radial"}),
