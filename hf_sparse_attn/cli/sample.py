@@ -42,6 +42,8 @@ _SHIPPED = "moving_wan"
 _STEPS = 8
 # What a method of a shipped model is turned to where nothing is said.
 _DENSITY = 0.25
+# Arguments of a pipeline's call that the command sets.
+_OWN = {"prompt", "generator", "output_type"}
 # A density further off than this share of the one asked for is told.
 _NEAR = 0.1
 # Clips of each kind that are timed, in turns; of a pipeline, which takes minutes for one, a single one.
@@ -156,8 +158,8 @@ def _sampled(
             continue
         row = Row(_label(report), report.density, seconds[kind], right=right)
         if compare:
-            near = {"psnr": psnr(clip, clips["dense"]), "ssim": ssim(clip, clips["dense"])}
-            row = replace(row, ratio=medians["sparse"] / medians["dense"], **near)
+            other, ratio = clips["dense"], medians["sparse"] / medians["dense"]
+            row = replace(row, ratio=ratio, psnr=psnr(clip, other), ssim=ssim(clip, other))
         rows.append(row)
     return rows, list(clips.values()), report
 
@@ -314,12 +316,17 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> Subject:
     if args.prompt is None:
         raise ValueError(f"`prompt` must say what a pipeline is to show, got none for {args.model}")
     call = {} if args.call is None else read_call(args.call)
+    own = sorted(call.keys() & _OWN)
+    if own:
+        raise ValueError(f"`call` must leave out what the command sets itself, got {', '.join(own)}")
     call |= {} if args.steps is None else {"num_inference_steps": args.steps}
     call["output_type"] = "np"
     loaded = load(args.model, prompts=[args.prompt], count=1, call=call, dtype=args.dtype, device=device)
 
+    given: Any = loaded.batches[0]
+
     def run(steps: int | None) -> Tensor:
-        batch = {**loaded.batches[0], "generator": torch.Generator().manual_seed(args.seed)}
+        batch = {**given, "generator": torch.Generator().manual_seed(args.seed)}
         made = loaded.model(**batch)
         frames = made.frames if hasattr(made, "frames") else made.images
         clip = torch.as_tensor(frames[0])

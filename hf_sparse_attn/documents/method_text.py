@@ -157,7 +157,8 @@ def _patterns(cls: type[Method]) -> tuple[list[tuple[str, str, BlockPattern]], s
     """The method in words, the layout and the pattern for each kind of layout; and what kept it from being drawn."""
     try:
         method = cls(**cls.examples()[0])
-        found, declined = [], []
+        found: list[tuple[str, str, BlockPattern]] = []
+        declined: list[str] = []
         for layout, tokens in _LAYOUTS.items():
             # Where text may be causal, that tells the most of it.
             if layout == _ANY_TEXT and found:
@@ -264,7 +265,7 @@ def _drawn(found: dict[str, Any], width: int) -> Iterator[str]:
         if max(map(len, rows)) > width:
             rows = [row.rstrip() for head in heads for row in head]
         yield "\n".join([textwrap.fill(f"{pattern['method']} on {pattern['layout']}", width), *rows])
-    none, some, *_, full = _SHADES
+    none, some, full = _SHADES[0], _SHADES[1], _SHADES[-1]
     yield textwrap.fill(
         f"{full} all pairs of a spot kept, {some} up to a quarter, {none} none, blank: none is visible. Queries go "
         "down, keys across.",

@@ -141,6 +141,26 @@ def test_one_clear_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert last.startswith(f"hf-sparse-attn: error: {CASES[line]}"), last
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lm --texts short.txt", "`texts` must hold at least "),
+        ("lm --texts empty.txt", "`texts` must hold text, got none in empty.txt"),
+        ("no_tokenizer", "`model` must come with the files of its tokenizer, got no_tokenizer: "),
+        ("folder", f"{MODEL} 'folder': it holds neither config.json nor model_index.json"),
+        (SPEECH.replace("--audio", "--audio silent.wav"), "`audio` must hold sound, got silence in silent.wav"),
+        ("vit --images black.png", "`images` must show something, got one colour all over in black.png"),
+    ],
+    ids=["short", "empty", "no-tokenizer", "folder", "silent", "black"],
+)
+def test_eval_says_the_same(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if ".png" in line:
+        pictures()
+    assert main(["eval", *line.split()]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"hf-sparse-attn: error: {said}"), last
+
+
 def test_sound_that_ends_within_a_sample() -> None:
     whole, half = (read_wave(Path(name), 16000) for name in ("stereo.wav", "half.wav"))
     assert len(half) == (2001 - 44) // 4 and torch.equal(half, whole[: len(half)])

@@ -132,6 +132,7 @@ def test_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("--method radial", "`prompt` must say what a pipeline is to show, got none for pipe"),
         ("--method radial --prompt dog --call {", "`call` must be a JSON object, got {"),
+        ('--method radial --prompt dog --call {"output_type":"pt"}', "`call` must leave out what the command sets"),
     ):
         assert main(["sample", "pipe", *options.split()]) == 2
         assert said in capsys.readouterr().err
