@@ -37,8 +37,9 @@ def test_dinov2(capsys: Any, tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_smollm2(capsys: Any) -> None:
-    dense, sparse, mix = rows(capsys, "smollm2", "--tokens", "640", "--inputs", "2")
+    dense, sparse, mix = rows(capsys, "smollm2", "--tokens", "512", "--inputs", "1")
     assert 2 < dense["loss"] < 3.5 and dense["kl"] == 0 and dense["needles"] > 0.5
     assert sparse["loss"] > dense["loss"] and 0.05 < sparse["kl"] and sparse["needles"] <= dense["needles"]
     assert mix["name"] == "per-head profile" and mix["kl"] < sparse["kl"]
@@ -56,10 +57,11 @@ def test_whisper(capsys: Any) -> None:
 @pytest.mark.slow
 def test_a_profile_in_place_of_a_mix(capsys: Any, tmp_path: Path) -> None:
     batch = {"pixel_values": dinov2.pixels(images.images(1, names=images.CALIBRATION)[0], 224)}
-    found = hsa.profile(dinov2.load_model(), [batch], ["block_topk", "sliding_window"], 0.5, progress=False)
+    quarter = hsa.get_method("block_topk")(density=0.25, block_size=16)
+    found = hsa.profile(dinov2.load_model(), [batch], [quarter], 0.6, progress=False)
     found.save_pretrained(tmp_path)
     *_, own = rows(capsys, "dinov2", "--size", "224", "--inputs", "1", "--profile", str(tmp_path))
-    assert own["name"] == f"profile {tmp_path}" and own["wanted"] is None and 0 < own["state_error"] < 0.5
+    assert own["name"] == f"profile {tmp_path}" and own["wanted"] is None and 0 < own["state_error"] < 0.8
 
 
 @pytest.mark.parametrize(
