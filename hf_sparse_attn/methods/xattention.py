@@ -127,8 +127,12 @@ class XAttention(Estimating):
         return pattern_of_rows(counts, blocks, self.block_size, ctx.layout)
 
     def least_density(self, ctx: Context) -> float:
-        """The first block and the query's own; see Method.least_density."""
-        return max(least_of_row_blocks(ctx, self.block_size), self.density or 0.0)
+        """The first block and the query's own, or a density less half a block; see Method.least_density."""
+        least = least_of_row_blocks(ctx, self.block_size)
+        if self.density is None:
+            return least
+        pairs = ctx.layout.q_len * ctx.layout.kv_len / (2 if ctx.layout.is_causal else 1)
+        return max(least, self.density - 0.5 * self.block_size**2 / pairs)
 
     def choosing_pairs(self, ctx: Context) -> float:
         """One logit for each `stride` pairs, and what a strip takes whatever its size; see Method.choosing_pairs."""

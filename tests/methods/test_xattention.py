@@ -205,7 +205,7 @@ def test_a_density_is_kept_by_every_head_with_a_threshold_of_its_own(layout: str
     # Blocks whose missing shares are equal to 8 bits are kept or dropped together.
     assert (shares - max(density, least)).abs().max() <= 0.01
     if layout != "video":
-        assert method.least_density(ctx) == density
+        assert density - 0.02 < method.least_density(ctx) < density
     score = Strips(method, q, k, ctx).scores(0, kept.shape[2])
     low, high = row_blocks(ctx.layout, 16)
     block = torch.arange(kept.shape[3])
