@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.backend import KernelBackend
+from hf_sparse_attn.cost.table import cpu_features
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import derived
@@ -117,7 +118,7 @@ class CppBlockSparse(KernelBackend):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not(dtype: torch.dtype, compiling: bool, needs_grad: bool) -> str | None:
     reason = build.why_not(dtype)
-    if reason is None and needs_grad and dtype == torch.bfloat16 and "amx_bf16" in build.cpu_features():
+    if reason is None and needs_grad and dtype == torch.bfloat16 and "amx_bf16" in cpu_features():
         return "this CPU multiplies bfloat16 in tiles (AMX): PyTorch's operators use them, this backward does not"
     if reason is None and compiling:
         try:

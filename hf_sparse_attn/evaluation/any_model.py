@@ -15,7 +15,8 @@ from hf_sparse_attn.evaluation.compare import Subject, compare
 from hf_sparse_attn.evaluation.outputs import FIGURES, Dense, Runner
 from hf_sparse_attn.evaluation.result import Result, Row, difference
 from hf_sparse_attn.evaluation.run import load_profile
-from hf_sparse_attn.profiling.inputs import load, read_call, read_text
+from hf_sparse_attn.profiling.input_batches import read_text
+from hf_sparse_attn.profiling.inputs import load, read_call
 from hf_sparse_attn.profiling.observe import Call
 
 # Inputs to score where nothing is said.

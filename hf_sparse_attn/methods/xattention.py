@@ -14,19 +14,16 @@ from hf_sparse_attn.method import Decline, Estimating, Knob
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
-    block_pairs,
     check_block_size,
     check_share,
     covering,
     gather_rows,
-    gather_share,
     least_of_row_blocks,
     pattern_of_rows,
     row_blocks,
-    share_missing,
     text_blocks,
-    whole_map,
 )
+from hf_sparse_attn.selection_by_density import block_pairs, gather_share, share_missing, whole_map
 
 # Later rows of a causal prompt see more keys: in strips, what early rows cannot see is not computed.
 _FEWEST_STRIPS = 4

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -19,14 +18,20 @@ from hf_sparse_attn.method import Decline, Estimating, Method, PartlyDense, Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
+from hf_sparse_attn.profiles.head_parts import (
+    Estimate,
+    equal_groups,
+    estimate_key_of,
+    of_heads,
+    part,
+    shared_estimates,
+)
 
 if TYPE_CHECKING:
     from hf_sparse_attn.profiles.head_profile import HeadProfile
 
 # Bytes of the patterns of layers whose methods are all static that one profile keeps.
 _KEPT_BYTES = 1 << 28
-# Heads that may be estimated for one that needs it.
-_MORE_HEADS = 2
 _LOCK = Lock()
 
 
@@ -158,9 +163,9 @@ class ProfiledMethod(Method):
         apart: list[tuple[list[int], Tensor, Tensor]] = []
         reasons: list[str] = []
         for index in sorted({i for i in row if _has_branch(methods[i])}):
-            for heads, kv_heads in _classes([h for h, i in chosen.items() if i == index], ctx):
-                own = _of_heads(ctx, heads, kv_heads)
-                done = methods[index].attention(_part(q, heads), _part(k, kv_heads), _part(v, kv_heads), own, run)
+            for heads, kv_heads in equal_groups([h for h, i in chosen.items() if i == index], ctx):
+                own = of_heads(ctx, heads, kv_heads)
+                done = methods[index].attention(part(q, heads), part(k, kv_heads), part(v, kv_heads), own, run)
                 if isinstance(done, Decline):
                     reasons.append(_told(heads, done.reason))
                     chosen.update(dict.fromkeys(heads, 0))
@@ -180,7 +185,7 @@ class ProfiledMethod(Method):
             if not apart and not reasons:
                 return out, lse
             heads = sorted(chosen)
-            parts.append((heads, _part(out, heads), _part(lse, heads)))
+            parts.append((heads, part(out, heads), part(lse, heads)))
         result = PartlyDense(_joined(parts))
         result.reasons = tuple(reasons)
         return result
@@ -221,9 +226,9 @@ class ProfiledMethod(Method):
             self.profile.methods[index]: sorted(h for h, i in chosen.items() if i == index)
             for index in sorted(set(chosen.values()) - {0})
         }
-        estimates = {} if q is None or k is None else _estimates(used, q, k, ctx)
+        estimates = {} if q is None or k is None else shared_estimates(used, q, k, ctx)
         for method, heads in used.items():
-            known = estimates.get(_estimate_key(method))
+            known = estimates.get(estimate_key_of(method))
             for own, pattern in _patterns(method, heads, q, k, ctx, device, known):
                 if isinstance(pattern, Decline):
                     dense += own
@@ -254,52 +259,9 @@ class ProfiledMethod(Method):
         return Mix(pattern, tuple(reasons), sparse=True)
 
 
-class _Estimate(NamedTuple):
-    """An estimate that several methods choose by, of some heads in ascending order."""
-
-    heads: list[int]
-    tensors: tuple[Tensor, ...]
-
-    def of(self, heads: list[int]) -> tuple[Tensor, ...]:
-        """That of some of its heads."""
-        at = [self.heads.index(head) for head in heads]
-        return tuple(_part(t, at) for t in self.tensors)
-
-
-def _estimate_key(method: Method) -> Hashable:
-    return method.estimate_key() if isinstance(method, Estimating) else None
-
-
-def _estimates(used: dict[Method, list[int]], q: Tensor, k: Tensor, ctx: Context) -> dict[Hashable, _Estimate]:
-    """The estimates of methods that choose by one, made once for the heads of all that share it."""
-    wanted: dict[Hashable, list[tuple[Estimating, list[int]]]] = {}
-    for method, heads in used.items():
-        if isinstance(method, Estimating) and method.estimate_key() is not None and method.why_not(ctx) is None:
-            wanted.setdefault(method.estimate_key(), []).append((method, heads))
-    found = {}
-    group = ctx.num_heads // ctx.num_kv_heads
-    for key, sharing in wanted.items():
-        heads = sorted(h for _, own in sharing for h in own)
-        kv_heads = sorted({head // group for head in heads})
-        every = [kv_head * group + i for kv_head in kv_heads for i in range(group)]
-        parts = _classes(heads, ctx)
-        # One call for some heads more is cheaper than several calls.
-        if len(parts) > 1 and len(every) <= _MORE_HEADS * len(heads):
-            parts = [(every, kv_heads)]
-        made = [
-            sharing[0][0].estimate(_part(q, own), _part(k, own_kv), _of_heads(ctx, own, own_kv))
-            for own, own_kv in parts
-        ]
-        order = [head for own, _ in parts for head in own]
-        index = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=q.device)
-        joined = made[0] if len(made) == 1 else tuple(torch.cat(x, 1)[:, index] for x in zip(*made, strict=True))
-        found[key] = _Estimate(sorted(order), joined)
-    return found
-
-
 def _patterns(
     method: Method, heads: list[int], q: Tensor | None, k: Tensor | None, ctx: Context, device: torch.device,
-    known: _Estimate | None = None,
+    known: Estimate | None = None,
 ) -> list[tuple[list[int], BlockPattern | Decline]]:  # fmt: skip
     """Patterns of one method for some heads: lists of heads, each with the pattern of those."""
     if known is not None:
@@ -317,8 +279,8 @@ def _patterns(
     if q is None or k is None:
         raise TypeError(f"`q` and `k` must be tensors: {method.name} chooses by content, got None")
     return [
-        (own, method.pattern_for(_part(q, own), _part(k, kv_heads), _of_heads(ctx, own, kv_heads)))
-        for own, kv_heads in _classes(heads, ctx)
+        (own, method.pattern_for(part(q, own), part(k, kv_heads), of_heads(ctx, own, kv_heads)))
+        for own, kv_heads in equal_groups(heads, ctx)
     ]
 
 
@@ -359,35 +321,6 @@ def _nothing(ctx: Context, block_q: int, block_k: int, device: torch.device) -> 
 def _has_branch(method: Method) -> bool:
     """Whether the method does more than run its pattern."""
     return type(method).attention is not Method.attention
-
-
-def _classes(heads: list[int], ctx: Context) -> list[tuple[list[int], list[int]]]:
-    """The heads, and their key/value heads, in parts in which each key/value head has equally many of them."""
-    group = ctx.num_heads // ctx.num_kv_heads
-    by_kv: dict[int, list[int]] = {}
-    for head in sorted(heads):
-        by_kv.setdefault(head // group, []).append(head)
-    parts: dict[int, tuple[list[int], list[int]]] = {}
-    for kv_head, own in by_kv.items():
-        both = parts.setdefault(len(own), ([], []))
-        both[0].extend(own)
-        both[1].append(kv_head)
-    return list(parts.values())
-
-
-def _of_heads(ctx: Context, heads: list[int], kv_heads: list[int]) -> Context:
-    return replace(ctx, num_heads=len(heads), num_kv_heads=len(kv_heads))
-
-
-def _part(t: Tensor, heads: list[int]) -> Tensor:
-    """Some heads of [batch, heads, ...]: a view where they are evenly spaced."""
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    if all(b - a == step for a, b in pairwise(heads)):
-        return t[:, heads[0] : heads[-1] + 1 : step]
-    # Runs of neighbours at once: the heads of a model's own tensors lie between one another in memory.
-    edges = [i for i, (a, b) in enumerate(pairwise(heads), 1) if b - a != 1]
-    runs = zip([0, *edges], [*edges, len(heads)], strict=True)
-    return torch.cat([t[:, heads[i] : heads[j - 1] + 1] for i, j in runs], 1)
 
 
 def _joined(parts: Sequence[tuple[list[int], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

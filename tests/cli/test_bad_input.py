@@ -13,7 +13,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.cli.commands import main
-from hf_sparse_attn.profiling.inputs import read_wave
+from hf_sparse_attn.profiling.input_batches import read_wave
 from tests.support import tiny_lm
 from tests.support.tiny_prompts import _tokenizer
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hf_sparse_attn import Context, TokenLayout
 from hf_sparse_attn.methods.xattention import Strips, XAttention, products
-from hf_sparse_attn.selection import block_pairs, covering, row_blocks, share_missing, text_blocks
+from hf_sparse_attn.selection import covering, row_blocks, text_blocks
+from hf_sparse_attn.selection_by_density import block_pairs, share_missing
 from tests.support.golden import golden
 from tests.support.patterns import Largest
 

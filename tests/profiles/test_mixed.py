@@ -15,8 +15,9 @@ from hf_sparse_attn import BlockPattern, Context, Decline, TokenLayout
 from hf_sparse_attn.method import Method, PartlyDense
 from hf_sparse_attn.methods.sliding_window import SlidingWindow
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
+from hf_sparse_attn.profiles.head_parts import equal_groups
 from hf_sparse_attn.profiles.head_profile import HeadProfile, StepPlan
-from hf_sparse_attn.profiles.profiled_method import ProfiledMethod, _classes
+from hf_sparse_attn.profiles.profiled_method import ProfiledMethod
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from tests.support.patterns import FEATURES, random_pattern
 from tests.support.tiny_lm import FAMILIES, padded, positions, tokens
@@ -173,8 +174,8 @@ def test_one_launch_for_all_but_those_with_a_branch() -> None:
 
 def test_heads_go_by_groups_with_equally_many() -> None:
     ctx = Context(TokenLayout.causal(9), num_heads=8, num_kv_heads=4)
-    assert _classes([7, 0, 1, 2, 6], ctx) == [([0, 1, 6, 7], [0, 3]), ([2], [1])]
-    assert _classes(list(range(8)), ctx) == [(list(range(8)), [0, 1, 2, 3])]
+    assert equal_groups([7, 0, 1, 2, 6], ctx) == [([0, 1, 6, 7], [0, 3]), ([2], [1])]
+    assert equal_groups(list(range(8)), ctx) == [(list(range(8)), [0, 1, 2, 3])]
 
 
 def test_keys_are_never_repeated() -> None:
@@ -487,7 +488,7 @@ def test_a_method_of_a_profile_has_no_knob() -> None:
 @pytest.mark.parametrize("more", [1, 2])
 def test_methods_that_share_an_estimate_make_it_once(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
     """Six heads of five settings keep what each would by itself; two calls if no head is to be estimated in vain."""
-    monkeypatch.setattr("hf_sparse_attn.profiles.profiled_method._MORE_HEADS", more)
+    monkeypatch.setattr("hf_sparse_attn.profiles.head_parts._MORE_HEADS", more)
     from hf_sparse_attn.methods.vertical_slash import VerticalSlash
     from hf_sparse_attn.methods.xattention import XAttention
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.cli.commands import main
-from hf_sparse_attn.profiling.inputs import load, read_wave
+from hf_sparse_attn.profiling.input_batches import read_wave
+from hf_sparse_attn.profiling.inputs import load
 from hf_sparse_attn.profiling.observe import observing
 from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
