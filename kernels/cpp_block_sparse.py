@@ -85,8 +85,12 @@ class CppBlockSparse(KernelBackend):
         q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """See backend.KernelBackend."""
-        # In memory like the queries, as a model wants it back.
-        out = torch.empty_like(q) if v.shape[3] == q.shape[3] else q.new_empty(*q.shape[:3], v.shape[3])
+        batch, heads, queries, _ = q.shape
+        if q.stride(1) < q.stride(2):
+            # Heads of a token beside one another like the queries', as a model wants it back.
+            out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+        else:
+            out = q.new_empty(batch, heads, queries, v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         _run(q, k, v, pattern, scale, softcap, {"out": out, "lse": lse})
         return out, lse
