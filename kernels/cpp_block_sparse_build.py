@@ -20,7 +20,7 @@ from threading import Lock
 
 import torch
 
-from hf_sparse_attn.cost.table import cpu_features
+from hf_sparse_attn.cost.table import cpu_features as cpu_features
 
 log = logging.getLogger(__name__)
 
