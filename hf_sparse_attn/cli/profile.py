@@ -12,6 +12,8 @@ from typing import Any
 from hf_sparse_attn.api import check_device
 from hf_sparse_attn.context import check_int
 from hf_sparse_attn.presets import BUDGETS
+from hf_sparse_attn.profiles.head_profile import HeadProfile
+from hf_sparse_attn.profiling.candidates import TIGHT
 from hf_sparse_attn.profiling.inputs import check_dtype, load, read_call
 from hf_sparse_attn.profiling.run import at_budget, check_settings, profile
 from hf_sparse_attn.profiling.view.report import render, summary
@@ -41,12 +43,11 @@ def main(args: argparse.Namespace, width: int) -> str:
     output = Path(args.output)
     budgets: dict[float, Path] = {args.budget: output}
     if args.qualities:
-        if args.per != "density" or args.passes > 1:
-            raise ValueError("`qualities` must stand alone: `per` and `passes` are density and 1 then")
+        given = [f"--{name}" for name in ("per", "passes", "state") if getattr(args, name) not in ("density", 1, None)]
+        if given:
+            raise ValueError(f"{' and '.join(given)} must be left out for `qualities`, which measures more than once")
         budgets = {budget: output / quality for quality, budget in BUDGETS.items()}
-    # What a tight budget needs is measured first: a loose one needs no more.
-    least = min(budgets)
-    check_settings(least, metric, **chosen)
+    check_settings(min(budgets), metric, **chosen)
     if args.query_blocks is not None:
         check_int("query_blocks", args.query_blocks, 1)
     check_dtype(args.dtype)
@@ -69,29 +70,30 @@ def main(args: argparse.Namespace, width: int) -> str:
         seed=args.seed,
     )
     batches, held_out = _parted(batches, len(args.length or (0,)), args.held_out)
-    found = profile(
-        model,
-        batches,
-        candidates,
-        least,
-        metric,
-        **chosen,
-        same_in_group=args.same_in_group,
-        query_blocks=args.query_blocks,
-        state=args.state,
-        seed=args.seed,
-        source=source,
-        held_out=held_out or None,
-    )
+    measured: HeadProfile | None = None
     documents, texts = [], []
     for budget, output in budgets.items():
-        one = found
-        if budget != least:
+        if measured is None or (candidates is None and (budget <= TIGHT) != (measured.budget["density"] <= TIGHT)):
+            found = measured = profile(
+                model,
+                batches,
+                candidates,
+                budget,
+                metric,
+                **chosen,
+                same_in_group=args.same_in_group,
+                query_blocks=args.query_blocks,
+                state=args.state,
+                seed=args.seed,
+                source=source,
+                held_out=held_out or None,
+            )
+        else:
             limit = {"max_plans_per_layer": args.max_plans_per_layer}
-            one = at_budget(model, found, batches, budget, held_out or None, **limit)
-        # Three times the figures of all candidates would be the same.
-        (replace(one, measurements=None) if args.qualities else one).save_pretrained(output)
-        document = {**summary(one, worst=0), "output": str(output)}
+            found = at_budget(model, measured, batches, budget, held_out or None, **limit)
+        # Figures of all candidates would be in all three.
+        (replace(found, measurements=None) if args.qualities else found).save_pretrained(output)
+        document = {**summary(found, worst=0), "output": str(output)}
         documents.append(document)
         use = f"saved in {output}: hf_sparse_attn.patch(model, {str(output)!r})"
         texts.append(f"{render(document, width)}\n\n{use}")

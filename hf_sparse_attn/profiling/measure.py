@@ -49,6 +49,7 @@ def measure(
     method: Method | None = None,
     progress: bool = True,
     foresee: Callable[[Sequence[Method], Context], object] | None = None,
+    budget: float = 1.0,
 ) -> Measurements:
     """Measures candidates head by head on the calls that a dense model makes; the model is left as it was.
 
@@ -84,6 +85,7 @@ def measure(
             inputs with its errors; None means dense.
         progress: whether to show a bar on stderr.
         foresee: is shown the candidates and the first call of every length, before it is measured; may raise.
+        budget: density that is to be spent, for the candidates where none are given.
 
     Raises:
         TypeError: a model of no known family, a batch of another type.
@@ -104,7 +106,7 @@ def measure(
     if path is not None and path.is_dir():
         raise ValueError(f"`state` must be a file, got the folder {path}")
     known = Tally.load(path, about, made) if path is not None and path.exists() else None
-    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, own, foresee)
+    watch = _Watch(known, made, ranges, wanted, query_blocks, seed, MapMaker(maps), batches, own, foresee, budget)
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(total=total, desc="profiling", unit="batch", leave=False, disable=not progress)
     with bar, evaluating(modules):
@@ -142,6 +144,7 @@ class _Watch:
     # Parameters by which the family's default of a method differs from the method's.
     own: Callable[[object], dict[str, Any]] = lambda _: {}
     foresee: Callable[[Sequence[Method], Context], object] | None = None
+    budget: float = 1.0
     # Of the batch that runs.
     number: int = 0
     needles: Sequence[Needle] = ()
@@ -151,7 +154,7 @@ class _Watch:
         if self.tally is None:
             chosen = self.candidates
             if chosen is None:
-                suited = default_candidates(ctx.layout, longest(self.batches), self.own)
+                suited = default_candidates(ctx.layout, longest(self.batches), self.own, self.budget)
                 if not suited:
                     least = f"no method keeps less than all of {ctx.layout.kv_len} tokens"
                     raise ValueError(f"`batches` must be longer: {least}, batch {self.number}")

@@ -114,7 +114,8 @@ def profile(
         found = measure(
             model, batches, candidates, (*terms, *metrics), maps=maps, state=path,
             method=None if made is None else made.method(),
-            foresee=partial(_check_reach, budget, longest(batches)) if per == "density" else None, **options,
+            foresee=partial(_check_reach, budget, longest(batches)) if per == "density" else None,
+            budget=budget if per == "density" else 1.0, **options,
         )  # fmt: skip
         # What was chosen from by default must be so again.
         candidates = found.candidates

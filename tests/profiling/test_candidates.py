@@ -15,7 +15,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.video_tiles import tile_for
-from hf_sparse_attn.profiling.candidates import default_candidates
+from hf_sparse_attn.profiling.candidates import block_for, default_candidates
 from hf_sparse_attn.registry import METHODS
 
 TEXT = {"block_topk", "sliding_window", "strided", "xattention"}
@@ -104,3 +104,10 @@ def test_a_new_method_is_among_them(own: Any) -> None:
     # All is kept by every block, and of two that keep the diagonal one is left.
     assert found == [own(every=n, block_size=16) for n in (2, 3, 1000)]
     assert not [m for m in default_candidates(TokenLayout.bidirectional(1024)) if m.name == "own_rule"]
+
+
+def test_a_tight_budget_is_spent_in_finer_blocks() -> None:
+    layout = TokenLayout.causal(1024)
+    sizes = {budget: {m.block_size for m in default_candidates(layout, 4096, budget=budget)} for budget in (0.125, 0.25)}
+    assert sizes == {0.125: {16}, 0.25: {32}}
+    assert [block_for(n, 0.1) for n in (100, 2048, 16384, 131072)] == [16, 16, 64, 64]
