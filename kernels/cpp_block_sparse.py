@@ -85,7 +85,8 @@ class CppBlockSparse(KernelBackend):
     ) -> tuple[Tensor, Tensor]:
         """See backend.KernelBackend."""
         # In memory like the queries, as a model wants it back.
-        out = torch.empty_like(q) if v.shape[3] == q.shape[3] else q.new_empty(*q.shape[:3], v.shape[3])
+        alike = v.shape[3] == q.shape[3] and q.stride(3) == 1
+        out = torch.empty_like(q) if alike else q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         _run(q, k, v, pattern, scale, softcap, {"out": out, "lse": lse})
         return out, lse
