@@ -172,11 +172,11 @@ def gather_rows(
     """
     batch, heads, rows, cols = shape
     step = min(-(-rows // strips), at_a_time(batch * heads * cols * weight))
-    strips_of: Iterable[Tensor] = (keep(first, min(first + step, rows)) for first in range(0, rows, step))
+    maps: Iterable[Tensor] = (keep(first, min(first + step, rows)) for first in range(0, rows, step))
     if batch * heads * rows * cols <= _MAP_AT_ONCE:
-        strips_of = [torch.cat(list(strips_of), 2)]
+        maps = [torch.cat(list(maps), 2)]
     parts = []
-    for kept in strips_of:
+    for kept in maps:
         block = torch.arange(cols, dtype=torch.int32, device=kept.device)
         parts.append((kept.sum(-1), block.expand_as(kept).masked_select(kept)))
     if len(parts) == 1:

@@ -108,6 +108,6 @@ def test_a_new_method_is_among_them(own: Any) -> None:
 
 def test_a_tight_budget_is_spent_in_finer_blocks() -> None:
     layout = TokenLayout.causal(1024)
-    sizes = {budget: {m.block_size for m in default_candidates(layout, 4096, budget=budget)} for budget in (0.125, 0.25)}
+    sizes = {budget: {m.block_size for m in default_candidates(layout, 2048, budget=budget)} for budget in (0.125, 0.25)}
     assert sizes == {0.125: {16}, 0.25: {32}}
     assert [block_for(n, 0.1) for n in (100, 2048, 16384, 131072)] == [16, 16, 64, 64]
