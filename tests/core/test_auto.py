@@ -98,7 +98,7 @@ def test_layers_and_steps_that_are_given_go_before() -> None:
         ({"profile": "auto", "texts": []}, ValueError, "`texts` must hold at least one, got none"),
         ({"profile": "auto", "texts": "a text"}, TypeError, "`texts` must be a list, got 'a text' of type str"),
         ({"profile": "auto", "texts": [[1, 2, 3]]}, ValueError, r"`texts\[0\]` must be at least 16 token ids, got 3"),
-        ({"profile": "auto", "texts": [object()]}, TypeError, r"`texts\[0\]` must be a text or token ids"),
+        ({"profile": "auto", "texts": [{"not": "a text"}]}, TypeError, r"`texts\[0\]` must be a text or token ids"),
         ({"profile": "auto", "texts": ["a text"]}, ValueError, "or come with `tokenizer`, for the model's own is not"),
         ({"profile": "auto", "images": ["a.png"]}, TypeError, r"`images\[0\]` must be pixel values"),
     ],
