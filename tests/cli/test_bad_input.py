@@ -56,8 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 64}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    Whisper(WhisperConfig(**sizes, **heads, **ids)).save_pretrained(root / "whisper")
-    WhisperFeatureExtractor().save_pretrained(root / "whisper")
+    Whisper(WhisperConfig(**sizes, **heads, **ids)).save_pretrained(root / "speech")
+    WhisperFeatureExtractor().save_pretrained(root / "speech")
     (root / "folder").mkdir()
     (root / "empty.txt").write_text("")
     (root / "blank.txt").write_text(" \n\n")
@@ -81,7 +81,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 MODEL = "`model` must be the folder of a model, its id on the Hub, or one of byte_llama, moving_wan; got"
 GGUF = "`model` must be a GGUF file that transformers can read, got"
-SPEECH = "whisper --part encoder --audio"
+SPEECH = "speech --part encoder --audio"
 
 CASES = {
     "lm --data short.txt": "`data` must hold at least ",
