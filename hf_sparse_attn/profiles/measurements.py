@@ -18,8 +18,6 @@ from hf_sparse_attn.registry import make_method
 
 FORMAT = "hf_sparse_attn.measurements"
 VERSION = 1
-# What damage is where nothing is said: of those that need nothing of the batches the one that costs real models least.
-DEFAULT_METRIC = "layer_error"
 METRICS = ("output_error", "layer_error", "recall", "influence", "retrieval_score", "video_mse")
 # Of those that every input allows the one by which choices lose least on real models: SmolLM2-135M at density 1/4 of
 # 2,048 tokens lost 0.013 nats by it, 0.068 by "influence" and 0.21 by "output_error".

@@ -16,10 +16,10 @@ from hf_sparse_attn.evaluation.any_model import _shared_out
 from hf_sparse_attn.evaluation.outputs import Dense, Runner, captured, loss_of
 from hf_sparse_attn.evaluation.run import turnable_methods
 from hf_sparse_attn.profiling.inputs import load
-from tests.profiling import test_inputs
+from tests.support import model_folders
 
 # Fixtures: folders of tiny models, and files for them to read.
-models, files = test_inputs.models, test_inputs.files
+models, files = model_folders.models, model_folders.files
 
 MINE = """
 import hf_sparse_attn as hsa
