@@ -106,10 +106,11 @@ def profiled(
 
 
 def _kept(profile: HeadProfile, model: Any, quality: str) -> tuple[str, ...]:
-    """Puts a profile into the cache; where it cannot be written, says so: the profile took long and serves for now."""
+    """Puts a profile into the cache; where that cannot be done, says so: the profile took long and serves for now."""
     try:
         keep_known(profile, model, quality)
-    except OSError as error:
+    # A folder that cannot be written, or weights that are not here to be looked at (offloaded ones).
+    except Exception as error:
         return (f"the profile is not kept, so that the next patch() makes it anew: {str(error)[:300]}",)
     return ()
 

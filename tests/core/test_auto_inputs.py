@@ -32,6 +32,18 @@ def test_a_profile_that_cannot_be_kept_is_used_and_that_is_said(
         assert patch.notes[1] == str(patch.choice) and "made here just now" in patch.notes[1]
 
 
+def test_a_profile_of_offloaded_weights_is_used_and_not_kept() -> None:
+    cpu_offload = pytest.importorskip("accelerate").cpu_offload
+    model = cpu_offload(FAMILIES["llama"](), "cpu")
+    with hsa.patch(model, profile="auto", texts=TEXTS[:1]) as patch:
+        assert "is not kept, so that the next patch() makes it anew: " in patch.notes[0]
+
+
+def test_an_empty_word_is_no_quality() -> None:
+    with pytest.raises(ValueError, match="`quality` must be one of high, balanced, fast; got ''"):
+        hsa.patch(FAMILIES["llama"](), quality="")
+
+
 def test_a_cache_that_may_not_be_looked_into_is_skipped_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     is_dir = Path.is_dir
 
@@ -52,9 +64,7 @@ def test_two_texts_in_one_are_refused() -> None:
 
 
 def test_texts_too_short_for_the_quality_are_told_by_it() -> None:
-    with pytest.raises(
-        ValueError, match="`quality` must be one that the inputs are long enough for, got .fast"
-    ):
+    with pytest.raises(ValueError, match=r"`quality` must be one that the inputs are long enough for, got .fast"):
         hsa.patch(FAMILIES["llama"](), profile="auto", quality="fast", texts=[tokens(1, 40)])
 
 
