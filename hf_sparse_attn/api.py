@@ -95,12 +95,12 @@ def patch(
     if profile is not None or method is None:
         _check_choice(method, profile, params)
     if profile is not None:
-        choice = auto.profiled(model, quality or _DEFAULT, **inputs)
+        choice = auto.profiled(model, _DEFAULT if quality is None else quality, **inputs)
     elif any(value is not None for value in inputs.values()):
         given = [name for name, value in inputs.items() if value is not None]
         raise TypeError(f'`{given[0]}` must come with `profile="auto"`, which is made on it')
     elif method is None:
-        choice = auto.choose(model, quality or _DEFAULT)
+        choice = auto.choose(model, _DEFAULT if quality is None else quality)
     if choice is not None:
         method, quality = choice.method, None if isinstance(choice.method, HeadProfile) else choice.quality
     chosen_profile = find_profile(method)

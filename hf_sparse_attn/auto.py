@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.family import Found, find_family, provided
+from hf_sparse_attn.family import Found, find_family, pretrained_models, provided
 from hf_sparse_attn.presets import BUDGETS, best_preset, check_quality
 from hf_sparse_attn.profiles.head_profile import HeadProfile
 from hf_sparse_attn.profiles.known import Known, keep_known, look_up
@@ -28,7 +28,7 @@ class Choice:
         method: name of the method, whose preset for the quality is in force, or the profile.
         quality: the word that was asked for.
         why: in one line: what it is, and its quality as far as that was measured.
-        skipped: files that could not be used, and why.
+        skipped: files that could not be used or written, and why.
     """
 
     method: str | HeadProfile
@@ -62,7 +62,7 @@ def choose(model: Any, quality: str) -> Choice:
     if figure is None:
         said += "its quality was not measured on a model of this kind"
     else:
-        said += str(figure) + ("" if figure.family == found[0] else f"; not measured on a {found[0]} model")
+        said += str(figure) + ("" if figure.family == found[0] else f"; not measured on models of family {found[0]}")
     return Choice(preset.method, quality, said, known.skipped)
 
 
@@ -78,6 +78,7 @@ def profiled(
 
     Raises:
         TypeError, ValueError, OSError: as `profile`, or inputs that are none.
+        ValueError: the inputs are too short for the quality.
     """
     check_quality(quality)
     find_family(model)
@@ -86,12 +87,40 @@ def profiled(
         # By its public name: what measures stands above this room.
         import hf_sparse_attn
 
+        if batches is None:
+            model, tokenizer = _within(model, images is not None, tokenizer)
         made = _batches(model, texts, images, batches, tokenizer)
-        profile = hf_sparse_attn.profile(model, made, budget=BUDGETS[quality], source="inputs given to patch()")
-        keep_known(profile, model, quality)
-        known = Known(profile, "made here just now", known.skipped)
+        try:
+            profile = hf_sparse_attn.profile(model, made, budget=BUDGETS[quality], source="inputs given to patch()")
+        except ValueError as error:
+            # Of a budget that cannot be met, which nobody gave here by that name.
+            if getattr(error, "least", None) is None:
+                raise
+            raise ValueError(
+                f"`quality` must be one that the inputs are long enough for, got {quality!r}, which keeps "
+                f"{BUDGETS[quality]:g} of the pairs of tokens: {error}"
+            ) from error
+        known = Known(profile, "made here just now", (*known.skipped, *_kept(profile, model, quality)))
     assert known.profile is not None
     return _of_profile(known.profile, quality, known)
+
+
+def _kept(profile: HeadProfile, model: Any, quality: str) -> tuple[str, ...]:
+    """Puts a profile into the cache; where that cannot be done, says so: the profile took long and serves for now."""
+    try:
+        keep_known(profile, model, quality)
+    # A folder that cannot be written, or weights that are not here to be looked at (offloaded ones).
+    except Exception as error:
+        return (f"the profile is not kept, so that the next patch() makes it anew: {str(error)[:300]}",)
+    return ()
+
+
+def _within(model: Any, is_image: bool, tokenizer: Any) -> tuple[Any, Any]:
+    """The model in a pipeline of transformers, and the tokenizer or image processor there, for inputs of a model."""
+    if isinstance(model, nn.Module) or not pretrained_models(model):
+        return model, tokenizer
+    own = getattr(model, "image_processor" if is_image else "tokenizer", None)
+    return model.model, own if tokenizer is None else tokenizer
 
 
 def _of_profile(profile: HeadProfile, quality: str, known: Known) -> Choice:
@@ -141,9 +170,12 @@ def _tokens(index: int, text: Any, tokenizer: Any) -> dict[str, Tensor]:
     """The ids of one text, [1, tokens]."""
     ids = tokenizer(text).input_ids if isinstance(text, str) else text
     try:
-        ids = torch.as_tensor(ids).reshape(1, -1)
+        ids = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`texts[{index}]` must be a text or token ids, got {text!r:.100}: {error}") from None
+    if ids.numel() != ids.shape[-1:].numel():
+        raise ValueError(f"`texts[{index}]` must be the ids of one text, got shape {list(ids.shape)}")
+    ids = ids.reshape(1, -1)
     if ids.is_floating_point() or ids.shape[1] < _FEWEST:
         raise ValueError(f"`texts[{index}]` must be at least {_FEWEST} token ids, got {ids.shape[1]} of {ids.dtype}")
     return {"input_ids": ids}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.method import Decline, Estimating, Knob
+from hf_sparse_attn.method import Decline, Estimating, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
@@ -122,6 +122,10 @@ class XAttention(Estimating):
         pairs = block_pairs(ctx.layout, self.block_size, estimate[0].device)
         counts, blocks = gather_share(estimate[0], pairs, self.density)
         return pattern_of_rows(counts, blocks, self.block_size, ctx.layout)
+
+    def turned(self, value: float) -> Method:
+        """With `density` at the value where there is one, else `threshold`; see Method.turned."""
+        return replace(self, **{"threshold" if self.density is None else "density": value})
 
     def least_density(self, ctx: Context) -> float:
         """The first block and the query's own, or a density less half a block; see Method.least_density."""

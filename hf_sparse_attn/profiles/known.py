@@ -65,6 +65,8 @@ def look_up(model: Any, quality: str, shipped: bool = True) -> Known:
     for folder, where in _places(own, quality, shipped):
         try:
             # Weights are looked at where there is one of this fingerprint at all: they may be on a disk.
+            if not folder.is_dir():
+                continue
             place = folder / weights_hash(model) / quality if folder.parent == _cache() else folder
             if not place.is_dir():
                 continue
@@ -81,9 +83,7 @@ def look_up(model: Any, quality: str, shipped: bool = True) -> Known:
 
 def _places(own: Fingerprint, quality: str, shipped: bool) -> Iterator[tuple[Path, str]]:
     """The folders that may hold a profile of a model, and where that is in words."""
-    cached = _cache() / _name(own)
-    if cached.is_dir():
-        yield cached, "made here for these weights"
+    yield _cache() / _name(own), "made here for these weights"
     for folder in sorted(SHIPPED.glob(f"*/{quality}")) if shipped else ():
         yield folder, f"that comes with the package for {folder.parent.name}"
 

@@ -100,7 +100,10 @@ def measure(
     family, _, modules = find_family(model)
     own = partial(default_params, family, modules)
     made = None if candidates is None else with_dense(candidates, own)
-    about = {"model": weights_hash(model), "metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
+    about = {"metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}
+    if state is not None:
+        # Of use for a file alone, and weights that are offloaded cannot be looked at.
+        about["model"] = weights_hash(model)
     about["steps"], about["in force"] = [list(r) for r in ranges], None if method is None else label_of(method)
     path = None if state is None else Path(state)
     if path is not None and path.is_dir():
@@ -269,6 +272,9 @@ def ready(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         return inputs
     device = next((p.device for p in model.parameters()), None)
+    if device is not None and device.type == "meta":
+        # Offloaded: what brings the weights back moves the inputs, too.
+        device = None
     moved = {n: v.to(device) if isinstance(v, Tensor) and device is not None else v for n, v in inputs.items()}
     if pretrained_models(model):
         takes = inspect.signature(model.forward).parameters

@@ -331,7 +331,12 @@ class _Problem:
             return choose(self.damage[0], self.cost[0], budget, **options)
         if "floor" in options:
             options = {**options, "floor": np.broadcast_to(options["floor"], self.damage.shape[:2])}
-        return choose_elastic(self.damage, self.cost, [budget] * len(self.damage), **options)
+        try:
+            return choose_elastic(self.damage, self.cost, [budget] * len(self.damage), **options)
+        except BudgetError as error:
+            least = f"at least {max(error.least):g}" if max(error.least) > budget else "such that all lengths meet it"
+            said = f"`budget` must be {least}, got {budget} for lengths whose least is"
+            raise BudgetError(f"{said} {', '.join(f'{x:g}' for x in error.least)}", error.least) from error
 
     def spread(self, candidate: NDArray[np.int64]) -> NDArray[np.int64]:
         """Candidates of units as [plans, layers, heads]; dense where nothing was seen."""

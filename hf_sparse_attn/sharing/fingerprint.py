@@ -17,6 +17,8 @@ from hf_sparse_attn.family import find_family
 
 LARGEST = 4096
 _LONGEST = 200
+# Of a parameter, at least: a head that was edited or pruned is another model's.
+_WEIGHTS = 64
 # Fields of a config that define attention. Not dtype, paths, versions, dropout or the implementation of attention.
 _ROPE = re.compile(r".*(rope|rotary|theta|axes_dim|pos_embed).*")
 _ATTENTION = re.compile(
@@ -113,12 +115,13 @@ class Fingerprint:
 
 
 def weights_hash(model: Any) -> str:
-    """Short hash of a model's classes, and of the first weights of every parameter."""
+    """Short hash of a model's classes, and of some weights of every parameter, spread over it."""
     digest = hashlib.sha256()
     for module in find_family(model)[2]:
         digest.update(type(module).__name__.encode())
         for name, weight in module.named_parameters():
-            some = weight.detach().flatten()[:8].float().cpu()
+            flat = weight.detach().flatten()
+            some = flat[:: max(1, len(flat) // _WEIGHTS)].float().cpu()
             digest.update(f"{name} {list(weight.shape)} {some.tolist()}".encode())
     return digest.hexdigest()[:16]
 

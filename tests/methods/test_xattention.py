@@ -182,6 +182,11 @@ def test_density_rises_with_the_threshold() -> None:
     assert found == sorted(set(found)) and found[0] < 0.2 and found[-1] == 1.0
 
 
+def test_the_knob_turns_the_density_where_one_decides() -> None:
+    assert XAttention(density=0.3).turned(0.5) == XAttention(density=0.5)
+    assert XAttention().turned(0.5) == XAttention(threshold=0.5)
+
+
 @pytest.mark.parametrize("n", [20, 64, 333, 1000])
 def test_least_density_is_what_is_forced(n: int) -> None:
     layout = TokenLayout.causal(n)

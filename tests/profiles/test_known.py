@@ -78,6 +78,11 @@ def test_one_of_the_cache_goes_before_and_is_of_these_weights_alone() -> None:
         tuned.model.norm.weight.mul_(1.001)
     other = find_known(tuned, "balanced")
     assert other is not None and other.methods[1].params()["window"] == 48
+    edited = copy.deepcopy(model)
+    with torch.no_grad():
+        edited.model.layers[1].self_attn.q_proj.weight[-8:] = 0
+    other = find_known(edited, "balanced")
+    assert other is not None and other.methods[1].params()["window"] == 48
 
 
 def test_figures_of_a_profile_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
