@@ -43,6 +43,8 @@ def check_amount(name: str, value: object, minimum: int) -> int | float:
     if not isinstance(value, float):
         return check_int(name, value, minimum)
     if not 0 < value < 1:
+        if value > 1:
+            raise TypeError(f"`{name}` must be an int, got {value}; as a float it is a share in (0, 1)")
         raise ValueError(f"`{name}` must be an int, or as a float a share in (0, 1), got {value}")
     return value
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.method import Decline, Estimating, Knob, Method
+from hf_sparse_attn.method import Decline, Estimating, Knob
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
@@ -88,18 +88,20 @@ class VerticalSlash(Estimating):
 
     def pattern_by(self, estimate: tuple[Tensor, ...], ctx: Context) -> BlockPattern:
         """Blocks along the slashes and columns between them; see Estimating."""
-        n = ctx.layout.kv_len
-        amounts = max(amount_of(self.vertical, n), _FORCED_VERTICALS), max(amount_of(self.slash, n), _FEWEST_SLASHES)
-        verticals, slashes = (best_ascending(x, min(n, m)) for x, m in zip(estimate, amounts, strict=True))
-        return build_pattern(verticals, slashes, ctx.layout.query_start, ctx.layout.q_len, n, self.block_size)
+        layout = ctx.layout
+        verticals, slashes = self._best(estimate)
+        return build_pattern(verticals, slashes, layout.query_start, layout.q_len, layout.kv_len, self.block_size)
 
-    def turned(self, value: float) -> Method:
-        """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
-        if isinstance(self.vertical, float) != isinstance(self.slash, float):
-            # A number and a share have no proportion before the length is known.
-            return replace(self, slash=round(value))
-        most = max(1, self.slash) if isinstance(self.slash, int) else self.slash
-        return replace(self, slash=round(value), vertical=round(value * self.vertical / most))
+    def choose(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Columns and diagonals of each head, ascending: int64 [batch, heads, n] and [batch, heads, m]."""
+        return self._best(self.estimate(q, k, ctx))
+
+    def _best(self, estimate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        vertical, slash = estimate
+        n = vertical.shape[-1]
+        columns = min(n, max(amount_of(self.vertical, n), _FORCED_VERTICALS))
+        diagonals = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
+        return best_ascending(vertical, columns), best_ascending(slash, diagonals)
 
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""
