@@ -72,13 +72,13 @@ def test_a_chunk_has_a_share_of_the_keys_that_it_sees() -> None:
         ("sliding_window", {"window": 1.0}, ValueError, r"`window` must be an int, or as a float a share in \(0, 1\)"),
         ("sliding_window", {"window": 0.0}, ValueError, "`window` .* got 0.0"),
         ("sliding_window", {"sink": -0.5}, ValueError, "`sink` .* got -0.5"),
-        ("sliding_window", {"window": "0.5"}, TypeError, "`window` must be an int"),
-        ("sliding_window", {"window": True}, TypeError, "`window` must be an int"),
-        ("vertical_slash", {"vertical": 2.5}, ValueError, "`vertical` .* got 2.5"),
+        ("sliding_window", {"window": "1/8"}, TypeError, r"a share in \(0, 1\), got '1/8' of type str"),
+        ("sliding_window", {"window": True}, TypeError, "a share .* got True of type bool"),
+        ("vertical_slash", {"vertical": 2.5}, TypeError, "`vertical` must be an int, got 2.5"),
         ("vertical_slash", {"slash": float("nan")}, ValueError, "`slash` .* got nan"),
         ("flexprefill", {"min_budget": 0.2, "max_budget": 0.1}, ValueError, "`max_budget` must be at least 0.2"),
         ("flexprefill", {"min_budget": 64, "max_budget": 32}, ValueError, "`max_budget` must be at least 64"),
-        ("strided", {"local": 1.5}, ValueError, "`local` .* got 1.5"),
+        ("strided", {"local": 1.5}, TypeError, "`local` must be an int, got 1.5"),
     ],
 )
 def test_what_is_no_share_is_refused(name: str, params: dict[str, Any], error: Any, message: str) -> None:
