@@ -40,12 +40,15 @@ def check_amount(name: str, value: object, minimum: int) -> int | float:
 
     A share of 1 is refused: as a parameter it would be equal to one token.
     """
-    if not isinstance(value, float):
+    rule = "an int, or as a float a share in (0, 1)"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}")
+    if isinstance(value, int):
         return check_int(name, value, minimum)
+    if value > 1:
+        raise TypeError(f"`{name}` must be an int, got {value} of type float, which is a share in (0, 1) alone")
     if not 0 < value < 1:
-        if value > 1:
-            raise TypeError(f"`{name}` must be an int, got {value}; as a float it is a share in (0, 1)")
-        raise ValueError(f"`{name}` must be an int, or as a float a share in (0, 1), got {value}")
+        raise ValueError(f"`{name}` must be {rule}, got {value}")
     return value
 
 

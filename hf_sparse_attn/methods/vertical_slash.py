@@ -103,6 +103,14 @@ class VerticalSlash(Estimating):
         diagonals = min(n, max(amount_of(self.slash, n), _FEWEST_SLASHES))
         return best_ascending(vertical, columns), best_ascending(slash, diagonals)
 
+    def turned(self, value: float) -> Method:
+        """With that many slashes, and verticals in the proportion they have now; see Method.turned."""
+        if isinstance(self.vertical, float) != isinstance(self.slash, float):
+            # A number and a share have no proportion before the length is known.
+            return replace(self, slash=round(value))
+        most = max(1, self.slash) if isinstance(self.slash, int) else self.slash
+        return replace(self, slash=round(value), vertical=round(value * self.vertical / most))
+
     def least_density(self, ctx: Context) -> float:
         """The diagonals alone, if they were the shortest; see Method.least_density."""
         n = ctx.layout.kv_len

@@ -125,7 +125,7 @@ class XAttention(Estimating):
 
     def turned(self, value: float) -> Method:
         """With `density` at the value where there is one, else `threshold`; see Method.turned."""
-        return replace(self, **{"threshold" if self.density is None else "density": value})
+        return replace(self, threshold=value) if self.density is None else replace(self, density=value)
 
     def least_density(self, ctx: Context) -> float:
         """The first block and the query's own, or a density less half a block; see Method.least_density."""

@@ -94,9 +94,9 @@ def whisper() -> Subject:
 def byte_llama() -> Subject:
     """Documents of 4,096 bytes with needles in them."""
     from hf_sparse_attn.shipped.byte_llama import load_model
-    from hf_sparse_attn.shipped.corpus import needle_document
+    from hf_sparse_attn.shipped.corpus import Split, needle_document
 
-    def batch(seed: int, split: str, tokens: int = 4096) -> dict[str, Any]:
+    def batch(seed: int, split: Split, tokens: int = 4096) -> dict[str, Any]:
         document = needle_document(tokens, needles=16, seed=seed, split=split)
         return {"input_ids": document.token_ids, "labels": document.token_ids, "needles": document.questions}
 

@@ -16,10 +16,20 @@ from hf_sparse_attn.evaluation.any_model import _shared_out
 from hf_sparse_attn.evaluation.outputs import Dense, Runner, captured, loss_of
 from hf_sparse_attn.evaluation.run import turnable_methods
 from hf_sparse_attn.profiling.inputs import load
-from tests.support import model_folders
+from tests.support.model_folders import make_files, make_models
 
 # Fixtures: folders of tiny models, and files for them to read.
-models, files = model_folders.models, model_folders.files
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
 
 MINE = """
 import hf_sparse_attn as hsa

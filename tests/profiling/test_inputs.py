@@ -17,10 +17,19 @@ from hf_sparse_attn.profiling.inputs import load
 from hf_sparse_attn.profiling.observe import observing
 from hf_sparse_attn.registry import make_method
 from hf_sparse_attn.sharing.fingerprint import Fingerprint
-from tests.support import model_folders
-from tests.support.model_folders import TEXT
+from tests.support.model_folders import TEXT, make_files, make_models
 
-models, files = model_folders.models, model_folders.files
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
 WINDOW = make_method("sliding_window", {"window": 8, "block_size": 16})
 
 

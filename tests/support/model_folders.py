@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.support import tiny_lm
@@ -38,12 +37,10 @@ def _image_processor(folder: Path, kind: str) -> None:
     getattr(transformers, kind)(**sizes[kind]).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_models(root: Path) -> Path:
     """Folders of tiny models of every kind, with what makes their inputs."""
     from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
-    root = tmp_path_factory.mktemp("models")
     for name in ("bert", "roberta", "distilbert", "bart", "vit", "dinov2", "videomae", "clip", "wav2vec2", "whisper"):
         changes = {"max_position_embeddings": 66} if name in ("bert", "roberta") else {}
         ENCODERS[name](**changes).save_pretrained(root / name)
@@ -61,10 +58,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_files(root: Path) -> Path:
     """Texts, pictures and sounds, and such of each as say nothing."""
-    root = tmp_path_factory.mktemp("files")
     for name in ("texts", "pictures", "clip", "sounds", "black", "silent"):
         (root / name).mkdir()
     (root / "text.txt").write_text(TEXT)
