@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout, check_int
-from hf_sparse_attn.method import Decline, Estimating, Knob
+from hf_sparse_attn.method import Decline, Estimating, Knob, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
