@@ -212,6 +212,10 @@ class Method:
         """
         return ctx.layout.q_len * ctx.layout.kv_len / _POOLED**2
 
+    def choices(self, ctx: Context) -> int:
+        """How many times a call chooses, each time with many small operators; see `choosing_pairs`."""
+        return 1
+
     def cache_key(self, ctx: Context) -> tuple[Any, ...]:
         """What a static pattern depends on besides the parameters."""
         return (ctx.layout,)

@@ -101,7 +101,7 @@ class Judge:
         if not found.pays:
             return Loss(TOO_DENSE_AT_BEST, found)
         if not self.method.static:
-            own = table.choosing_seconds(shape, self.method.choosing_pairs(ctx))
+            own = table.choosing_seconds(shape, self.method.choosing_pairs(ctx), self.method.choices(ctx))
             found = found._replace(sparse=best + own)
         return None if found.pays else Loss(OWN_TIME, found)
 

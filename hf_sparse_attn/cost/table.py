@@ -198,13 +198,13 @@ class Table:
             seconds += work.blocks * c["plan_block"] + work.columns * c["plan_column"]
         return seconds + parallel * self._speed
 
-    def choosing_seconds(self, shape: Shape, pairs: float) -> float:
-        """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs for `pairs`."""
+    def choosing_seconds(self, shape: Shape, pairs: float, choices: int = 1) -> float:
+        """Predicted seconds that a dynamic method takes to find its pattern; see Method.choosing_pairs and choices."""
         # A CPU estimates in float32, whatever units it has for less.
         dtype = "float32" if self.kind == "cpu" else shape.dtype
         whole = self._dense_seconds(shape._replace(causal=False, dtype=dtype)) / (shape.q_len * shape.kv_len)
         read = _PAIRS_PER_TOKEN * (shape.q_len + shape.kv_len) + _PAIRS_PER_LOGIT * pairs
-        return _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
+        return choices * _CHOOSING.get(self.kind, _CHOOSING_ELSEWHERE) + read * whole * self._speed
 
     def _find_dense(self, shape: Shape) -> float:
         own, before = shape.q_len, shape.kv_len - shape.q_len

@@ -138,6 +138,13 @@ class ProfiledMethod(Method):
         own = {i: 0.0 if (m := self.profile.methods[i]).static else m.choosing_pairs(ctx) for i in set(row)}
         return sum(own[i] for i in row) / len(row)
 
+    def choices(self, ctx: Context) -> int:
+        """Two for each dynamic method: its own, and its pattern is put beside the others'; see Method.choices."""
+        if self.why_not(ctx) is not None:
+            return 1
+        dynamic = [i for i in set(self._row(ctx)) if not self.profile.methods[i].static]
+        return 2 * len(dynamic) if len(dynamic) > 1 else 1
+
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """One pattern for all heads; layers whose methods are all static keep theirs by layout."""
         return self.pattern(q, k, ctx)

@@ -12,6 +12,7 @@ import torch
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn import BlockPattern, Context, Decline, TokenLayout
+from hf_sparse_attn.cost import table as cost
 from hf_sparse_attn.method import Method, PartlyDense
 from hf_sparse_attn.methods.sliding_window import SlidingWindow
 from hf_sparse_attn.pattern.stack import stack_heads, union_heads
@@ -294,6 +295,15 @@ def test_least_density_is_the_mean() -> None:
     ctx, *_ = call(TokenLayout.causal(400))
     found = profile(CAUSAL, [0, 2, 2, 3, 3, 3]).method().least_density(ctx)
     assert found == pytest.approx((1 + 2 * CAUSAL[2].least_density(ctx) + 3 * 0.4) / 6)
+
+
+def test_every_dynamic_method_of_a_mix_takes_its_time() -> None:
+    ctx = call(TokenLayout.causal(200))[0]
+    dynamic = [i for i, method in enumerate(CAUSAL) if not method.static]
+    mixed = profile(CAUSAL, (dynamic[0], dynamic[1], 0, 2, 2, dynamic[0])).method()
+    assert mixed.choices(ctx) == 4 and profile(CAUSAL, [dynamic[0]] * 6).method().choices(ctx) == 1
+    table, shape = cost.table_for(torch.device("cpu")), cost.Shape(200, 200, True, 6, 16, "float32")
+    assert table.choosing_seconds(shape, 100.0, 4) > 3 * table.choosing_seconds(shape, 100.0)
 
 
 def test_static_patterns_stay() -> None:
