@@ -19,6 +19,7 @@ from hf_sparse_attn.registry import METHODS
 # Density up to which a budget is tight: in blocks of 16 rather than of 32 a choice for SmolLM2 at 2,048 tokens does a
 # tenth less damage at 1/8, and a twentieth less at 1/4, where its kernel takes half as long again.
 TIGHT = 0.15
+_OWN = f"{__name__.split('.')[0]}."
 # Tokens up to which methods that choose by content are tried on noise: beyond, no rounding makes two of them one.
 _TRIED = 4096
 # Cells along each side of the map by which patterns are told apart, besides their densities.
@@ -44,8 +45,8 @@ def default_candidates(
         layout = TokenLayout.causal(n) if layout.is_causal else TokenLayout.bidirectional(n)
     ctx = Context(layout, num_heads=2, num_kv_heads=2, head_dim=32)
     found = [m for name, kind in sorted(METHODS.items()) for m in _of_method(name, kind, ctx, n, family, budget)]
-    # Of two that are alike the cheaper one to choose by is kept.
-    ordered = sorted(found, key=lambda method: not method.static)
+    # Of two that are alike the cheaper one to choose by is kept, and the package's own, which others have as well.
+    ordered = sorted(found, key=lambda method: (not method.static, not type(method).__module__.startswith(_OWN)))
     kept: dict[Hashable, Method] = {}
     for method in ordered:
         told = _told_apart(method, ctx)

@@ -13,6 +13,7 @@ from torch import Tensor
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.method import Method
+from hf_sparse_attn.methods.sliding_window import SlidingWindow
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.video_tiles import tile_for
 from hf_sparse_attn.profiling.candidates import block_for, default_candidates
@@ -97,6 +98,16 @@ def own() -> Iterator[type[Method]]:
 
     yield Own
     METHODS._entries.pop("own_rule")
+
+
+def test_of_two_that_are_alike_the_own_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Again(SlidingWindow):
+        name = "a_window"
+
+    monkeypatch.setitem(METHODS._entries, "a_window", Again)
+    names = {method.name for method in default_candidates(TokenLayout.causal(640))}
+    assert "sliding_window" in names and "a_window" not in names
 
 
 def test_a_new_method_is_among_them(own: Any) -> None:
