@@ -6,6 +6,7 @@ import inspect
 import os
 import wave
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,12 @@ Source = str | os.PathLike[str]
 Given = Source | Sequence[Any]
 # What a model's inputs are made with, by its name.
 Find = Callable[[str], Any]
+# By their modules: transformers 5.17 hides its image processors under the short name where torchvision is missing.
 _READERS = {
-    "tokenizer": "AutoTokenizer", "image processor": "AutoImageProcessor", "feature extractor": "AutoFeatureExtractor",
-}  # fmt: skip
+    "tokenizer": ("tokenization_auto", "AutoTokenizer"),
+    "image processor": ("image_processing_auto", "AutoImageProcessor"),
+    "feature extractor": ("feature_extraction_auto", "AutoFeatureExtractor"),
+}
 
 
 class Loaded(NamedTuple):
@@ -156,9 +160,8 @@ def found_by(where: str, file: str | None) -> Find:
     """What comes with a model in a folder or repository; `file` is its GGUF file."""
 
     def find(what: str) -> Any:
-        import transformers
-
-        kind: Any = getattr(transformers, _READERS[what])
+        module, name = _READERS[what]
+        kind: Any = getattr(import_module(f"transformers.models.auto.{module}"), name)
         try:
             return kind.from_pretrained(where, **({} if file is None else {"gguf_file": file}))
         # The libraries have errors of many kinds for what they cannot read.
