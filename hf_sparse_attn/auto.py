@@ -125,11 +125,10 @@ def _within(model: Any, is_image: bool, tokenizer: Any) -> tuple[Any, Any]:
 
 def _of_profile(profile: HeadProfile, quality: str, known: Known) -> Choice:
     said = f"quality {quality!r}: the head profile {known.where}, density {profile.density:.2g}; "
-    rows = getattr(profile, "evaluation", ())
     figures = [
         f"{row['figure']} {row['sparse']:.4g}, dense {row['dense']:.4g} ({row['difference']:+.2g}), "
         f"{row['inputs']} inputs of {row['tokens']:,} tokens"
-        for row in rows
+        for row in profile.evaluation
     ]
     said += "; ".join(figures) or "its quality on other inputs was not measured"
     return Choice(profile, quality, said, known.skipped)

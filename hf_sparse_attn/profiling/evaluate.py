@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_sparse_attn.api import patch
 from hf_sparse_attn.family import find_family
 from hf_sparse_attn.profiles.head_profile import HeadProfile
-from hf_sparse_attn.profiling.measure import Batch, ready
+from hf_sparse_attn.profiling.measure import Batch, inputs_of, ready
 from hf_sparse_attn.profiling.observe import Seen, evaluating, observing
 from hf_sparse_attn.profiling.tally import length_class
 
@@ -88,11 +88,10 @@ def _run(model: Any, profile: HeadProfile, batch: Batch) -> _Run:
 
 def _result(model: Any, batch: Batch) -> Tensor:
     """The loss of a run, or its first output, in float64."""
-    if callable(batch) and not isinstance(batch, Tensor):
-        out = batch(model)
+    inputs = inputs_of(batch)[0]
+    if callable(inputs):
+        out = inputs(model)
     else:
-        inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        inputs.pop("needles", None)
         if _is_language_model(model) and "labels" not in inputs and "input_ids" in inputs:
             inputs["labels"] = inputs["input_ids"]
         out = model(**ready(model, inputs))

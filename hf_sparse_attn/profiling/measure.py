@@ -190,7 +190,7 @@ class _Watch:
 
 def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradients: bool, steps: bool) -> str:
     """One batch under observation; says why calls were not shown."""
-    inputs, watch.needles = _inputs_of(batch)
+    inputs, watch.needles = inputs_of(batch)
     if not callable(inputs):
         _check_inputs(inputs, watch.number)
     if "retrieval_score" in watch.metrics and not watch.needles:
@@ -204,7 +204,7 @@ def _run(model: Any, batch: Batch, watch: _Watch, method: Method | None, gradien
     return "; ".join(sorted(said - {"observed"})) or "no call came by"
 
 
-def _inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
+def inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
     """What a model is given, and the needles."""
     if isinstance(batch, Tensor):
         return {"input_ids": batch}, ()
@@ -218,7 +218,7 @@ def _inputs_of(batch: Batch) -> tuple[Any, Sequence[Needle]]:
 
 def run_batch(model: Any, batch: Batch) -> None:
     """Runs a model on one batch, without its labels; see `measure`."""
-    inputs = _inputs_of(batch)[0]
+    inputs = inputs_of(batch)[0]
     if callable(inputs):
         inputs(model)
         return
