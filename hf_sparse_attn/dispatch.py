@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_sparse_attn import compiled
 from hf_sparse_attn.backend import choose_backend
 from hf_sparse_attn.context import Context
+from hf_sparse_attn.decoding import Kept, whole_pattern
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
@@ -61,3 +62,26 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tens
     """Exact attention: output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len]."""
     whole = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, device=q.device)
     return run_pattern(q, k, v, whole, ctx.softmax_scale, softcap=ctx.softcap)[:2]
+
+
+def run_exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float = 0.0, first: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
+    """Attention of few queries to all keys: output, log-sum-exp and the name of the backend that ran.
+
+    Args:
+        q: [batch, heads, q_len, dim], the last tokens, each of which sees itself and what came before.
+        k, v: [batch, kv_heads, length, dim], of all tokens.
+        scale, softcap, backend: see `run_pattern`.
+        first: int64 [batch], the first slot of each row that is no padding; None where none is.
+    """
+    return run_pattern(q, k, v, whole_pattern(q.shape[2], k.shape[2], first, q.device), scale, backend, softcap)
+
+
+def run_kept(
+    q: Tensor, k: Tensor, v: Tensor, kept: Kept, scale: float, softcap: float = 0.0, first: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
+    """Attention of one query of each row to the pages of a cache that are kept; arguments as of `run_exact`."""
+    return run_pattern(q, k, v, kept.pattern(k.shape[2], q.shape[1], first), scale, backend, softcap)

@@ -15,6 +15,7 @@ from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import RecentValues
 
 if TYPE_CHECKING:
+    from hf_sparse_attn.decoding import Kept, Step
     from hf_sparse_attn.sharing.fingerprint import Fingerprint
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
@@ -93,7 +94,8 @@ class Method:
     so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
     sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
     family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
-    call is then dense where nobody knows how long the run is.
+    call is then dense where nobody knows how long the run is. It says whether it `decodes`: chooses keys for single
+    queries of text that is generated (`decode`), and whether it `reads_prompts` sparsely, which most do.
     """
 
     name: ClassVar[str] = ""
@@ -104,6 +106,8 @@ class Method:
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
     by_steps: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    reads_prompts: ClassVar[bool] = True
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
@@ -148,6 +152,19 @@ class Method:
         """
         found = self.pattern_for(q, k, ctx)
         return found if isinstance(found, Decline) else run(q, k, v, found)
+
+    def decode(self, step: Step) -> Kept | Decline | None:
+        """Which keys the query of each row and head reads where text is generated; asked of a method that `decodes`.
+
+        What it keeps from step to step is in `step.memory`, what one layer tells the next in `step.layers`.
+
+        Args:
+            step: the queries, the cache, and where in the model they are.
+
+        Returns:
+            the pages; None for all keys, as in layers that are kept dense; or a Decline with the reason.
+        """
+        raise TypeError(f"method {self.name!r} must define decode()")
 
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """`pattern`, after the stated needs are checked; static patterns come from a cache."""
