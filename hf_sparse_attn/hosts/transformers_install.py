@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.family import pretrained_models
 from hf_sparse_attn.hosts import NATIVE_PREFIX
+from hf_sparse_attn.hosts.transformers_cache import watch_caches
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
 from hf_sparse_attn.hosts.transformers_hook import (
@@ -78,6 +79,7 @@ def install_text(
     """
     configs: dict[int, Any] = {}
     bound = bind(patch, patch.modules)
+    caches = None if patch.session.decoder.method is None else watch_caches(patch, patch.modules)
     watched: list[tuple[Any, dict[str, tuple[Any, LayerRecord]]]] = []
     for prefix, owner in owners:
         places: dict[str, tuple[Any, LayerRecord]] = {}
@@ -99,7 +101,9 @@ def install_text(
             for index in indices:
                 own_name = f"{prefix}{name}" if len(indices) == 1 else f"{prefix}{name} (layer {index})"
                 record = patch.session.record(own_name, index)
-                state = LayerState(record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, **extra)
+                state = LayerState(
+                    record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, caches=caches, **extra
+                )
                 compiled = CompiledLayer(state, module, dense_function(dense, module))
                 states.append(replace(state, compiled=compiled))
             bound.states[module] = state = replace(states[0], later=tuple(states[1:]))
