@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hf_sparse_attn.decoding import Memory
-from hf_sparse_attn.hosts.transformers_forward import values_here
+from hf_sparse_attn.hosts.transformers_forward import forwards_here, values_here
 from hf_sparse_attn.patching import Patch
 
 # What a layer of a cache does besides taking in new tokens.
@@ -35,7 +35,8 @@ class Track:
     """What one patch remembers of a layer of a cache, and what the layer was like when it was last seen."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
+        # By layer of the model: some models have layers that read the keys of another one.
+        self.memories: dict[int, Memory] = {}
         self.length = self.batch = 0
         # The keys, where the layer keeps what it hands over; else some of their slots, and the keys there.
         self._keys: ref[Tensor] | None = None
@@ -51,7 +52,7 @@ class Track:
 
     def forget(self) -> None:
         """Forgets all; what comes next is taken in from the start."""
-        self.memory.clear()
+        self.memories.clear()
         self.length, self._keys, self._probe = 0, None, None
 
     def see(self, layer: Any, k: Tensor, end: int, new: int) -> None:
@@ -63,10 +64,11 @@ class Track:
             end, new: slots that are filled, and how many of them are new.
         """
         before = end - new
-        if self._keys is None and self.memory.kept and not self._is_same(k, before):
-            self.memory.clear()
+        if self._keys is None and self.memories and not self._is_same(k, before):
+            self.memories.clear()
         if before < self.length:
-            self.memory.crop(before)
+            for memory in self.memories.values():
+                memory.crop(before)
         self.length, self.batch = end, k.shape[0]
         if layer.keys is k:
             self._keys, self._version, self._probe = ref(k), _version(k), None
@@ -96,7 +98,8 @@ class Track:
             self.batch = len(rows)
             if self._probe is not None:
                 self._probe = self._probe[0], self._probe[1].index_select(0, rows.to(self._probe[1].device))
-            self.memory.select(rows)
+            for memory in self.memories.values():
+                memory.select(rows)
         # A crop is seen by the length that comes next.
         if self._keys is not None:
             self._keys, self._version = ref(layer.keys), _version(layer.keys)
@@ -116,7 +119,7 @@ class Caches:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         """Runs before a model: finds its cache; without `kwargs` where another thread just takes the hook off."""
-        if self._closed or kwargs is None or torch.compiler.is_compiling():
+        if self._closed or kwargs is None or torch.compiler.is_compiling() or not forwards_here():
             return
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, Cache):
@@ -131,26 +134,30 @@ class Caches:
             if track is not None:
                 track.check(layer)
 
-    def note(self, index: int, k: Tensor, end: int, new: int) -> None:
-        """Takes note of a call of a layer of the model; arguments as of Track.see."""
-        layer = self._layer(index)
-        track = None if layer is None else self._track(layer)
-        if track is not None:
-            track.see(layer, k, end, new)
+    def note(self, index: int, k: Tensor, end: int, new: int, remember: bool) -> None:
+        """Takes note of a call of a layer of the model.
 
-    def memory(self, index: int, k: Tensor, end: int, new: int) -> Memory:
-        """The memory of a layer of the model, made at first use; one of nobody where no cache is known."""
-        layer = self._layer(index)
+        Args:
+            index: of the layer.
+            k, end, new: see Track.see.
+            remember: whether memory is wanted of a layer of a cache of which there is none yet.
+        """
+        layer = self._layer(index, k)
         if layer is None:
-            return Memory()
+            return
         track = self._track(layer)
         if track is None:
-            if not _listen(layer):
-                return Memory()
+            if not remember or not _listen(layer):
+                return
             track = _TRACKS.setdefault(layer, {})[self._number] = Track()
             self._layers.add(layer)
-            track.see(layer, k, end, new)
-        return track.memory
+        track.see(layer, k, end, new)
+        values_here()[self, index] = track
+
+    def memory(self, index: int) -> Memory:
+        """The memory of a layer of the model in the call that was noted last; of nobody where no cache is known."""
+        track = values_here().get((self, index))
+        return Memory() if track is None else track.memories.setdefault(index, Memory())
 
     def close(self) -> None:
         """Forgets all, and gives the layers back what they were."""
@@ -159,15 +166,15 @@ class Caches:
             tracks = _TRACKS.get(layer, {})
             tracks.pop(self._number, None)
             if not tracks and type(layer).__dict__.get(_TELLS, False):
-                layer.__class__ = type(layer).__bases__[0]
+                _set_class(layer, type(layer).__bases__[0])
         self._layers.clear()
 
-    def _layer(self, index: int) -> Any:
-        """The layer of the cache that a layer of the model fills, or None."""
-        layers = values_here().get(self)
-        if layers is None or index >= len(layers):
-            return None
-        return layers[index] if isinstance(getattr(layers[index], "keys", None), Tensor) else None
+    def _layer(self, index: int, k: Tensor) -> Any:
+        """The layer of the cache that a layer of the model reads, by its number or by the keys; or None."""
+        layers = values_here().get(self, ())
+        if index < len(layers) and isinstance(getattr(layers[index], "keys", None), Tensor):
+            return layers[index]
+        return next((layer for layer in layers if getattr(layer, "keys", None) is k), None)
 
     def _track(self, layer: Any) -> Track | None:
         tracks = _TRACKS.get(layer)
@@ -188,7 +195,7 @@ def _listen(layer: Any) -> bool:
     kind = type(layer)
     if not kind.__dict__.get(_TELLS, False):
         try:
-            layer.__class__ = _telling(kind)
+            _set_class(layer, _telling(kind))
         except TypeError:
             # Its class has slots, or cannot be derived from.
             return False
@@ -204,12 +211,18 @@ def _telling(kind: Any) -> Any:
         plain.__dict__.update(self.__dict__)
         return plain.__reduce_ex__(protocol)
 
-    body = {name: _told(getattr(kind, name), name) for name in _EVENTS if hasattr(kind, name)}
+    body: dict[str, Any] = {name: _told(getattr(kind, name), name) for name in _EVENTS if hasattr(kind, name)}
     # Without a type of its own: a subclass that has one takes the place of its base in transformers' table.
+    # Pickles hold an object's class against that of what it is made of.
+    body["__class__"] = property(lambda self: kind)
     body |= {"__reduce_ex__": reduce, "__module__": kind.__module__, "__doc__": kind.__doc__, "_layer_type": None}
     made = type(kind)(kind.__name__, (kind,), {**body, "__qualname__": kind.__qualname__, _TELLS: True})
     made._layer_type = getattr(kind, "_layer_type", None)
     return made
+
+
+def _set_class(layer: Any, kind: type[Any]) -> None:
+    object.__dict__["__class__"].__set__(layer, kind)
 
 
 def _told(own: Callable[..., Any], event: str) -> Callable[..., Any]:

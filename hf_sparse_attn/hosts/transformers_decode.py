@@ -186,7 +186,7 @@ def _by_method(call: _Call) -> tuple[Tensor, Tensor] | None:
     session, record = state.session, state.record
     method, end, new = session.decoder.method, k.shape[2], q.shape[2]
     assert method is not None
-    memory = Memory() if state.caches is None else state.caches.memory(record.index, k, end, new)
+    memory = Memory() if state.caches is None else state.caches.memory(record.index)
     steps, kept = [], []
     for i, layers in enumerate(_layers_of_rows(new)):
         last = end - new + 1 + i

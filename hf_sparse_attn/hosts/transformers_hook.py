@@ -206,6 +206,8 @@ def attend(
     tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
     if original is not None and segments is None and not torch.compiler.is_compiling():
         now = find(module)
+        if now is not None and now.caches is not None:
+            _note_keys(now, query, key, attention_mask)
         if (
             now is not None
             and not now.later
@@ -255,6 +257,15 @@ def attend(
         one = partial(run_dense, dense, module, mask=attention_mask, kwargs=kwargs)
         return segments.attend(one, dense, query, key, value), None
     return run_dense(dense, module, query, key, value, attention_mask, kwargs)
+
+
+def _note_keys(state: LayerState, query: Tensor, key: Tensor, mask: Any) -> None:
+    """Has the keys of a call known to whom remembers something of their cache."""
+    new = query.shape[2]
+    end = mask.plan.kv_end if isinstance(mask, MaskSpec) else 0
+    few = new < state.session.policy.min_queries
+    if state.caches is not None:
+        state.caches.note(state.record.index, key, end or key.shape[2], new, few)
 
 
 def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:

@@ -359,6 +359,8 @@ def _padded_plan(valid: Tensor, q_len: int, kv_end: int) -> Plan:
         valid: bool [batch, up to kv_end keys]; keys beyond are padding.
         q_len, kv_end: the queries are the last `q_len` of `kv_end` keys.
     """
+    if valid.shape[1] >= kv_end and bool(valid.all()):
+        return Plan(kv_end, whole(valid.shape[0], q_len, kv_end))
     place = torch.arange(valid.shape[1], device=valid.device)
     first = torch.where(valid, place, valid.shape[1]).amin(1)
     last = torch.where(valid, place, -1).amax(1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.decoding import Kept, Step
+from hf_sparse_attn.decoding import Kept, Memory, Step
 from hf_sparse_attn.decoding_method import DecodingMethod
 from hf_sparse_attn.method import Decline
 
@@ -89,3 +89,11 @@ class Pages(DecodingMethod):
         found = scores.topk(self.count, 2)
         chosen = found.indices.where(found.values > -torch.inf, -1)
         return Kept(chosen.sort(2, descending=True).values.int(), SIZE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(Pages):
+    """The same without a memory: all is made anew in every step."""
+
+    def decode(self, step: Step) -> Kept | Decline | None:
+        return super().decode(replace(step, memory=Memory()))
