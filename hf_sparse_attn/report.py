@@ -22,6 +22,25 @@ _WHY = "dense because"
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """What one attention layer did where text was generated, by one way of choosing keys.
+
+    Args:
+        calls: of fewer queries than Policy.min_queries.
+        density: computed share of the visible pairs of query and key.
+        pages: pages of the cache that were read, over calls, batch rows and lists; 0 where it is not read by pages.
+        gain: predicted seconds of reading all keys on the same path over those of the calls, mean, or None.
+        backends: kernel runs by backend.
+    """
+
+    calls: int
+    density: float
+    pages: int
+    gain: float | None
+    backends: dict[str, int]
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """What one attention layer did.
 
@@ -41,6 +60,8 @@ class LayerReport:
         segments: the separate runs of tokens (frames, windows) in them, each of which would be a run of its own.
         partly_dense: sparse calls in which some heads were dense, by reason.
         prefill, decode: pairs of all calls but the exact ones, decoding (fewer queries than Policy.min_queries) apart.
+        decoding: decoding calls that did not run the model's own attention, by the method that chose the keys
+            ("exact": all); counted nowhere else but in `decode`.
     """
 
     layer: int
@@ -58,6 +79,7 @@ class LayerReport:
     partly_dense: dict[str, int] = field(default_factory=dict)
     prefill: Pairs = _NONE
     decode: Pairs = _NONE
+    decoding: dict[str, Decoding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
