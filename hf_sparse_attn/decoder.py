@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_sparse_attn.decoding_method import DecodingMethod
 from hf_sparse_attn.method import Method
 from hf_sparse_attn.nearest import nearest
 from hf_sparse_attn.registry import METHODS
@@ -41,7 +42,7 @@ def usual_decoder(method: Method) -> Decoder:
     """The decoder of a method where nobody asks for another one."""
     if method.name == "dense":
         return OWN
-    return EXACT if method.reads_prompts else Decoder("sparse", method)
+    return Decoder("sparse", method) if isinstance(method, DecodingMethod) else EXACT
 
 
 def find_decoder(method: Method, decode: str | Method | None, make: Callable[[str], Method]) -> Decoder:

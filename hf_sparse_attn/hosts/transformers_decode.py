@@ -11,13 +11,14 @@ from hf_sparse_attn.autocast import made_on_cpu, no_autocast
 from hf_sparse_attn.backend import BackendUnavailable
 from hf_sparse_attn.cost.decoding import fewest_sparse, pays_exact
 from hf_sparse_attn.decision import Decision
+from hf_sparse_attn.decoder import EXACT
 from hf_sparse_attn.decoding import Kept, Memory, Step
 from hf_sparse_attn.dispatch import run_exact, run_kept
 from hf_sparse_attn.hosts.transformers_forward import forwards_here, values_here
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, ReadyMask
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, is_causal, is_undisturbed, wants_weights, who_took_it
-from hf_sparse_attn.method import Decline
-from hf_sparse_attn.record import Done, Work
+from hf_sparse_attn.method import Decline, Method
+from hf_sparse_attn.record import Work
 from hf_sparse_attn.selection import with_sinks
 
 if TYPE_CHECKING:
@@ -134,9 +135,13 @@ def attend_few(state: LayerState, q: Tensor, k: Tensor, v: Tensor, few: Few, kwa
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap") or 0.0
     work = Work.of(q, few.end, True, session.policy.min_queries)
     one = _Call(state, q, k, v, first, q.shape[3] ** -0.5 if scale is None else scale, softcap, work)
-    done = None
-    if session.decoder.method is not None and _why_whole(one, few, kwargs) is None:
-        done = _by_method(one)
+    done, method = None, session.decoder.method
+    if method is not None:
+        why = _why_whole(one, few, kwargs)
+        if why is None:
+            done = _by_method(one, method)
+        else:
+            record.count(record.partly_dense, f"decoding: {why}")
     if done is None:
         if not pays_exact(q, k.shape[1], few.end):
             record.count_dense(Decision(f"decoding: fewer than {session.policy.min_queries} queries"), work)
@@ -146,8 +151,7 @@ def attend_few(state: LayerState, q: Tensor, k: Tensor, v: Tensor, few: Few, kwa
         except BackendUnavailable as error:
             record.count_dense(Decision(f"decoding: {error}"), work)
             return None
-        record.count(record.backends, name)
-        record.count_dense(Decision("decoding: exact"), work)
+        record.count_decode(EXACT.kind, work, 1.0, name)
     else:
         out, lse = done
     sinks = kwargs.get("s_aux")
@@ -180,14 +184,16 @@ def _why_whole(call: _Call, few: Few, kwargs: dict[str, Any]) -> str | None:
     return f"fewer than {fewest} keys (min_tokens={policy.min_tokens})" if few.end < fewest else None
 
 
-def _by_method(call: _Call) -> tuple[Tensor, Tensor] | None:
+def _by_method(call: _Call, method: Method) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp by the method of the decoder, one row after the other; None where all rows read all."""
     state, q, k, v, first, scale, softcap, work = call
     session, record = state.session, state.record
-    method, end, new = session.decoder.method, k.shape[2], q.shape[2]
-    assert method is not None
+    end, new = k.shape[2], q.shape[2]
     memory = Memory() if state.caches is None else state.caches.memory(record.index)
-    steps, kept = [], []
+    # Also where the length of a static cache was not waited for when it was noted.
+    memory.crop(end - new)
+    steps: list[Step] = []
+    kept: list[Kept | None] = []
     for i, layers in enumerate(_layers_of_rows(new)):
         last = end - new + 1 + i
         rows = (q, k, v) if new == 1 else (q[:, :, i : i + 1], k[:, :, :last], v[:, :, :last])
@@ -202,10 +208,9 @@ def _by_method(call: _Call) -> tuple[Tensor, Tensor] | None:
     parts = [_run(step, one, session.backend) for step, one in zip(steps, kept, strict=True)]
     out = parts[0][0] if new == 1 else torch.cat([part[0] for part in parts], 2)
     lse = parts[0][1] if new == 1 else torch.cat([part[1] for part in parts], 2)
-    for part in parts:
-        record.count(record.backends, part[2])
-    pairs = sum(_pairs(step, one) for step, one in zip(steps, kept, strict=True))
-    record.count_sparse([Done(out, lse, pairs / work.pairs, 0.0, work)])
+    counts = [_count(step, one) for step, one in zip(steps, kept, strict=True)]
+    pages, pairs = (sum(column) for column in zip(*counts, strict=True))
+    record.count_decode(method.name, work, pairs / work.pairs, parts[0][2], pages)
     return out, lse
 
 
@@ -215,19 +220,18 @@ def _run(step: Step, kept: Kept | None, backend: str) -> tuple[Tensor, Tensor, s
     return run_kept(step.q, step.k, step.v, kept, step.scale, step.softcap, step.first, backend)
 
 
-def _pairs(step: Step, kept: Kept | None) -> int:
-    """Pairs of query and key of one row that are computed, over batch rows and heads; on a GPU at most so many."""
+def _count(step: Step, kept: Kept | None) -> tuple[int, int]:
+    """Pages that a step reads, and pairs of query and key; on a GPU, which is not waited for, at most so many."""
     heads = step.q.shape[0] * step.q.shape[1]
     if kept is None:
-        return heads * step.length
+        return 0, heads * step.length
     pages = kept.pages
-    count = pages.shape[2]
     if pages.device.type != "cpu":
-        return heads * min(step.length, count * kept.size)
-    last = (step.length - 1) // kept.size
+        return pages.numel(), heads * min(step.length, pages.shape[2] * kept.size)
+    read, last = int((pages >= 0).sum()), (step.length - 1) // kept.size
     short = (last + 1) * kept.size - step.length
-    slots = int((pages >= 0).sum()) * kept.size - int((pages == last).sum()) * short
-    return slots * (step.q.shape[1] // pages.shape[1])
+    slots = read * kept.size - (int((pages == last).sum()) * short if short else 0)
+    return read, slots * (step.q.shape[1] // pages.shape[1])
 
 
 def _layers_of_rows(rows: int) -> list[dict[Any, Any]]:
