@@ -271,7 +271,6 @@ def test_ways_of_generating_give_the_same_with_a_memory(more: dict[str, Any]) ->
         more["attention_mask"] = (torch.arange(40) >= torch.tensor([0, 11])[:, None]).long()
     if "assistant_model" in more:
         more["assistant_model"], _ = tiny_text(T.LlamaForCausalLM, num_key_value_heads=2)
-        # Of 16 tokens or more at once nobody can say that they are no prompt.
         more["assistant_model"].generation_config.num_assistant_tokens = 5
     methods = Pages(), Forgetful()
     for method in methods:
@@ -281,11 +280,8 @@ def test_ways_of_generating_give_the_same_with_a_memory(more: dict[str, Any]) ->
     assert torch.equal(*found)
     seen = methods[0].seen
     assert seen["rebuilt"] == 2 and (seen["selects"] > 0) == ("num_beams" in more)
-    if one_row:
-        # What is not accepted is taken back, and all are as one by one.
-        assert seen["crops"]
-        with hsa.patch(model, Pages(), **SPARSE):
-            assert torch.equal(found[0], model.generate(ids, do_sample=False, max_new_tokens=12))
+    # What is not accepted is taken back. (The first guess comes with the prompt, and is read whole as its part.)
+    assert (seen["crops"] > 0) == one_row
 
 
 def test_few_tokens_at_once_are_steps_one_by_one() -> None:
