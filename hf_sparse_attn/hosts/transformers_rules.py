@@ -76,7 +76,7 @@ class LayerCall:
         """Whether the layer's dense implementation would take a call without a mask for causal."""
         return is_causal(self.state, self.module, self.kwargs)
 
-    @cached_property
+    @property
     def decoding(self) -> bool:
         """Whether the call is for the session's decoder: few queries, as where text is generated."""
         few = self.q.shape[2] < self.session.policy.min_queries
