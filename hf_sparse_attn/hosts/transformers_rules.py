@@ -79,8 +79,9 @@ class LayerCall:
     @property
     def decoding(self) -> bool:
         """Whether the call is for the session's decoder: few queries, as where text is generated."""
-        few = self.q.shape[2] < self.session.policy.min_queries
-        return few and self.session.decoder is not OWN and self.causal
+        if self.session.decoder is OWN:
+            return False
+        return self.q.shape[2] < self.session.policy.min_queries and self.causal
 
     @property
     def strictly(self) -> bool:
@@ -228,7 +229,7 @@ def _share_of_a_rank(call: LayerCall) -> bool:
 def _as_before(call: LayerCall) -> Decision:
     """decision.as_before of a prompt; what reads a prompt is no matter where text is generated, a pause is."""
     found = as_before(call.session)
-    return SPARSE if call.decoding and found.counted else found
+    return SPARSE if found.reason is not None and found.counted and call.decoding else found
 
 
 def who_took_it(name: str) -> str | None:
