@@ -41,6 +41,7 @@ def patch(
     min_tokens: int | str = "auto",
     quality: str | None = None,
     profile: str | None = None,
+    cache: str | None = None,
     texts: Iterable[Any] | None = None,
     images: Iterable[Any] | None = None,
     batches: Iterable[Any] | None = None,
@@ -64,6 +65,8 @@ def patch(
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them. Without a
             method "balanced" if not given.
+        cache: "preallocated" lets every DynamicCache that the model is given append in place from then on, as
+            `PreallocatedCache` does, to the same results; None leaves caches as they are.
         profile: "auto": a head profile is made of the model at the `quality`, with a bar, and kept in the cache folder
             (under HF_HOME) for these weights; the next time it is read from there, and no inputs are needed. It stands
             in place of a method.
@@ -137,9 +140,15 @@ def patch(
         )
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
+    if cache is not None:
+        from hf_sparse_attn.hosts.preallocated import check_cache, preallocate_caches
+
+        check_cache(cache, not getattr(found[1], "has_steps", True) and "causal" in provided(*found[1:]), model)
     applied = install(model, found, Session(made, policy, backend, strict))
     try:
         check_effect(applied)
+        if cache is not None:
+            preallocate_caches(applied)
         if chosen_profile is not None and not any(plan.choice.any() for plan in chosen_profile.plans):
             applied.note("nothing can be sparse: every head of the profile is dense")
         if choice is not None:
