@@ -19,7 +19,7 @@ from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.decoder import Decoder, find_decoder
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
-from hf_sparse_attn.family import Found, check_reads, find_family, install, provided
+from hf_sparse_attn.family import Found, check_reads, find_family, generates_text, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -43,6 +43,7 @@ def patch(
     decode: str | Method | None = None,
     quality: str | None = None,
     profile: str | None = None,
+    cache: str | None = None,
     texts: Iterable[Any] | None = None,
     images: Iterable[Any] | None = None,
     batches: Iterable[Any] | None = None,
@@ -71,6 +72,8 @@ def patch(
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them. Without a
             method "balanced" if not given.
+        cache: "preallocated" lets every DynamicCache that the model is given append in place from then on, as
+            `PreallocatedCache` does, to the same results; None leaves caches as they are.
         profile: "auto": a head profile is made of the model at the `quality`, with a bar, and kept in the cache folder
             (under HF_HOME) for these weights; the next time it is read from there, and no inputs are needed. It stands
             in place of a method.
@@ -145,9 +148,15 @@ def patch(
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
     decoder = _decoder(model, found, made, decode)
+    if cache is not None:
+        from hf_sparse_attn.hosts.preallocated import check_cache, preallocate_caches
+
+        check_cache(cache, generates_text(*found[1:]), model)
     applied = install(model, found, Session(made, policy, backend, strict, decoder))
     try:
         check_effect(applied)
+        if cache is not None:
+            preallocate_caches(applied)
         if chosen_profile is not None and not any(plan.choice.any() for plan in chosen_profile.plans):
             applied.note("nothing can be sparse: every head of the profile is dense")
         if choice is not None:
@@ -190,7 +199,7 @@ def _decoder(model: Any, found: Found, method: Method, decode: str | Method | No
         return make_method(name, default_params(found[0], found[2], name))
 
     decoder = find_decoder(method, decode, make)
-    if decode is not None and (getattr(found[1], "has_steps", True) or "causal" not in provided(*found[1:])):
+    if decode is not None and not generates_text(*found[1:]):
         raise ValueError(
             f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which generates no text token "
             f"by token, got {decode!r}"

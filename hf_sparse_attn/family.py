@@ -113,6 +113,11 @@ def provided(family: type[Family], modules: list[nn.Module]) -> frozenset[str]:
     return found
 
 
+def generates_text(family: type[Family], modules: list[nn.Module]) -> bool:
+    """Whether the modules that a family patches may generate text token by token."""
+    return not getattr(family, "has_steps", True) and "causal" in provided(family, modules)
+
+
 def check_reads(found: tuple[str, type[Family], list[nn.Module]], reads: frozenset[str], who: str) -> None:
     """Raises where a family does not hand over what is read of a layer besides q, k and v.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import made_on_cpu, no_autocast
 from hf_sparse_attn.backend import BackendUnavailable
-from hf_sparse_attn.cost.decoding import fewest_sparse, pays_exact
+from hf_sparse_attn.cost.decoding import pays_exact, sparse_gain
 from hf_sparse_attn.decision import Decision
 from hf_sparse_attn.decoder import EXACT
 from hf_sparse_attn.decoding import Kept, Memory, Step
@@ -138,8 +138,11 @@ def attend_few(state: LayerState, q: Tensor, k: Tensor, v: Tensor, few: Few, kwa
     done, method = None, session.decoder.method
     if method is not None:
         why = _why_whole(one, few, kwargs)
+        gain = sparse_gain(k, v, getattr(method, "density", None)) if why is None else 0.0
+        if why is None and session.policy.min_tokens == "auto" and gain <= 1:
+            why = "predicted slower than reading all keys"
         if why is None:
-            done = _by_method(one, method)
+            done = _by_method(one, method, gain)
         else:
             record.count(record.partly_dense, f"decoding: {why}")
     if done is None:
@@ -180,11 +183,11 @@ def _why_whole(call: _Call, few: Few, kwargs: dict[str, Any]) -> str | None:
         return "dense_layers"
     if q_len > 1 and q_len == few.end:
         return "a prompt"
-    fewest = fewest_sparse(call.q.device.type) if policy.min_tokens == "auto" else int(policy.min_tokens)
-    return f"fewer than {fewest} keys (min_tokens={policy.min_tokens})" if few.end < fewest else None
+    least = policy.min_tokens
+    return f"fewer than {least} keys (min_tokens={least})" if least != "auto" and few.end < int(least) else None
 
 
-def _by_method(call: _Call, method: Method) -> tuple[Tensor, Tensor] | None:
+def _by_method(call: _Call, method: Method, gain: float) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp by the method of the decoder, one row after the other; None where all rows read all."""
     state, q, k, v, first, scale, softcap, work = call
     session, record = state.session, state.record
@@ -210,7 +213,7 @@ def _by_method(call: _Call, method: Method) -> tuple[Tensor, Tensor] | None:
     lse = parts[0][1] if new == 1 else torch.cat([part[1] for part in parts], 2)
     counts = [_count(step, one) for step, one in zip(steps, kept, strict=True)]
     pages, pairs = (sum(column) for column in zip(*counts, strict=True))
-    record.count_decode(method.name, work, pairs / work.pairs, parts[0][2], pages)
+    record.count_decode(method.name, work, pairs / work.pairs, parts[0][2], pages, gain)
     return out, lse
 
 
