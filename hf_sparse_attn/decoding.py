@@ -48,7 +48,7 @@ def token_lists(mask: Tensor) -> Tensor:
     """
     counts = mask.sum(1, keepdim=True)
     most = int(counts.max())
-    order = mask.int().sort(1, descending=True, stable=True).indices[:, :most]
+    order = mask.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
     return order.masked_fill(torch.arange(most, device=mask.device) >= counts, -1)
 
 

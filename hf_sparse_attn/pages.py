@@ -133,6 +133,17 @@ class PageBounds(PageRows):
 
     width = 2
 
+    def update(self, k: Tensor, first: Tensor | None) -> None:
+        """One more slot of a page that is there needs no look at the others; see PageRows.update."""
+        length, inside = self.length, self.length % self.size
+        if first is not None or k.shape[2] != length + 1 or not inside or not self._goes_on(k, first):
+            super().update(k, first)
+            return
+        page, key = self._rows[:, :, length // self.size].unflatten(2, (2, -1)), k.detach()[:, :, -1]
+        torch.maximum(page[:, :, 0], key, out=page[:, :, 0])
+        torch.minimum(page[:, :, 1], key, out=page[:, :, 1])
+        self.length = length + 1
+
     def summary(self, pages: Tensor, real: Tensor | None) -> Tensor:
         """See PageRows.summary."""
         high, low = pages, pages
