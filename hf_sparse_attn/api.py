@@ -18,7 +18,7 @@ from hf_sparse_attn.compiled import is_traced, refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
-from hf_sparse_attn.family import check_reads, find_family, install, provided
+from hf_sparse_attn.family import check_reads, check_requires, find_family, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -129,6 +129,7 @@ def patch(
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
+    check_requires(found, made, model)
     lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(
