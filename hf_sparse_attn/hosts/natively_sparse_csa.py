@@ -31,7 +31,7 @@ class Entries:
     """Which entries each query reads, in the place of the bias that a compressor makes of it.
 
     Args:
-        closed: int [batch or 1, q_len], a query may read the first so many entries.
+        closed: int [batch, q_len], a query may read the first so many entries.
         chosen: int64 [batch, q_len, n], those that an indexer chose among them, -1 for none; None where all are read.
         many: entries that there are.
     """
@@ -40,15 +40,15 @@ class Entries:
     chosen: Tensor | None
     many: int
 
-    def lists(self, batch: int, rows: slice) -> Tensor:
+    def lists(self, rows: slice) -> Tensor:
         """Entries that queries read, int64 [batch, rows, n], -1 for none."""
         if self.chosen is not None:
             return self.chosen[:, rows]
         place = torch.arange(self.many, device=self.closed.device)
-        return place.where(place < self.closed[:, rows, None], -1).expand(batch, -1, -1)
+        return place.where(place < self.closed[:, rows, None], -1)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """What joins a mask that was given as a tensor, [batch or 1, 1, q_len, many]."""
+        """What joins a mask that was given as a tensor, [batch, 1, q_len, many]."""
         if self.chosen is None:
             keep = torch.arange(self.many, device=self.closed.device) < self.closed[..., None]
         else:
@@ -131,7 +131,7 @@ class CSA(Kind):
             return "the layer hands no selection over"
         _KEPT.take(module.compressor)
         batch, heads, queries = q.shape[:3]
-        width = window.width + (entries.lists(batch, slice(0, 1)).shape[2] if entries is not None else 0)
+        width = window.width + (entries.lists(slice(0, 1)).shape[2] if entries is not None else 0)
         rows = max(1, _SLOTS // (batch * width))
         outs, listed, visible = [], 0, 0
         for start in range(0, queries, rows):
@@ -140,9 +140,9 @@ class CSA(Kind):
             near = int((lists >= 0).sum())
             listed, visible = listed + near, visible + near
             if entries is not None:
-                far = entries.lists(batch, own)
+                far = entries.lists(own)
                 listed += int((far >= 0).sum())
-                visible += int(entries.closed[:, own].clamp(max=entries.many).sum()) * (batch // len(entries.closed))
+                visible += int(entries.closed[:, own].clamp(max=entries.many).sum())
                 lists = torch.cat([lists, far.int().add(window.keys).where(far >= 0, -1)], 2)
             outs.append(listed_attention(q[:, :, own], k, v, lists[:, None], kwargs["scaling"], kwargs["s_aux"])[0])
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -157,8 +157,7 @@ class CSA(Kind):
         if bias is None:
             # As the model has it: one query sees all entries that there are.
             return call._replace(mask=nn.functional.pad(mask, (0, keys - mask.shape[3]), value=0.0))
-        bias = bias.to(mask.dtype).expand(mask.shape[0], -1, -1, -1)
-        return call._replace(mask=torch.cat([mask, bias], 3))
+        return call._replace(mask=torch.cat([mask, bias.to(mask.dtype)], 3))
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def _select(
     """In place of a compressor's forward: all entries so far [batch, 1, entries, dim], and those each query reads."""
     cache = None if past_key_values is None else past_key_values.layers[layer_idx]
     entries = compress(compressor, "compressor", hidden_states, cache)
-    closed = (position_ids + 1) // compressor.compress_rate
+    closed = ((position_ids + 1) // compressor.compress_rate).expand(len(hidden_states), -1)
     chosen = None
     if hasattr(compressor, "indexer"):
         chosen = _choose(compressor.indexer, hidden_states, q_residual, position_ids, cache, closed)
