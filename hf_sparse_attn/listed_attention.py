@@ -7,6 +7,7 @@ keys and of queries, never with their product; the backward computes the weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,8 @@ from torch import Tensor
 _STRIP = 1 << 23
 # Queries of a strip that reads its keys whole.
 _ROWS = 64
-# What a pair of query and key costs where keys are gathered for every query, over what it costs in a product of all
-# keys with a strip of queries; measured on a CPU with AVX-512, at 8 to 128 heads.
-_GATHERED = 2.0
+# Exponentials are taken to base 2, for those to base e of torch are slow on a CPU where a logit is -inf.
+_LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Visible:
         if self.mask is not None:
             return int(self.mask.sum()) * (batch // self.mask.shape[0])
         if self.padding is None:
-            stops = range(self.first + 1, self.first + queries + 1)
-            return batch * sum(min(stop, keys) for stop in stops)
+            # The last queries of a static buffer that is full see all of it.
+            over = max(0, self.first + queries - keys)
+            return batch * (queries * self.first + queries * (queries + 1) // 2 - over * (over + 1) // 2)
         seen = self.padding.cumsum(1)
         last = torch.arange(self.first, self.first + queries, device=seen.device).clamp(max=keys - 1)
         return int(seen[:, last].sum())
@@ -114,6 +115,37 @@ def listed_attention(
     return out, lse
 
 
+def gathered_cost(each: int, dim: int) -> float:
+    """What a pair of query and key costs where keys are gathered for every query, over what it costs in a product of
+    all keys with a strip of queries; fitted to times on a CPU with AVX-512, of 4 to 128 heads and 28 to 576 channels.
+
+    Args:
+        each: query heads that share a key.
+        dim: channels of a key and its value, as they are stored.
+    """
+    return 1 + (60 + dim) / (each * (6 + dim / 24))
+
+
+def pairs_computed(lists: Tensor, keys: int, cost: float) -> tuple[float, float]:
+    """How many pairs of query and key a call costs, as if all were in products of keys that are read whole.
+
+    Args:
+        lists: as of listed_attention.
+        keys: how many there are.
+        cost: of a pair whose key is gathered; see gathered_cost.
+
+    Returns:
+        what the lists cost by the cheaper way of each strip, and what they cost with all keys up to their last.
+    """
+    batch, _, queries, n = lists.shape
+    by_list = whole = 0.0
+    for start, end in zip(range(0, queries, _ROWS), _ends(lists), strict=True):
+        rows = batch * min(_ROWS, queries - start)
+        by_list += rows * min(float(end), cost * n)
+        whole += rows * min(end, keys)
+    return by_list, whole
+
+
 @dataclass(frozen=True)
 class _Strip:
     """Some queries of a call, some heads of keys, and the keys that they read.
@@ -145,9 +177,10 @@ def _strips(lists: Tensor, heads: int, groups: int, dim: int) -> Iterator[_Strip
     """
     batch, _, queries, n = lists.shape
     each = heads // groups
+    gathered = n * gathered_cost(each, dim)
     for start, end in zip(range(0, queries, _ROWS), _ends(lists), strict=True):
         stop = min(start + _ROWS, queries)
-        if 0 < end <= _GATHERED * n:
+        if 0 < end <= gathered:
             some = max(1, _STRIP // (4 * batch * each * (stop - start) * end))
             for first in range(0, groups, some):
                 yield _Strip(slice(start, stop), slice(first, min(first + some, groups)), each, end)
@@ -166,20 +199,23 @@ def _ends(lists: Tensor) -> list[int]:
 
 
 class _Keys:
-    """Keys and values of one strip: all that there are up to its end, or those listed."""
+    """Keys and values of one strip: all that there are up to its end, or those listed.
 
-    def __init__(self, strip: _Strip, lists: Tensor, keys: int) -> None:
+    `hidden` is added to logits: 0 for keys that are listed, else -inf.
+    """
+
+    def __init__(self, strip: _Strip, lists: Tensor, keys: int, dtype: torch.dtype) -> None:
         self.strip, self.end, groups = strip, strip.end, strip.groups
         own = lists[:, groups if lists.shape[1] > 1 else slice(None), strip.rows].long()
         batch, many, rows, n = own.shape
         if strip.end:
-            keep = torch.zeros(batch, many, rows, strip.end + 1, dtype=torch.bool, device=own.device)
-            keep.scatter_(3, own.where(own >= 0, strip.end), True)
+            hidden = own.new_full((batch, many, rows, strip.end + 1), -torch.inf, dtype=dtype)
+            hidden.scatter_(3, own.where(own >= 0, strip.end), 0)
             # [batch, lists, 1, rows, keys]
-            self.keep = keep[:, :, None, :, :-1]
+            self.hidden = hidden[:, :, None, :, :-1]
             return
         # [batch, lists, rows, 1, n]
-        self.keep = (own >= 0)[:, :, :, None]
+        self.hidden = own.new_zeros(own.shape, dtype=dtype).masked_fill_(own < 0, -torch.inf)[:, :, :, None]
         base = torch.arange(batch * groups.stop, device=own.device).view(batch, groups.stop, 1, 1) * keys
         self.index = (own.clamp(min=0) + base).reshape(-1)
         self.shape = (batch, groups.stop, rows, n)
@@ -238,20 +274,20 @@ class _Listed(torch.autograd.Function):
         out = q.new_empty(batch, heads, queries, (k if v is None else v).shape[3])
         lse = torch.empty(batch, heads, queries, dtype=work, device=q.device)
         for strip in _strips(lists, heads, k.shape[1], _dim(k, v, k2)):
-            keys = _Keys(strip, lists, k.shape[2])
+            keys = _Keys(strip, lists, k.shape[2], work)
             scores, kk, _ = _scores(keys, q, k, q2, k2, scaling, work)
             top = scores.amax(-1, keepdim=True)
-            sink = None if sinks is None else keys.sinks(sinks, work)
+            sink = None if sinks is None else keys.sinks(sinks, work) * _LOG2E
             top = top if sink is None else torch.maximum(top, sink)
             # Of a query without any key.
             top = top.where(top > -torch.inf, 0)
-            weights = scores.sub_(top).exp_()
+            weights = scores.sub_(top).exp2_()
             total = weights.sum(-1, keepdim=True)
-            total = total if sink is None else total + (sink - top).exp()
+            total = total if sink is None else total + (sink - top).exp2()
             values = kk if v is None else keys.take(v, work)
             own = keys.values(weights, values).div_(total.where(total > 0, 1))
             keys.put(out, own)
-            keys.put(lse[..., None], top + total.log())
+            keys.put(lse[..., None], top / _LOG2E + total.log())
         ctx.save_for_backward(q, k, v, q2, k2, sinks, lists, out, lse)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(lse)
@@ -269,10 +305,10 @@ class _Listed(torch.autograd.Function):
         dk2 = None if k2 is None else torch.zeros(k2.shape, dtype=work, device=k2.device)
         dsinks = None if sinks is None else torch.zeros(sinks.shape, dtype=work, device=q.device)
         for strip in _strips(lists, q.shape[1], k.shape[1], _dim(k, v, k2)):
-            keys = _Keys(strip, lists, k.shape[2])
+            keys = _Keys(strip, lists, k.shape[2], work)
             scores, kk, kk2 = _scores(keys, q, k, q2, k2, scaling, work)
             own_lse = keys.queries(lse[..., None], work)
-            weights = scores.sub_(own_lse.where(own_lse > -torch.inf, 0)).exp_()
+            weights = scores.sub_(own_lse.where(own_lse > -torch.inf, 0) * _LOG2E).exp2_()
             go = keys.queries(grad, work)
             delta = (go * keys.queries(out, work)).sum(-1, keepdim=True)
             keys.add(dv, weights, go)
@@ -295,14 +331,14 @@ class _Listed(torch.autograd.Function):
 def _scores(
     keys: _Keys, q: Tensor, k: Tensor, q2: Tensor | None, k2: Tensor | None, scaling: float, work: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits of a strip, -inf where a key is not listed, with the keys that they are of."""
+    """Logits of a strip in units of log 2, -inf where a key is not listed, with the keys that they are of."""
     kk = keys.take(k, work)
     scores = keys.scores(keys.queries(q, work), kk)
     kk2 = None
     if q2 is not None and k2 is not None:
         kk2 = keys.take(k2, work)
         scores += keys.scores(keys.queries(q2, work), kk2)
-    return scores.mul_(scaling).masked_fill_(~keys.keep, -torch.inf), kk, kk2
+    return scores.mul_(scaling * _LOG2E).add_(keys.hidden), kk, kk2
 
 
 def _dim(k: Tensor, v: Tensor | None, k2: Tensor | None) -> int:
