@@ -9,9 +9,13 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_attn.hosts import PATCHED_PREFIX, SELECTING
+from hf_sparse_attn.hosts.natively_sparse_csa import CSA
 from hf_sparse_attn.hosts.natively_sparse_dsa import DSA
 from hf_sparse_attn.hosts.natively_sparse_hook import register
 from hf_sparse_attn.hosts.natively_sparse_kind import Kind, SelectingLayer
+from hf_sparse_attn.hosts.natively_sparse_kpool import KPool
+from hf_sparse_attn.hosts.natively_sparse_msa import MSA
+from hf_sparse_attn.hosts.natively_sparse_qsa import QSA
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
 from hf_sparse_attn.hosts.transformers_install import (
     attention_modules,
@@ -24,7 +28,7 @@ from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.record import LayerRecord
 
 # One for each way in which models select keys.
-KINDS: tuple[Kind, ...] = (DSA(),)
+KINDS: tuple[Kind, ...] = (DSA(), MSA(), CSA(), KPool(), QSA())
 
 
 def kind_of(owner: Any) -> Kind | None:

@@ -30,6 +30,13 @@ class SelectingMask(MaskSpec):
                 return self
         return super().__getitem__(index)
 
+    def __and__(self, other: Any) -> Any:
+        # A model joins what its indexer gave it: an object that a seam put there speaks for the mask as well.
+        if not isinstance(other, Tensor):
+            return other
+        mask = self.dense(self.original, other.device)
+        return mask & other if mask.dtype == torch.bool else mask.masked_fill(~other, torch.finfo(mask.dtype).min)
+
     @property
     def dtype(self) -> Any:
         """That of the mask which it stands for, without making it."""
