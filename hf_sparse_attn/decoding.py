@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +38,30 @@ class Kept:
         counts = valid.sum(2, keepdim=True)
         found = BlockPattern.from_rows(counts, lists[valid] * self.size, 1, self.size, 1, kv_len)
         return found if first is None else found.with_kv_range(_range(first, kv_len))
+
+
+def token_lists(mask: Tensor) -> Tensor:
+    """The tokens that a mask keeps, ascending, and -1 where a row has no more: int64 [rows, most of any row].
+
+    Args:
+        mask: bool [rows, tokens].
+    """
+    counts = mask.sum(1, keepdim=True)
+    most = int(counts.max())
+    order = mask.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    return order.masked_fill(torch.arange(most, device=mask.device) >= counts, -1)
+
+
+def kept_tokens(rows: Sequence[Tensor], batch: int) -> Kept:
+    """Single tokens as pages.
+
+    Args:
+        rows: int [lists, count] for every row of the batch, or for one that stands for all; -1 for none.
+        batch: number of rows.
+    """
+    most = max(row.shape[1] for row in rows)
+    padded = [torch.nn.functional.pad(row, (0, most - row.shape[1]), value=-1) for row in rows]
+    return Kept(torch.stack(padded).int().expand(batch, -1, -1))
 
 
 def whole_pattern(q_len: int, kv_len: int, first: Tensor | None, device: torch.device) -> BlockPattern:
