@@ -137,14 +137,13 @@ inline void with_width(int width, Call&& call) {
   is(std::integral_constant<int, 4>{});
   is(std::integral_constant<int, 6>{});
   is(std::integral_constant<int, 8>{});
-  is(std::integral_constant<int, 12>{});
   is(std::integral_constant<int, 16>{});
 }
 
 // As few passes as there must be, and none wider than it needs to be.
 inline int pass_width(int queries) {
   int most = std::min(16, kLanes), passes = (queries + most - 1) / most, width = (queries + passes - 1) / passes;
-  for (int w : {1, 2, 3, 4, 6, 8, 12, 16})
+  for (int w : {1, 2, 3, 4, 6, 8, 16})
     if (w >= width) return w;
   return most;
 }
