@@ -19,7 +19,7 @@ from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.decoder import Decoder, find_decoder
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
-from hf_sparse_attn.family import Found, check_reads, find_family, generates_text, install, provided
+from hf_sparse_attn.family import Found, check_reads, check_requires, find_family, generates_text, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -139,6 +139,7 @@ def patch(
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
+    check_requires(found, made, model)
     lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(

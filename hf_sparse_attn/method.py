@@ -36,6 +36,7 @@ NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
     "video grid": "exactly one video segment with its (frames, height, width)",
+    "own selection": "a model that selects its keys by itself",
 }
 
 # Fields of LayerInputs in words.
@@ -219,6 +220,8 @@ class Method:
             "causal": layout.is_causal,
             "bidirectional": not layout.is_causal,
             "video grid": layout.video_part is not None,
+            # Layers that select keys are not asked by a context.
+            "own selection": False,
         }
         for need in sorted(self.needs):
             if not has[need]:

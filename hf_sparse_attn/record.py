@@ -200,7 +200,7 @@ class LayerRecord:
             backends=dict(self.backends),
             requested_density=requested,
             density=sum(kept) / sum(self.sparse) if any(self.sparse) else None,
-            predicted_gain=self.gain_sum / calls if calls else None,
+            predicted_gain=self.gain_sum / calls if calls and self.gain_sum else None,
             measured_gain=dense / sparse if self.measured else None,
             reasons=reasons,
             exact_calls=self.exact_calls,

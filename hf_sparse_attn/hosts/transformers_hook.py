@@ -231,7 +231,7 @@ def attend(
     if now is not None and not torch.compiler.is_compiling():
         # In a pause, too: what runs again in backward must meet the same.
         recomputation.note(now.session)
-    state = _state_here(now, module, attention_mask)
+    state = state_here(now, module, attention_mask)
     if state is not None:
         state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:
@@ -268,7 +268,7 @@ def _note_keys(state: LayerState, query: Tensor, key: Tensor, mask: Any) -> None
         state.caches.note(state.record.index, key, end or key.shape[2], new, few)
 
 
-def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
+def state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
     """The state by which a call runs, or None where it runs as without a patch: that of its forward when it began.
 
     Args:
@@ -287,14 +287,14 @@ def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerSt
     return None if now is None or now.bound is None or began_before(now.bound) else now
 
 
-def describe_mask(original: str | None, **wanted: Any) -> Any:
-    """What transformers calls to make a mask; see `register`."""
+def describe_mask(original: str | None, kind: type[MaskSpec] = MaskSpec, **wanted: Any) -> Any:
+    """What transformers calls to make a mask, of a kind of description; see `register`."""
     ready = wanted.get("attention_mask")
     # generate() makes the masks of a static cache ahead and passes them through here again.
     if isinstance(ready, MaskSpec):
         return ready
     # The eager form of a mask is one that every implementation takes.
-    mask = MaskSpec(original or "eager", wanted)
+    mask = kind(original or "eager", wanted)
     if original is None or torch.compiler.is_compiling():
         return mask
     config = wanted.get("config")
