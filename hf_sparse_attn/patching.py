@@ -61,6 +61,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._model_gain: float | None = None
         # Whether the model runs in denoising steps; families whose models never do say so.
         self.has_steps = True
+        # Whether the session's decoder is for it.
+        self.generates_text = False
         # What `patch()` chose where no method was named (auto.Choice), or None.
         self.choice: Any = None
         for module in self.modules:
@@ -149,7 +151,7 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
         if any(layer.density is not None and layer.density >= FULL for layer in layers):
             session.tell_full()
-        decode = "" if self.has_steps else str(session.decoder)
+        decode = str(session.decoder) if self.generates_text else ""
         method = session.method
         return Report(method.name, method.params(), self.family, layers, self.notes, self._model_gain, decode)
 

@@ -18,6 +18,7 @@ from hf_sparse_attn.family import tiny_text
 from hf_sparse_attn.hosts import transformers_decode
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import FAMILIES
 from tests.support.decoding import Forgetful, Pages
 
 # Of a model whose prompts are read whole: what is left out is left out in decoding.
@@ -446,10 +447,19 @@ def test_what_cannot_decode_is_refused_and_the_model_untouched(case: str) -> Non
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_that_generate_no_text_take_no_decoder() -> None:
-    bert, _ = tiny_text(T.BertModel)
-    with pytest.raises(ValueError, match=r"`decode` must be left out for BertModel \(family encoder\)"):
-        hsa.patch(bert, "dense", decode="exact")
+OTHERS = {"bert": ("encoder", "generates no text"), "dsa": ("natively_sparse", "selects keys by itself")}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_whose_decoding_is_none_or_their_own_take_no_decoder(kind: str) -> None:
+    family, why = OTHERS[kind]
+    model, inputs = FAMILIES.get(family).tiny()
+    method = "native" if kind == "dsa" else "dense"
+    with pytest.raises(ValueError, match=rf"`decode` must be left out for .* \(family {family}\), which {why}"):
+        hsa.patch(model, method, decode="exact")
+    with hsa.patch(model, method) as patch, torch.no_grad():
+        model(**inputs)
+    assert patch.report().decode == "" and "decode=" not in str(patch.report())
 
 
 ASKED: dict[str, tuple[Any, Any, str]] = {
