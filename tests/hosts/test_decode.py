@@ -477,7 +477,10 @@ ASKED: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("case", ASKED)
 def test_what_decodes_is_what_was_asked_for(case: str) -> None:
     method, decode, said = ASKED[case]
-    with hsa.patch(tiny("llama"), method, decode=decode) as patch:
+    model = tiny("llama")
+    with hsa.patch(model, method, decode=decode) as patch, torch.no_grad():
+        assert "decode=" not in str(patch.report())
+        model(tokens(1, 3))
         found = patch.report()
     assert found.decode.partition("(")[0] == said and found.to_dict()["decode"] == found.decode
     assert f"decode={said}" in str(found)
