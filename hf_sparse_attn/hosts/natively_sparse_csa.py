@@ -56,8 +56,10 @@ class Entries:
             keep = keep.scatter_(2, self.chosen.where(self.chosen >= 0, self.many), True)[..., :-1]
         keep = keep[:, None]
         # A cast of 0 and -inf to bool would show what is hidden, and hide the rest.
-        return keep if dtype == torch.bool else torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(
-            ~keep, -torch.inf
+        return (
+            keep
+            if dtype == torch.bool
+            else torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, -torch.inf)
         )
 
 
@@ -146,7 +148,9 @@ class CSA(Kind):
                 lists = torch.cat([lists, far.int().add(window.keys).where(far >= 0, -1)], 2)
             outs.append(listed_attention(q[:, :, own], k, v, lists[:, None], kwargs["scaling"], kwargs["s_aux"])[0])
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-        return Attended(out.transpose(1, 2).contiguous(), listed * heads, visible * heads, "window and entries by list")
+        return Attended(
+            out.transpose(1, 2).contiguous(), listed * heads, visible * heads, "window and entries by list"
+        )
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """See Kind."""
