@@ -31,6 +31,7 @@ FEW: dict[str, dict[str, Any]] = {
     "kascade": {"budget": 48, "anchors": (1,), "head_map": ((0, 1), (0, 1), (1, 0), (1, 1), (0, 0))},
 }
 LAYERS = 5
+PUBLISHED: dict[str, Any] = {"estimate": "bound", "page_size": 16, "sink_pages": 0, "recent_pages": 0}
 
 
 def tensor(name: str) -> Tensor:
@@ -65,7 +66,7 @@ def close(got: Tensor, name: str) -> None:
 
 
 def test_quest_is_the_published_choice() -> None:
-    method = hsa.get_method("quest")(budget=128, share="head", sink_pages=0, recent_pages=0)
+    method = hsa.get_method("quest")(**PUBLISHED, share="head", budget=128)
     q, k, v = (tensor(f"cache.{x}_a") for x in "qkv")
     found = method.decode(Step(q, k, v, None, 2, 32, SCALE))
     assert torch.equal(mask(found, 4, 290)[0], bits("quest.kept", 4, 290))
@@ -256,8 +257,8 @@ def test_a_static_method_keeps_the_last_row_of_a_prompt(name: str) -> None:
 def test_equal_scores_go_to_the_earlier_pages() -> None:
     q, k, v = torch.ones(1, 4, 1, 16), torch.ones(1, 2, 160, 16), torch.ones(1, 2, 160, 16)
     step = Step(q, k, v, None, 4, LAYERS, SCALE)
-    found = hsa.get_method("quest")(budget=64, recent_pages=1).decode(step)
-    assert found.pages.tolist() == [[[0, 1, 2, 9]] * 2]
+    found = hsa.get_method("quest")(budget=32, recent_pages=1).decode(step)
+    assert found.pages.tolist() == [[[0, 1, 2, 19]] * 2]
     found = hsa.get_method("rocket")(budget=4).decode(step)
     assert found.pages.tolist() == [[[0, 1, 2, 3]] * 2]
 
@@ -265,7 +266,7 @@ def test_equal_scores_go_to_the_earlier_pages() -> None:
 def test_heads_of_a_group_choose_by_the_sum_of_their_bounds() -> None:
     q, k, v = tokens(1, 301)
     step = Step(q[:, :, -1:], k, v, None, 2, LAYERS, SCALE)
-    found = hsa.get_method("quest")(budget=64, sink_pages=0, recent_pages=0).decode(step)
+    found = hsa.get_method("quest")(**PUBLISHED, budget=64).decode(step)
     assert found.pages.shape == (1, 2, 4) and found.pages.dtype == torch.int32
     pages = torch.nn.functional.pad(k, (0, 0, 0, 3), value=torch.nan).unflatten(2, (19, 16))
     edges = (pages.nan_to_num(-9e9).amax(3), pages.nan_to_num(9e9).amin(3))
