@@ -217,28 +217,28 @@ def bound_weights(q: Tensor) -> Tensor:
     return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
 
 
-def share_of_heads(step: Step, products: Tensor, size: int) -> Tensor:
-    """The mean weight that the queries of a list give each page: float32 [batch, lists, pages].
+def share_of_heads(step: Step, logits: Tensor, size: int) -> Tensor:
+    """The weight that the queries of a list give each page, in all: float32 [batch, lists, pages].
 
-    A last page without a product has the weight inf.
+    A last page without a logit has the weight inf.
 
     Args:
         step: where.
-        products: of queries and pages, or tokens: float32 [batch, kv_heads, lists, queries, pages].
+        logits: of queries and pages, or tokens, before the cap: float32 [batch, kv_heads, lists, queries, pages].
         size: slots of a page.
     """
-    logits = products * step.scale
     if step.softcap:
         logits = step.softcap * torch.tanh(logits / step.softcap)
-    if step.first is not None:
-        page = torch.arange(logits.shape[4], device=logits.device)
-        logits = logits.masked_fill(page < (step.first.to(page.device) // size).view(-1, 1, 1, 1, 1), -torch.inf)
-        # A row that is padding up to here has no weights.
-        found = logits.softmax(-1).nan_to_num(0.0).mean(3)
+    if step.first is None:
+        found = logits.softmax(-1).sum(3)
     else:
-        found = logits.softmax(-1).mean(3)
+        page = torch.arange(logits.shape[4], device=logits.device)
+        real = page >= (step.first.to(page.device) // size).view(-1, 1, 1, 1, 1)
+        # A row that is padding up to here has no weights.
+        found = logits.masked_fill(~real, -torch.inf).softmax(-1).nan_to_num(0.0).sum(3)
     missing = -(-step.length // size) - logits.shape[4]
-    return torch.nn.functional.pad(found.flatten(1, 2), (0, missing), value=torch.inf)
+    found = found.flatten(1, 2)
+    return torch.nn.functional.pad(found, (0, missing), value=torch.inf) if missing else found
 
 
 def check_sharing(share: object) -> str:

@@ -118,8 +118,8 @@ class BlockTopK(Method):
         """The pages whose mean keys fit best; see Method.decode."""
         if (step.layer < _SKIPPED and step.num_layers > 1) or self._tokens(step.length) >= step.length:
             return None
-        products = remembered(step, PageMeans, _PAGE).products(grouped(step, "group"))
-        return keep_best(step, share_of_heads(step, products, _PAGE), _PAGE, self._tokens, _SINK, _RECENT)
+        logits = remembered(step, PageMeans, _PAGE).products(grouped(step, "group") * step.scale)
+        return keep_best(step, share_of_heads(step, logits, _PAGE), _PAGE, self._tokens, _SINK, _RECENT)
 
     def _tokens(self, length: int) -> int:
         """How many of `length` tokens of a cache are kept."""

@@ -101,9 +101,9 @@ class Quest(Budgeted):
             # Linear in the weights: those of several queries are added up before the pages are read.
             weights = bound_weights(q).sum(3, keepdim=True)
             return remembered(step, PageBounds, self.page_size).products(weights)[:, :, :, 0].flatten(1, 2)
-        weights = torch.cat([q, _SPREAD * q.abs()], -1)
-        products = remembered(step, PageSpreads, self.page_size).products(weights)
-        return share_of_heads(step, products, self.page_size)
+        weights = torch.cat([q, _SPREAD * q.abs()], -1) * step.scale
+        logits = remembered(step, PageSpreads, self.page_size).products(weights)
+        return share_of_heads(step, logits, self.page_size)
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

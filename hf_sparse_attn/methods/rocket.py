@@ -90,7 +90,7 @@ class Rocket(Budgeted):
         used = q * largest
         high = q.sum(3, keepdim=True) >= 0
         weights = torch.cat([used.where(high, 0.0), used.where(~high, 0.0)], -1)
-        factor = (q.abs().sum(4) / used.abs().sum(4).clamp(min=1e-30)).sqrt()
+        factor = (q.abs().sum(4) / used.abs().sum(4).clamp(min=1e-30)).sqrt() * step.scale
         logits = bounds.products(weights) * factor[..., None]
         logits = logits.repeat_interleave(self.page, -1)[..., : step.length]
         return keep_best(step, share_of_heads(step, logits, 1), 1, self.tokens)
