@@ -134,7 +134,7 @@ class Session(Uncopied):
 
     def tell_full(self, ctx: Context | None = None) -> None:
         """Notes, once, that the method keeps all keys of a call, or of calls: being sparse saves nothing there."""
-        if self._told_full or self.method.name == "dense":
+        if self._told_full or self.method.keeps_all:
             return
         self._told_full = True
         params = ", ".join(f"{name}={value}" for name, value in self.method.params().items())
@@ -151,7 +151,8 @@ class Session(Uncopied):
                 self.notes.add(remark)
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
-        if self.strict:
+        # Where nothing is left out nothing is given up either.
+        if self.strict and not self.method.keeps_all:
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
 
     def check_program(self) -> None:
