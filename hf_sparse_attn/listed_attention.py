@@ -110,6 +110,8 @@ def listed_attention(
         )
     if lists.ndim != 4 or lists.shape[:3] not in ((batch, 1, queries), (batch, groups, queries)):
         raise ValueError(f"`lists` must be [{batch}, 1 or {groups}, {queries}, n], got {[*lists.shape]}")
+    if lists.shape[3] == 0:
+        lists = lists.new_full((*lists.shape[:3], 1), -1)
     q2, k2 = (None, None) if further is None else further
     out, lse = _Listed.apply(q, k, None if v is k else v, q2, k2, sinks, lists, float(scaling))
     return out, lse
@@ -185,15 +187,14 @@ def _strips(lists: Tensor, heads: int, groups: int, dim: int) -> Iterator[_Strip
             for first in range(0, groups, some):
                 yield _Strip(slice(start, stop), slice(first, min(first + some, groups)), each, end)
             continue
-        rows = max(1, _STRIP // (4 * batch * groups * max(n, 1) * dim))
+        rows = max(1, _STRIP // (4 * batch * groups * n * dim))
         for first in range(start, stop, rows):
             yield _Strip(slice(first, min(first + rows, stop)), slice(0, groups), each, 0)
 
 
 def _ends(lists: Tensor) -> list[int]:
     """One more than the last key of every _ROWS queries; one look at the lists for all of them."""
-    last = lists.amax((0, 1, 3)) if lists.shape[3] else lists.new_full((lists.shape[2],), -1)
-    last = torch.nn.functional.pad(last, (0, -len(last) % _ROWS), value=-1)
+    last = torch.nn.functional.pad(lists.amax((0, 1, 3)), (0, -len(last) % _ROWS), value=-1)
     ends: list[int] = (last.view(-1, _ROWS).amax(1) + 1).tolist()
     return ends
 

@@ -74,7 +74,7 @@ def _stays_compressed(module: Any, q: Tensor, latents: Tensor, rotated: Tensor, 
 
 def _used(latents: Tensor, rotated: Tensor, lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that some query lists alone, at the places that the lists then name."""
-    batch, queries, n = lists.shape
+    _, queries, n = lists.shape
     index = lists.flatten(1).clamp(min=0).long()[:, None, :, None]
     found = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (latents, rotated))
     place = torch.arange(queries * n, dtype=lists.dtype, device=lists.device).view(1, queries, n)

@@ -150,7 +150,7 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
     assert not any("indexer" in n for n in got)
     for key, value in wanted.items():
         scale = float(value.abs().max()) + 1e-6
-        torch.testing.assert_close(got[key] / scale, value / scale, rtol=1e-3, atol=1e-4, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(got[key] / scale, value / scale, rtol=1e-3, atol=1e-4)
 
 
 @some
@@ -333,6 +333,14 @@ def test_other_methods_are_refused() -> None:
     assert model.config._attn_implementation == "eager"
     with hsa.patch(model) as patch:
         assert patch.method.name == "native"
+
+
+@pytest.mark.parametrize("method", ["sliding_window", "native"])
+def test_a_native_name_is_refused(method: str) -> None:
+    """It would lose the selection, and has no seams."""
+    model = tiny.build("deepseek_v32", f"hsa:{method}")
+    with pytest.raises(hsa.MethodDoesNotApply, match=r'selects its keys by itself: use .*patch\(model, "native"\)'):
+        run(model, input_ids=tiny.ids(20))
 
 
 def test_a_plain_model_has_no_selection() -> None:
