@@ -194,7 +194,7 @@ def _strips(lists: Tensor, heads: int, groups: int, dim: int) -> Iterator[_Strip
 
 def _ends(lists: Tensor) -> list[int]:
     """One more than the last key of every _ROWS queries; one look at the lists for all of them."""
-    last = torch.nn.functional.pad(lists.amax((0, 1, 3)), (0, -len(last) % _ROWS), value=-1)
+    last = torch.nn.functional.pad(lists.amax((0, 1, 3)), (0, -lists.shape[2] % _ROWS), value=-1)
     ends: list[int] = (last.view(-1, _ROWS).amax(1) + 1).tolist()
     return ends
 
