@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.autocast import no_autocast
+
 # Bytes of scores or gathered keys that a strip of queries holds at a time.
 _STRIP = 1 << 23
 # Queries of a strip that reads its keys whole.
@@ -44,10 +46,10 @@ class Visible:
     def rows(self, start: int, stop: int, end: int, device: torch.device) -> Tensor:
         """Whether queries from `start` to `stop` see the first `end` keys: bool [batch or 1, queries, end]."""
         if self.mask is not None:
-            return self.mask[:, start:stop, :end]
+            return self.mask[:, start:stop, :end].to(device)
         query = torch.arange(self.first + start, self.first + stop, device=device)
         seen = (torch.arange(end, device=device) <= query[:, None])[None]
-        return seen if self.padding is None else seen & self.padding[:, None, :end]
+        return seen if self.padding is None else seen & self.padding[:, None, :end].to(device)
 
     def of(self, lists: Tensor) -> Tensor:
         """Lists int [batch, q_len, n] with -1 in place of keys that their query does not see.
@@ -113,7 +115,8 @@ def listed_attention(
     if lists.shape[3] == 0:
         lists = lists.new_full((*lists.shape[:3], 1), -1)
     q2, k2 = (None, None) if further is None else further
-    out, lse = _Listed.apply(q, k, None if v is k else v, q2, k2, sinks, lists, float(scaling))
+    with no_autocast(q.device):
+        out, lse = _Listed.apply(q, k, None if v is k else v, q2, k2, sinks, lists, float(scaling))
     return out, lse
 
 
@@ -296,6 +299,11 @@ class _Listed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+        with no_autocast(grad.device):
+            return _Listed._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> Any:
         q, k, v, q2, k2, sinks, lists, out, lse = ctx.saved_tensors
         work, scaling = _work_dtype(q), ctx.scaling
         wanted = ctx.needs_input_grad

@@ -39,6 +39,13 @@ def attend_latent(
     if not plain and lists[0].numel() < latents.shape[2]:
         latents, rotated, lists = _used(latents, rotated, lists)
     k, v = type(module).expand_kv(module, latents, rotated)
+    return attend_expanded(module, q, k, v, lists, scaling, sinks)
+
+
+def attend_expanded(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scaling: float, sinks: Tensor | None
+) -> tuple[Tensor, str]:
+    """The same of keys [batch, heads, kv_len, nope + rope] and values [batch, heads, kv_len, value dim]."""
     out, _ = listed_attention(q, k, v, lists[:, None], scaling, sinks)
     return out.transpose(1, 2).contiguous(), "keys by list"
 
