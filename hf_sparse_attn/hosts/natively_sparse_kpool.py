@@ -1,4 +1,4 @@
-"""GLM 5.3: an indexer chooses pools of keys, counted from the first token, which latent attention of all heads reads."""
+"""GLM 5.3: an indexer chooses pools of keys, from the first token on, and latent attention of all heads reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_sparse_attn.hosts.natively_sparse_pools import top_pools
 from hf_sparse_attn.listed_attention import Visible
 from hf_sparse_attn.patching import Patch
 
-# Visible pairs of query and key that a selection was made of: the layer gets the lists alone, and so do those after it.
+# Visible pairs of query and key by lists: a layer gets those alone, and so does one that takes over a selection.
 _PAIRS = WeakTensorKeyDictionary()
 
 
@@ -111,11 +111,12 @@ def _select(
         packed = past_key_values.update_indexer(packed, indexer.layer_idx)
         # Fewer than there are slots in a static cache.
         end = int(past_key_values.layers[indexer.layer_idx].get_seq_length())
-    weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
-    lists, pairs = pooled_lists(
-        q.float() * indexer.softmax_scale, weights * indexer.n_heads**-0.5, *indexer.get_pooled_states(packed_states=packed), packed[..., -1].bool(),
-        end - queries, indexer.index_kpool, indexer.index_topk, bool(indexer.index_kpool_always_select_tail),
-    )  # fmt: skip
+    weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float() * indexer.n_heads**-0.5
+    q = q.float() * indexer.softmax_scale
+    keys, pools, whole = indexer.get_pooled_states(packed_states=packed)
+    size, topk, tail = indexer.index_kpool, indexer.index_topk, bool(indexer.index_kpool_always_select_tail)
+    valid = packed[..., -1].bool()
+    lists, pairs = pooled_lists(q, weights, keys, pools, whole, valid, end - queries, size, topk, tail)
     lists = lists.masked_fill(~attention_mask[..., None], -1).int()
     _PAIRS[lists] = pairs
     return lists
