@@ -134,6 +134,7 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
     from dataclasses import replace
 
+    from hf_sparse_attn.hosts.natively_sparse_kind import is_sparse_by_itself
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
     from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, dense_function, is_text_attention
@@ -148,6 +149,11 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # Classes that do cross-attention too are told apart by where they stand, which is not known here.
         return None
     method = METHODS.get(name)()
+    if is_sparse_by_itself(module.config):
+        raise MethodDoesNotApply(
+            f"`attn_implementation` 'hsa:{name}' cannot be used with {type(module).__name__}, which selects its keys "
+            'by itself: use hf_sparse_attn.patch(model, "native")'
+        )
     lacking = sorted(method.needs - {"causal"}) if text else []
     if lacking:
         raise MethodDoesNotApply(

@@ -39,6 +39,13 @@ def attend_latent(
     if not plain and lists[0].numel() < latents.shape[2]:
         latents, rotated, lists = _used(latents, rotated, lists)
     k, v = type(module).expand_kv(module, latents, rotated)
+    return attend_expanded(module, q, k, v, lists, scaling, sinks)
+
+
+def attend_expanded(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scaling: float, sinks: Tensor | None
+) -> tuple[Tensor, str]:
+    """The same of keys [batch, heads, kv_len, nope + rope] and values [batch, heads, kv_len, value dim]."""
     out, _ = listed_attention(q, k, v, lists[:, None], scaling, sinks)
     return out.transpose(1, 2).contiguous(), "keys by list"
 
@@ -74,7 +81,7 @@ def _stays_compressed(module: Any, q: Tensor, latents: Tensor, rotated: Tensor, 
 
 def _used(latents: Tensor, rotated: Tensor, lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that some query lists alone, at the places that the lists then name."""
-    batch, queries, n = lists.shape
+    _, queries, n = lists.shape
     index = lists.flatten(1).clamp(min=0).long()[:, None, :, None]
     found = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (latents, rotated))
     place = torch.arange(queries * n, dtype=lists.dtype, device=lists.device).view(1, queries, n)

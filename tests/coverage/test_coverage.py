@@ -39,6 +39,8 @@ KINDS = {
     "BertLMHeadModel": "llama",
     "BambaForCausalLM": "llama",
     "LlavaForConditionalGeneration": "llama",
+    "DeepseekV32ForCausalLM": "natively_sparse",
+    "GlmMoeDsaForCausalLM": "natively_sparse",
     "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
     "Qwen3VLForConditionalGeneration": "qwen_vl",
     "BertForMaskedLM": "encoder",
@@ -52,7 +54,6 @@ KINDS = {
 DECLINED = {
     "MambaForCausalLM": "no causal self-attention",
     "FalconForCausalLM": "no causal self-attention",
-    "DeepseekV32ForCausalLM": "attention of deepseek_v32 is sparse by itself",
     "MiniMaxM3VLForCausalLM": "attention of minimax_m3_vl_text is sparse by itself",
     "Glm5NextForConditionalGeneration": "attention of glm5_next_text is sparse by itself",
     "InklingForCausalLM": "position bias",
