@@ -24,7 +24,7 @@ class MSA(Kind):
     """MiniMax M3: layers of the type `minimax_m3_sparse`.
 
     Seam: `indexer.forward`, which selects in strips of queries. The lists come to the attention function as
-    `block_indices`. Blocks begin at slot 0 of the cache, queries count from their first token: a batch that is padded on
+    `block_indices`. Blocks begin at slot 0 of the cache, queries count from their first token: a batch padded on
     the left, or whose positions are the user's own, would be read at the wrong blocks, and runs the model's own way.
     """
 
