@@ -202,6 +202,23 @@ def test_left_padding_that_the_model_does_not_allow_for_is_declined(name: str, c
 
 
 @pytest.mark.skipif("minimax_m3_vl" not in tiny.NAMES, reason="this transformers has no MiniMax M3")
+@pytest.mark.parametrize("lists", [1, 4])
+def test_lists_that_are_not_as_many_as_heads_of_keys(lists: int) -> None:
+    model, inputs = tiny.build("minimax_m3_vl", index_n_heads=lists), given("right")
+    wanted, valid = run(model, **inputs), inputs["attention_mask"].bool()
+    with hsa.patch(model, "native") as patch:
+        torch.testing.assert_close(run(model, **inputs)[valid], wanted[valid], **CLOSE)
+        assert reasons(patch) == []
+
+
+@pytest.mark.skipif("minimax_m3_vl" not in tiny.NAMES, reason="this transformers has no MiniMax M3")
+def test_a_model_without_layers_that_select_is_declined() -> None:
+    model = tiny.build("minimax_m3_vl", layer_types=["full_attention"] * 3)
+    with pytest.raises(TypeError, match="no layer of it selects keys, by `layer_types` of its config"):
+        hsa.patch(model, "native")
+
+
+@pytest.mark.skipif("minimax_m3_vl" not in tiny.NAMES, reason="this transformers has no MiniMax M3")
 def test_positions_that_part_from_the_slots_are_declined() -> None:
     """Blocks are those of slots, and a query counts by its position."""
     model, inputs = tiny.build("minimax_m3_vl"), given()
