@@ -19,7 +19,12 @@ from hf_sparse_attn.hosts.natively_sparse_kind import (
     replace_method,
     why_other,
 )
-from hf_sparse_attn.hosts.natively_sparse_latent import attend_latent
+from hf_sparse_attn.hosts.natively_sparse_latent import (
+    attend_expanded,
+    attend_latent,
+    caches_latents,
+    keep_latents,
+)
 from hf_sparse_attn.hosts.natively_sparse_pools import top_pools
 from hf_sparse_attn.listed_attention import Visible
 from hf_sparse_attn.patching import Patch
@@ -60,16 +65,18 @@ class KPool(Kind):
         if module.indexer is not None:
             replace_method(patch, module.indexer, "forward", _select, runs)
         replace_method(patch, module, "build_attention_mask_from_topk", _lists, runs)
-        replace_method(patch, module, "expand_kv", _as_it_is, runs)
+        if caches_latents(module):
+            replace_method(patch, module, "expand_kv", keep_latents, runs)
 
     def attend(self, state: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
-        """See Kind; k and v are the latents and the rotated part of the keys, of which there is none."""
+        """See Kind; k and v are the latents and the rotated part of the keys, where the seam hands these on."""
         heads, pairs = q.shape[1], _PAIRS.get(mask)
         if pairs is None:
             # The lists went to another device on their way.
             pairs = Visible(k.shape[2] - q.shape[2]).pairs(q.shape[0], q.shape[2], k.shape[2])
-        out, backend = attend_latent(module, q, k, v, mask, kwargs["scaling"], None)
+        run = attend_latent if caches_latents(module) else attend_expanded
+        out, backend = run(module, q, k, v, mask, kwargs["scaling"], None)
         return Attended(out, int((mask >= 0).sum()) * heads, pairs * heads, backend)
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
@@ -77,7 +84,8 @@ class KPool(Kind):
         q, k, v, mask = call.q, call.k, call.v, call.mask
         if active:
             keys = k.shape[2]
-            k, v = type(module).expand_kv(module, k, v)
+            if caches_latents(module):
+                k, v = type(module).expand_kv(module, k, v)
             mask = type(module).build_attention_mask_from_topk(module, mask, q, keys)
         state = layer_of(module)
         if state is not None and state.dense == "sdpa" and mask.is_floating_point():
@@ -89,11 +97,6 @@ class KPool(Kind):
 def _lists(module: Any, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Tensor:
     """In place of `build_attention_mask_from_topk`: the lists themselves."""
     return topk_indices
-
-
-def _as_it_is(module: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """In place of `expand_kv`: the latents and the rotated part of the keys."""
-    return kv_nope, k_rot
 
 
 @torch.no_grad()

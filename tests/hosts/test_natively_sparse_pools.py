@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -20,8 +21,10 @@ from tests.support import tiny_pools as tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 each = pytest.mark.parametrize("name", tiny.NAMES)
-# The others select by slots and positions that part where padding comes first.
-LEFT = [name for name in ("glm5_next", "qwen4_exp") if name in tiny.NAMES]
+# The others select by slots and positions that part where padding comes first; of Qwen 4 the eager attention of older
+# versions gives no number then.
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+LEFT = [name for name in ("glm5_next", *([] if OLD else ["qwen4_exp"])) if name in tiny.NAMES]
 NO_LEFT = {
     "minimax_m3_vl": "left padding, at which the model's own blocks and positions part",
     "deepseek_v4": "left padding, which the model's own entries hold as if it were text",
@@ -400,8 +403,8 @@ def test_nothing_is_made_for_all_pairs(name: str, monkeypatch: pytest.MonkeyPatc
     sizes: dict[str, dict[str, Any]] = {
         "minimax_m3_vl": {"layer_types": ["minimax_m3_sparse"] * 3},
         "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}},
-        "glm5_next": {"layer_types": ["indexed_attention"] * 4},
-        "qwen4_exp": {"layer_types": ["indexed_attention"] * 3},
+        "glm5_next": {"layer_types": ["full_attention"] * 4},
+        "qwen4_exp": {"layer_types": ["full_attention"] * 3},
     }
     model, tokens = tiny.build(name, **sizes[name]), 2048
     inputs = {"input_ids": tiny.ids(tokens), "logits_to_keep": 1, "use_cache": False}

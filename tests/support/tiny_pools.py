@@ -52,7 +52,7 @@ def _glm5_next(**sizes: Any) -> nn.Module:
     # The last layer takes over the selection of the one before it.
     text = {
         **_COMMON, "num_hidden_layers": 4, "intermediate_size": 48, "num_key_value_heads": 4, "n_routed_experts": 4,
-        "layer_types": ["indexed_attention", "linear_attention", "indexed_attention", "indexed_attention"],
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"],
         "indexer_types": ["full", "full", "full", "shared"], "mlp_layer_types": ["dense"] * 4, "kv_lora_rank": 20,
         "q_lora_rank": 24, "v_head_dim": 10, "qk_nope_head_dim": 12, "index_n_heads": 16, "index_head_dim": 12,
         "index_kpool": 4, "index_topk": 12, "linear_head_dim": 12, "linear_num_heads": 4, "hc_mult": 2, **sizes,
@@ -70,7 +70,7 @@ def _glm5_next(**sizes: Any) -> nn.Module:
 def _qwen4_exp(**sizes: Any) -> nn.Module:
     text = {
         **_COMMON, "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4,
-        "layer_types": ["indexed_attention", "linear_attention", "indexed_attention"],
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
         "shared_expert_intermediate_size": 24, "linear_key_head_dim": 12, "linear_value_head_dim": 12,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "hc_count": 2, "hc_lowrank": 8,
         "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 12, "indexer_budget": 12,
