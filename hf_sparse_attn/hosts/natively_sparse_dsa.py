@@ -11,14 +11,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_sparse_attn.hosts.natively_sparse_index import INDEXERS, select
 from hf_sparse_attn.hosts.natively_sparse_kind import Attended, Kind, OwnCall, awake, replace_method, why_other
-from hf_sparse_attn.hosts.natively_sparse_latent import attend_expanded, attend_latent
+from hf_sparse_attn.hosts.natively_sparse_latent import (
+    attend_expanded,
+    attend_latent,
+    caches_latents,
+    keep_latents,
+)
 from hf_sparse_attn.hosts.natively_sparse_mask import visible_of
 from hf_sparse_attn.hosts.natively_sparse_window import attend_window
-from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.patching import Patch
 
 
@@ -59,8 +63,8 @@ class DSA(Kind):
         if module.indexer is not None:
             how = INDEXERS[module.config.model_type.removesuffix("_text")]
             replace_method(patch, module.indexer, "forward", partial(select, how), runs)
-        if _caches_latents(module):
-            replace_method(patch, module, "expand_kv", _as_it_is, runs)
+        if caches_latents(module):
+            replace_method(patch, module, "expand_kv", keep_latents, runs)
 
     def attend(self, state: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
@@ -70,7 +74,7 @@ class DSA(Kind):
             return "the layer hands no selection over"
         if visible is None:
             return "mask that weighs keys"
-        run = attend_latent if _caches_latents(module) else attend_expanded
+        run = attend_latent if caches_latents(module) else attend_expanded
         out, backend = run(module, q, k, v, lists, kwargs["scaling"], kwargs.get("s_aux"))
         heads = q.shape[1]
         listed = int((lists >= 0).sum()) * heads
@@ -84,7 +88,7 @@ class DSA(Kind):
         """See Kind."""
         q, k, v, mask, kwargs = call
         lists = kwargs.get("indices")
-        if active and _caches_latents(module):
+        if active and caches_latents(module):
             k, v = type(module).expand_kv(module, k, v)
         if lists is None:
             return call._replace(k=k, v=v)
@@ -96,17 +100,6 @@ class DSA(Kind):
         else:
             mask = mask.masked_fill(hidden, torch.finfo(q.dtype).min)
         return OwnCall(q, k, v, mask, {**kwargs, "indices": None})
-
-
-def _caches_latents(module: Any) -> bool:
-    """Whether the cache of a layer holds latents, which are expanded after it; in transformers 5.17 it holds keys."""
-    names = code_names(type(module))
-    return "update" in names and names.index("update") < names.index("expand_kv")
-
-
-def _as_it_is(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """In place of `expand_kv`: the latents and the rotated part of the keys."""
-    return kv_nope, k_rot
 
 
 def _shares(module: Any) -> bool:

@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.listed_attention import gathered_cost, listed_attention, pairs_computed
 
 # Bytes of queries, taken into the space of the latents, that are held at a time.
 _ABSORBED = 1 << 26
+
+
+def caches_latents(module: Any) -> bool:
+    """Whether the cache of a layer holds latents, which are expanded after it; in transformers 5.17 it holds keys."""
+    names = code_names(type(module))
+    return "update" in names and names.index("update") < names.index("expand_kv")
+
+
+def keep_latents(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of `expand_kv`: the latents and the rotated part of the keys."""
+    return kv_nope, k_rot
 
 
 def attend_latent(

@@ -35,7 +35,14 @@ class SelectingMask(MaskSpec):
         if not isinstance(other, Tensor):
             return other
         mask = self.dense(self.original, other.device)
+        if other.is_floating_point():
+            # As transformers 5.17 has it.
+            return mask + other
         return mask & other if mask.dtype == torch.bool else mask.masked_fill(~other, torch.finfo(mask.dtype).min)
+
+    def is_floating_point(self) -> bool:
+        """Whether it weighs keys; see dtype."""
+        return False
 
     @property
     def dtype(self) -> Any:
