@@ -71,6 +71,18 @@ def best_places(scores: Tensor, counts: Tensor | int) -> Tensor:
     return best & (scores > -torch.inf)
 
 
+def block_means(x: Tensor, size: int) -> Tensor:
+    """Mean of each whole block of `size` tokens, at least in float32: [batch, heads, blocks, dim]; differentiable."""
+    whole = x.shape[2] // size * size
+    return x[:, :, :whole].unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def grouped_products(q: Tensor, means: Tensor) -> Tensor:
+    """Products of queries with the means of keys of their group, [batch, heads, queries, blocks], in their dtype."""
+    grouped = q.to(means.dtype).unflatten(1, (means.shape[1], -1))
+    return (grouped @ means[:, :, None].mT).flatten(1, 2)
+
+
 def _chosen(
     keep: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
