@@ -126,10 +126,11 @@ def _tiles(
     ahead = kinds % (_ROW + width) - _ROW
     key = torch.arange(width, device=kinds.device)
     tiles = chose[:, :, None] & (key <= (lane + ahead[:, None])[:, :, None])
-    whole, some = (tiles.flatten(1).all(1), tiles.flatten(1).any(1))
-    tile_ids = torch.where(whole, 0, torch.arange(1, len(kinds) + 1, device=kinds.device))[kind]
+    some, whole = tiles.flatten(1).any(1), tiles.flatten(1).all(1)
+    partial = some & ~whole
+    tile_ids = torch.where(partial, partial.cumsum(0), 0)[kind]
     read = some[kind]
-    return flat[read], start[read], tile_ids[read], torch.cat([tiles.new_ones(1, _ROW, width), tiles])
+    return flat[read], start[read], tile_ids[read], torch.cat([tiles.new_ones(1, _ROW, width), tiles[partial]])
 
 
 def _key_block(size: int) -> int:

@@ -40,7 +40,9 @@ class Nsa(Method):
     Deviations from the paper, in which keys and values are compressed by a trained network over blocks of 32 with a
     stride of 16: by means of the selected blocks themselves, as in flash-linear-attention. Deviations from that code:
     of fewer than three blocks the own is kept first, then the one before it, where there the choice is arbitrary; any
-    number of heads in a group; prompts in parts. The log-sum-exp is that of the selected branch.
+    number of heads in a group; prompts in parts. The log-sum-exp is that of the selected branch. What runs dense in a
+    patched model, short prompts (unless `min_tokens=0`) and the decoding of single tokens, is plain attention without
+    branches and gates, which `report()` tells.
 
     Formula:
         o_cmp = attention over mean(K_c), mean(V_c) of blocks c that ended up to t, with the weights p_c
@@ -118,6 +120,10 @@ class Nsa(Method):
             return Decline(reason)
         chosen = select_blocks(q, k, self.block_size, self.block_count, ctx.softmax_scale, ctx.softcap)
         return blocks_pattern(chosen, self.block_size, ctx.layout, ctx.num_heads)
+
+    def remark(self, ctx: Context) -> str | None:
+        """What dense calls are, which are not what the model was trained with; see Method.remark."""
+        return "nsa: calls that run dense, decoding among them, lack the branches and gates the model was trained with"
 
     def least_density(self, ctx: Context) -> float:
         """The selected branch, in which the content does not change how much is kept; see Method.least_density."""

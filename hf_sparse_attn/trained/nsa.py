@@ -105,7 +105,8 @@ def nsa_select_blocks(
     ctx = _checked(q, k, k, scale)
     check_sizes(block_size, block_count, 0)
     with no_autocast(q.device), made_on_cpu():
-        return select_blocks(q, k, block_size, block_count, ctx.softmax_scale)
+        found = select_blocks(q, k, block_size, block_count, ctx.softmax_scale)
+        return nn.functional.pad(found, (0, block_count - found.shape[3]), value=-1)
 
 
 def nsa_selected(
@@ -131,7 +132,7 @@ def nsa_selected(
 
 @torch.no_grad()
 def select_blocks(q: Tensor, k: Tensor, size: int, count: int, scale: float, softcap: float = 0.0) -> Tensor:
-    """See nsa_select_blocks.
+    """See nsa_select_blocks; no longer than there are blocks.
 
     Args:
         q, k, size, count: as there.
@@ -143,7 +144,7 @@ def select_blocks(q: Tensor, k: Tensor, size: int, count: int, scale: float, sof
     token = torch.arange(keys - queries, keys, device=q.device)[:, None]
     own, place = token // size, torch.arange(blocks, device=q.device)
     kept = min(count, blocks)
-    found = torch.full((batch, groups, queries, count), -1, device=q.device)
+    found = torch.empty(batch, groups, queries, kept, dtype=torch.int64, device=q.device)
     step = at_a_time(batch * q.shape[1] * blocks)
     for first in range(0, queries, step):
         rows = slice(first, first + step)
@@ -156,7 +157,7 @@ def select_blocks(q: Tensor, k: Tensor, size: int, count: int, scale: float, sof
         for block, score in ((0, _FIRST), (own[rows] - 1, _BEFORE), (own[rows], _OWN)):
             scores = scores.masked_fill(place == block, score)
         best = best_places(scores.masked_fill(place > own[rows], -torch.inf), kept)
-        found[:, :, rows, :kept] = place.where(best, blocks).sort(-1).values[..., :kept]
+        found[:, :, rows] = place.where(best, blocks).sort(-1).values[..., :kept]
     return found.masked_fill_(found == blocks, -1)
 
 
