@@ -101,10 +101,8 @@ class Dsa(Method):
 
     def why_not(self, ctx: Context) -> str | None:
         """Also where earlier tokens come from a cache; see Method.why_not."""
-        cached = (
-            "dsa reads hidden states of all tokens, of which some are in a cache" if ctx.layout.query_start else None
-        )
-        return super().why_not(ctx) or cached
+        cached = "dsa reads the hidden states of all tokens, and those of the first are in a cache"
+        return super().why_not(ctx) or (cached if ctx.layout.query_start else None)
 
     def _indices(self, ctx: Context) -> Tensor | Decline:
         reason = self.why_not(ctx)
