@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.api import attention, patch, unpatch
     from hf_sparse_attn.backend import BackendUnavailable
     from hf_sparse_attn.context import Context, Segment, TokenLayout
+    from hf_sparse_attn.hosts.preallocated import PreallocatedCache
     from hf_sparse_attn.method import Decline, Method, MethodDoesNotApply
     from hf_sparse_attn.patching import Patch
     from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -54,6 +55,7 @@ _WHERE = {
     "DenseFallback": "hf_sparse_attn.session",
     "Patch": "hf_sparse_attn.patching",
     "BlockPattern": "hf_sparse_attn.pattern.block_pattern",
+    "PreallocatedCache": "hf_sparse_attn.hosts.preallocated",
     "profile": "hf_sparse_attn.profiling.run",
     "Report": "hf_sparse_attn.report",
 }
@@ -70,6 +72,7 @@ __all__ = [
     "Method",
     "MethodDoesNotApply",
     "Patch",
+    "PreallocatedCache",
     "Report",
     "Segment",
     "TokenLayout",

@@ -16,9 +16,10 @@ from hf_sparse_attn import auto, transforms
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import is_traced, refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
+from hf_sparse_attn.decoder import Decoder, find_decoder
 from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.effect import check_effect
-from hf_sparse_attn.family import check_reads, find_family, install, provided
+from hf_sparse_attn.family import Found, check_reads, check_requires, find_family, generates_text, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -39,8 +40,10 @@ def patch(
     dense_layers: int | Sequence[int] | None = None,
     dense_steps: float | tuple[float, float] | None = None,
     min_tokens: int | str = "auto",
+    decode: str | Method | None = None,
     quality: str | None = None,
     profile: str | None = None,
+    cache: str | None = None,
     texts: Iterable[Any] | None = None,
     images: Iterable[Any] | None = None,
     batches: Iterable[Any] | None = None,
@@ -61,9 +64,16 @@ def patch(
         dense_layers: number of first layers kept dense, or the layers themselves.
         dense_steps: share of the model evaluations of a denoising run kept dense at its start, or (start, end) shares.
         min_tokens: fewest keys for sparse attention; "auto" keeps dense where sparse is predicted not to pay.
+        decode: how text is generated, one token at a time: "exact" reads all keys, on the fastest exact path; "sparse"
+            lets the method choose among them where it can, else quest; so does the name of a method that decodes, or
+            such a Method; "dense" is the model's own attention to the bit. None means "exact", but "dense" for the
+            method "dense", and the method itself where it does nothing but decode. `dense_layers` and `min_tokens`
+            hold here, too.
         quality: "high", "balanced" or "fast": parameters, dense layers and dense steps from the family's presets
             (`hf-sparse-attn methods` lists them with their sources). What is given besides goes before them. Without a
             method "balanced" if not given.
+        cache: "preallocated" lets every DynamicCache that the model is given append in place from then on, as
+            `PreallocatedCache` does, to the same results; None leaves caches as they are.
         profile: "auto": a head profile is made of the model at the `quality`, with a bar, and kept in the cache folder
             (under HF_HOME) for these weights; the next time it is read from there, and no inputs are needed. It stands
             in place of a method.
@@ -129,6 +139,7 @@ def patch(
         dense_steps=dense_steps,
         min_tokens=min_tokens,
     )
+    check_requires(found, made, model)
     lacking = sorted(made.needs - provided(*found[1:]))
     if lacking:
         raise MethodDoesNotApply(
@@ -137,9 +148,16 @@ def patch(
         )
     check_reads(found, made.reads, f"`method` {made.name!r}")
     made.check_model(model)
-    applied = install(model, found, Session(made, policy, backend, strict))
+    decoder = _decoder(model, found, made, decode)
+    if cache is not None:
+        from hf_sparse_attn.hosts.preallocated import check_cache, preallocate_caches
+
+        check_cache(cache, generates_text(*found[1:]), model)
+    applied = install(model, found, Session(made, policy, backend, strict, decoder))
     try:
         check_effect(applied)
+        if cache is not None:
+            preallocate_caches(applied)
         if chosen_profile is not None and not any(plan.choice.any() for plan in chosen_profile.plans):
             applied.note("nothing can be sparse: every head of the profile is dense")
         if choice is not None:
@@ -173,6 +191,23 @@ def _check_choice(method: object, profile: object, params: dict[str, Any]) -> No
 
 # What patch() takes by keyword besides the parameters of a method.
 _KEYWORDS = tuple(name for name, p in signature(patch).parameters.items() if p.kind is Parameter.KEYWORD_ONLY)
+
+
+def _decoder(model: Any, found: Found, method: Method, decode: str | Method | None) -> Decoder:
+    """The decoder of a patch; see `patch` for what is raised."""
+
+    def make(name: str) -> Method:
+        return make_method(name, default_params(found[0], found[2], name))
+
+    decoder = find_decoder(method, decode, make)
+    if decode is not None and not generates_text(*found[1:]):
+        raise ValueError(
+            f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which generates no text token "
+            f"by token, got {decode!r}"
+        )
+    if decoder.method is not None:
+        decoder.method.check_model(model)
+    return decoder
 
 
 def unpatch(model: Any) -> None:

@@ -139,6 +139,8 @@ def _usable(method: str, found: Found) -> bool:
     if method not in METHODS:
         return False
     kind = METHODS.get(method)
+    if not getattr(found[1], "requires", frozenset()) <= kind.needs:
+        return False
     return kind.needs <= provided(*found[1:]) and kind.reads <= getattr(found[1], "reads", frozenset())
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_sparse_attn.decoding import Kept
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -46,6 +48,35 @@ class Backend(Protocol):
         Returns:
             output [batch, heads, q_len, value dim] in the dtype of `q` (0 where a query has no key), and log-sum-exp
             [batch, heads, q_len] in float32 (float64 for float64), natural logarithm, -inf where a query has no key.
+        """
+
+
+class Decoder(Protocol):
+    """What a backend may have besides: attention of few queries to a cache, for which no pattern is made. Forward only.
+
+    A model calls it once in every layer for every token, so what it does in Python counts.
+    """
+
+    @staticmethod
+    def why_not_decode(q: Tensor, k: Tensor, v: Tensor, kept: Kept | None) -> str | None:
+        """Why this call cannot run here, or None."""
+
+    @staticmethod
+    def decode(
+        q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, scale: float, softcap: float, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over all keys, causal among the queries, which are the last tokens; or of one query over pages.
+
+        Args:
+            q: [batch, heads, q_len, dim]; q_len is 1 where pages are given.
+            k: [batch, kv_heads, kv_len, dim]; kv_heads divides heads.
+            v: [batch, kv_heads, kv_len, value dim].
+            kept: pages of keys that are read, or None for all keys.
+            scale, softcap: see Backend.attention.
+            first: int64 [batch], the first key that is read of each row, or None.
+
+        Returns:
+            as Backend.attention; heads of a token of the output stand beside one another in memory.
         """
 
 
@@ -130,6 +161,27 @@ def auto_order(device_type: str) -> list[str]:
     """Names of the backends that backend="auto" tries on a device type, in that order."""
     ranks = {name: found.auto_rank.get(device_type) for name, found in BACKENDS.items()}
     return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
+
+
+@lru_cache
+def _decoders(backend: str, device_type: str, version: int) -> tuple[tuple[str, type[Decoder]], ...]:
+    names = auto_order(device_type) if backend == "auto" else [backend]
+    found: list[tuple[str, Any]] = [(name, BACKENDS.get(name)) for name in names]
+    return tuple((name, one) for name, one in found if hasattr(one, "decode"))
+
+
+def choose_decoder(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, kept: Kept | None
+) -> tuple[str, type[Decoder]] | None:
+    """Name and class of the backend that runs a call without a pattern; None where one must be made.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    for name, found in _decoders(backend, q.device.type, BACKENDS.version):
+        if found.why_not_decode(q, k, v, kept) is None:
+            return name, found
+    return None
 
 
 def choose_backend(

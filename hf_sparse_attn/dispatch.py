@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import compiled
-from hf_sparse_attn.backend import choose_backend
+from hf_sparse_attn.backend import choose_backend, choose_decoder
 from hf_sparse_attn.context import Context
+from hf_sparse_attn.decoding import Kept, whole_pattern
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 
 
@@ -61,3 +62,65 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tens
     """Exact attention: output [batch, heads, q_len, value dim] and log-sum-exp [batch, heads, q_len]."""
     whole = BlockPattern.dense(ctx.layout.q_len, ctx.layout.kv_len, ctx.layout.is_causal, device=q.device)
     return run_pattern(q, k, v, whole, ctx.softmax_scale, softcap=ctx.softcap)[:2]
+
+
+# More queries than these are no longer few: their pattern is worth making.
+_FEW = 16
+
+
+def run_exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float = 0.0, first: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
+    """Attention of few queries to all keys: output, log-sum-exp and the name of the backend that ran.
+
+    Args:
+        q: [batch, heads, q_len, dim], the last tokens, each of which sees itself and what came before.
+        k, v: [batch, kv_heads, length, dim], of all tokens.
+        scale, softcap, backend: see `run_pattern`.
+        first: int64 [batch], the first slot of each row that is no padding; None where none is.
+    """
+    done = _decode(q, k, v, None, scale, softcap, first, backend)
+    if done is None:
+        pattern = whole_pattern(q.shape[2], k.shape[2], first, q.device)
+        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+    return done
+
+
+def run_kept(
+    q: Tensor, k: Tensor, v: Tensor, kept: Kept, scale: float, softcap: float = 0.0, first: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
+    """Attention of one query of each row to the pages of a cache that are kept; arguments as of `run_exact`.
+
+    Raises:
+        ValueError: lists of pages that are not one for all heads or for each.
+    """
+    batch, lists = kept.pages.shape[:2]
+    if batch != q.shape[0] or lists not in (1, k.shape[1], q.shape[1]):
+        counts = sorted({1, k.shape[1], q.shape[1]})
+        raise ValueError(
+            f"`pages` must be [{q.shape[0]}, {' or '.join(map(str, counts))}, count], got {list(kept.pages.shape)}"
+        )
+    done = _decode(q, k, v, kept, scale, softcap, first, backend)
+    if done is None:
+        pattern = kept.pattern(k.shape[2], q.shape[1], first)
+        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+    return done
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, scale: float, softcap: float, first: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, str] | None:  # fmt: skip
+    """The call by a backend that needs no pattern; None where there is none, or the call is none of a step."""
+    if not 0 < q.shape[2] <= min(_FEW, k.shape[2]) or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    if not q.dtype == k.dtype == v.dtype:
+        return None
+    found = choose_decoder(backend, q, k, v, kept)
+    if found is None:
+        return None
+    return (*found[1].decode(q, k, v, kept, scale, softcap, first), found[0])

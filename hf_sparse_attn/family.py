@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_sparse_attn import recomputation
-from hf_sparse_attn.method import READS, Decline, MethodDoesNotApply
+from hf_sparse_attn.method import NEEDS, READS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch
 from hf_sparse_attn.session import Session
 
@@ -27,7 +27,8 @@ class Family(Protocol):
     with `generic = True` takes what no other family knows. One whose models differ in their layouts has
     `provided(modules)`, which says it of these modules; `provides` is then all that any of them has. One that hands
     over what a layer had besides q, k and v has `reads`, the fields of context.LayerInputs that its hooks fill in
-    where the session's method reads them. One whose models run in no denoising steps has `has_steps = False`.
+    where the session's method reads them. One whose models run in no denoising steps has `has_steps = False`. One
+    whose models take methods of one kind alone has `requires`, keys of NEEDS that a method must need.
     """
 
     provides: ClassVar[frozenset[str]]
@@ -85,8 +86,10 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
 
     Raises:
         ValueError: the model is patched already, or has no self-attention layers.
+        MethodDoesNotApply: the family takes other methods alone.
     """
     name, family, modules = found
+    check_requires(found, session.method, model)
     with _INSTALLING:
         for module in modules:
             already = active_patch(module)
@@ -111,6 +114,27 @@ def provided(family: type[Family], modules: list[nn.Module]) -> frozenset[str]:
     own = getattr(family, "provided", None)
     found: frozenset[str] = family.provides if own is None else own(modules)
     return found
+
+
+def generates_text(family: type[Family], modules: list[nn.Module]) -> bool:
+    """Whether the modules that a family patches may generate text token by token."""
+    return not getattr(family, "has_steps", True) and "causal" in provided(family, modules)
+
+
+def check_requires(found: Found, method: Method, model: object) -> None:
+    """Raises where the models of a family take other methods alone.
+
+    Raises:
+        MethodDoesNotApply: names the methods that it takes.
+    """
+    requires = getattr(found[1], "requires", frozenset())
+    if not requires <= method.needs:
+        from hf_sparse_attn.registry import METHODS
+
+        known = ", ".join(repr(name) for name, kind in METHODS.items() if requires <= kind.needs)
+        raise MethodDoesNotApply(
+            f"`method` must be {known} for {type(model).__name__}, {NEEDS[min(requires)]}; got {method.name!r}"
+        )
 
 
 def check_reads(found: tuple[str, type[Family], list[nn.Module]], reads: frozenset[str], who: str) -> None:

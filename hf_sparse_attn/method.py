@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.autocast import made_on_cpu
 from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.decoding import Kept, Step, kept_tokens, token_lists
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.cache import RecentValues
 
@@ -22,6 +23,9 @@ Run = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[Tensor, Tensor]]
 # Patterns of static methods.
 _STATIC: RecentValues[BlockPattern | Decline] = RecentValues(64)
 
+# Tokens that the last query of static methods keeps, of a few lengths: every step of a generation has one of its own.
+_ROWS: RecentValues[Tensor | Decline] = RecentValues(8)
+
 # Tokens of a block of which methods look at the mean, about.
 _POOLED = 64
 
@@ -32,6 +36,7 @@ NEEDS = {
     "causal": "a causal layout",
     "bidirectional": "a bidirectional layout",
     "video grid": "exactly one video segment with its (frames, height, width)",
+    "own selection": "a model that selects its keys by itself",
 }
 
 # Fields of LayerInputs in words.
@@ -93,7 +98,8 @@ class Method:
     so that it is built once per layout), whether a gradient may flow (`trainable`), its `paper`, the `knob` that
     sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
     family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
-    call is then dense where nobody knows how long the run is.
+    call is then dense where nobody knows how long the run is. It says whether it `decodes`: chooses keys for single
+    queries of text that is generated (`decode`), and whether it `reads_prompts` sparsely, which most do.
     """
 
     name: ClassVar[str] = ""
@@ -104,6 +110,8 @@ class Method:
     knob: ClassVar[Knob | None] = None
     reads: ClassVar[frozenset[str]] = frozenset()
     by_steps: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+    reads_prompts: ClassVar[bool] = True
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
@@ -149,6 +157,45 @@ class Method:
         found = self.pattern_for(q, k, ctx)
         return found if isinstance(found, Decline) else run(q, k, v, found)
 
+    def decode(self, step: Step) -> Kept | Decline | None:
+        """Which keys the query of each row and head reads where text is generated; asked of a method that `decodes`.
+
+        What it keeps from step to step is in `step.memory`, what one layer tells the next in `step.layers`.
+
+        Args:
+            step: the queries, the cache, and where in the model they are.
+
+        The default is for static methods: what the last query of the pattern of as many tokens keeps.
+
+        Returns:
+            the pages; None for all keys, as in layers that are kept dense; or a Decline with the reason.
+        """
+        if not self.static:
+            raise TypeError(f"method {self.name!r} must define decode()")
+        rows: list[Tensor] = []
+        for start in [0] if step.first is None else step.first.tolist():
+            found = self._last_row(step, step.length - start)
+            if isinstance(found, Decline):
+                return found
+            rows.append(torch.where(found >= 0, found + start, -1))
+        return kept_tokens(rows, step.q.shape[0])
+
+    def _last_row(self, step: Step, tokens: int) -> Tensor | Decline:
+        """The tokens that the last of so many keeps by a static pattern: int64 [heads or 1, count], -1 for none."""
+        (heads, dim), kv_heads = step.q.shape[1::2], step.k.shape[1]
+        ctx = Context(TokenLayout.causal(tokens).continued(tokens - 1), step.layer, step.num_layers, num_heads=heads,
+                      num_kv_heads=kv_heads, head_dim=dim, scale=step.scale, softcap=step.softcap)  # fmt: skip
+        reason = self.why_not(ctx)
+        if reason is not None:
+            return Decline(reason)
+
+        def build() -> Tensor | Decline:
+            with made_on_cpu():
+                found = _of_call(self.pattern(None, None, ctx), ctx)
+            return found if isinstance(found, Decline) else token_lists(found.to_dense()[0, :, -1]).to(step.k.device)
+
+        return _ROWS.get((self, self.cache_key(ctx), step.k.device), build)
+
     def pattern_for(self, q: Tensor, k: Tensor, ctx: Context) -> BlockPattern | Decline:
         """`pattern`, after the stated needs are checked; static patterns come from a cache."""
         reason = self.why_not(ctx)
@@ -173,6 +220,8 @@ class Method:
             "causal": layout.is_causal,
             "bidirectional": not layout.is_causal,
             "video grid": layout.video_part is not None,
+            # Layers that select keys are not asked by a context.
+            "own selection": False,
         }
         for need in sorted(self.needs):
             if not has[need]:

@@ -75,7 +75,7 @@ def report(model: nn.Module) -> Report:
     method = states[0].session.method
     layers = [s.record.report(method.params().get("density")) for s in states]
     notes = tuple(dict.fromkeys(text for s in states for text in s.session.notes))
-    return Report(method.name, method.params(), "native", layers, notes)
+    return Report(method.name, method.params(), "native", layers, notes, decode=str(states[0].session.decoder))
 
 
 def _register_all() -> None:

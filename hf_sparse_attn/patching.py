@@ -149,7 +149,9 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         layers = [r.report(session.method.requested_density(r.index)) for r in records]
         if any(layer.density is not None and layer.density >= FULL for layer in layers):
             session.tell_full()
-        return Report(session.method.name, session.method.params(), self.family, layers, self.notes, self._model_gain)
+        decode = "" if self.has_steps else str(session.decoder)
+        method = session.method
+        return Report(method.name, method.params(), self.family, layers, self.notes, self._model_gain, decode)
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
         """Tells something of this patch once: in the log at a level, and in a line under the table of `report()`."""

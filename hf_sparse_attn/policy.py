@@ -23,7 +23,7 @@ class Policy:
             shares; each that is more than 0 keeps at least one step, so that a 4-step run still starts dense.
         min_tokens: fewest keys for sparse attention, or "auto": dense where sparse is predicted not to pay
             (cost/; here only what no pattern can change is looked at).
-        min_queries: fewest queries for sparse attention; below it is decoding, which is dense.
+        min_queries: fewest queries for a method that reads prompts; below it is decoding, by the session's decoder.
     """
 
     dense_layers: int | tuple[int, ...] | None = None
@@ -62,10 +62,14 @@ class Policy:
         """Whether some steps of a denoising run are kept dense."""
         return any(share > 0 for share in self.shares)
 
+    def is_dense_layer(self, index: int) -> bool:
+        """Whether a layer is kept dense."""
+        layers = self.dense_layers
+        return layers is not None and (index < layers if isinstance(layers, int) else index in layers)
+
     def why_dense(self, ctx: Context, device: torch.device) -> str | None:
         """Why this call is dense before the method is asked, or None."""
-        layers = self.dense_layers
-        if layers is not None and (ctx.layer < layers if isinstance(layers, int) else ctx.layer in layers):
+        if self.is_dense_layer(ctx.layer):
             return "dense_layers"
         start, end = (math.ceil(share * ctx.num_steps - 1e-9) for share in self.shares)
         if ctx.step < start or ctx.step >= ctx.num_steps - end:

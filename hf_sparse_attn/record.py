@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse_attn.cost.judge import Prediction, describe
 from hf_sparse_attn.decision import Decision
-from hf_sparse_attn.report import LayerReport, Pairs
+from hf_sparse_attn.report import Decoding, LayerReport, Pairs
 
 # Threads that run one model count in one record, and what they add must not get lost between reading and writing.
 _COUNTING = threading.Lock()
@@ -67,6 +67,24 @@ class Done(NamedTuple):
 
 
 @dataclass
+class Decoded:
+    """Sums over the decoding calls of one kind: pairs that were visible, and those that were kept of them."""
+
+    calls: int = 0
+    visible: int = 0
+    kept: float | Tensor = 0.0
+    pages: int = 0
+    gain_sum: float = 0.0
+    backends: Counter[str] = field(default_factory=Counter)
+
+    def report(self) -> Decoding:
+        """The sums as they stand; waits for a GPU."""
+        density = float(self.kept) / self.visible if self.visible else 1.0
+        gain = self.gain_sum / self.calls if self.gain_sum else None
+        return Decoding(self.calls, density, self.pages, gain, dict(self.backends))
+
+
+@dataclass
 class LayerRecord:
     """What one attention layer did so far."""
 
@@ -96,6 +114,8 @@ class LayerRecord:
     exact: bool = False
     exact_calls: int = 0
     segments: int = 0
+    # Steps of generated text by what chose the keys, apart from the calls above.
+    decoded: dict[str, Decoded] = field(default_factory=dict)
 
     @staticmethod
     def count(counter: Counter[str], name: str, times: int = 1) -> None:
@@ -120,6 +140,28 @@ class LayerRecord:
                 self.visible[decoding] += pairs
                 self.sparse[decoding] += pairs
                 self.kept[decoding] = self.kept[decoding] + density * pairs
+
+    def count_decode(
+        self, kind: str, work: Work, kept: float | Tensor, backend: str, pages: int = 0, gain: float = 0.0
+    ) -> None:
+        """Counts one decoding call that was run here: it is neither sparse nor dense, and is reported by itself.
+
+        Args:
+            kind: name of the method that chose the keys; "exact" where all are read.
+            work: what there was to compute.
+            kept: share of the visible pairs that was computed; a 0-d tensor on a GPU, which is not waited for.
+            backend: what ran.
+            pages: pages of the cache that were read, over batch rows and lists; 0 where it is not read by pages.
+            gain: predicted seconds of all keys on the same path over those of the call; 0 where nobody predicts.
+        """
+        with _COUNTING:
+            found = self.decoded.setdefault(kind, Decoded())
+            found.calls += 1
+            found.visible += work.pairs
+            found.kept = found.kept + kept * work.pairs
+            found.pages += pages
+            found.gain_sum += gain
+            found.backends[backend] += 1
 
     def count_dense(self, decision: Decision, work: Work | None = None) -> None:
         """Counts one dense call, whose work is None where it is unknown.
@@ -148,6 +190,8 @@ class LayerRecord:
         calls = self.sparse_calls
         kept = [float(pairs) for pairs in self.kept]
         computed = [k + visible - sparse for k, visible, sparse in zip(kept, self.visible, self.sparse, strict=True)]
+        decoded = {kind: (found.visible, found.report()) for kind, found in self.decoded.copy().items()}
+        computed[1] += sum(visible * found.density for visible, found in decoded.values())
         return LayerReport(
             layer=self.index,
             name=self.name,
@@ -156,12 +200,13 @@ class LayerRecord:
             backends=dict(self.backends),
             requested_density=requested,
             density=sum(kept) / sum(self.sparse) if any(self.sparse) else None,
-            predicted_gain=self.gain_sum / calls if calls else None,
+            predicted_gain=self.gain_sum / calls if calls and self.gain_sum else None,
             measured_gain=dense / sparse if self.measured else None,
             reasons=reasons,
             exact_calls=self.exact_calls,
             segments=self.segments,
             partly_dense=dict(self.partly_dense),
             prefill=Pairs(computed[0], self.visible[0]),
-            decode=Pairs(computed[1], self.visible[1]),
+            decode=Pairs(computed[1], self.visible[1] + sum(visible for visible, _ in decoded.values())),
+            decoding={kind: found for kind, (_, found) in decoded.items()},
         )

@@ -44,6 +44,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self.package = package
         self.missing: dict[str, str] = {}
+        # Grows with every entry: what is remembered of the entries holds for one version.
+        self.version = 0
         self._check = check
         self._group = entry_point_group
         self._entries: dict[str, T] = {}
@@ -68,6 +70,7 @@ class Registry(Generic[T]):
             if known is not None and _origin(known) != _origin(entry):
                 raise ValueError(f"`name` of a {self.kind} must be free, got {name!r}, taken by {_origin(known)}")
             self._entries[name] = entry
+            self.version += 1
             return entry
 
         return add

@@ -22,6 +22,25 @@ _WHY = "dense because"
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """What one attention layer did where text was generated, by one way of choosing keys.
+
+    Args:
+        calls: of fewer queries than Policy.min_queries.
+        density: computed share of the visible pairs of query and key.
+        pages: pages of the cache that were read, over calls, batch rows and lists; 0 where it is not read by pages.
+        gain: predicted seconds of reading all keys on the same path over those of the calls, mean, or None.
+        backends: kernel runs by backend.
+    """
+
+    calls: int
+    density: float
+    pages: int
+    gain: float | None
+    backends: dict[str, int]
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """What one attention layer did.
 
@@ -39,8 +58,11 @@ class LayerReport:
         reasons: dense calls by reason.
         exact_calls: calls that computed all there is to compute, in fewer runs than the model alone would take.
         segments: the separate runs of tokens (frames, windows) in them, each of which would be a run of its own.
-        partly_dense: sparse calls in which some heads were dense, by reason.
+        partly_dense: sparse calls in which some heads were dense, by reason; and decoding calls that read all keys
+            where a method was to choose some of them.
         prefill, decode: pairs of all calls but the exact ones, decoding (fewer queries than Policy.min_queries) apart.
+        decoding: decoding calls that did not run the model's own attention, by the method that chose the keys
+            ("exact": all); counted nowhere else but in `decode`.
     """
 
     layer: int
@@ -58,6 +80,7 @@ class LayerReport:
     partly_dense: dict[str, int] = field(default_factory=dict)
     prefill: Pairs = _NONE
     decode: Pairs = _NONE
+    decoding: dict[str, Decoding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,8 @@ class Report:
         layers: what each layer did.
         notes: what is to be known besides: settings without effect, what was guessed.
         model_gain: dense over sparse seconds of the whole model (Patch.measure_model), or None.
+        decode: what attends where text is generated: "dense", "exact", or a method with its parameters; "" in a model
+            that generates none.
     """
 
     method: str
@@ -78,6 +103,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     model_gain: float | None = None
+    decode: str = ""
 
     @property
     def density(self) -> float:
@@ -121,7 +147,8 @@ class Report:
 
     def _title(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
-        title = f"{self.method}({params}) on {self.family}: density {self.density:.3f}"
+        decode = f", decode={self.decode}" if self.decode else ""
+        title = f"{self.method}({params}) on {self.family}{decode}: density {self.density:.3f}"
         if self.prefill_density is not None and self.decode_density is not None:
             title += f" (prefill {self.prefill_density:.3f}, decoding {self.decode_density:.3f})"
         if self.model_gain is not None:

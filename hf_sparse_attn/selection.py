@@ -81,12 +81,18 @@ def rank_descending(scores: Tensor) -> Tensor:
 
 def best_ascending(scores: Tensor, count: int) -> Tensor:
     """The first `count` of `rank_descending`, in ascending order: int64 [..., count]."""
-    # Without sorting, where a look at the numbers of elements need not wait for a device.
-    least = scores.topk(count, sorted=False).values.amin(-1, keepdim=True) if count else scores[..., :0]
-    if scores.device.type != "cpu" or bool(least.isnan().any()):
+    if scores.device.type != "cpu":
         return rank_descending(scores)[..., :count].sort(-1).values
     if not count:
         return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64)
+    # Without sorting all, where a look at the numbers need not wait for a device.
+    values, best = scores.topk(count, sorted=False)
+    least = values.amin(-1, keepdim=True)
+    # No other one is as high as the lowest of the best: there is no choice among them.
+    if int((scores >= least).sum()) == best.numel():
+        return best.sort(-1).values
+    if bool(least.isnan().any()):
+        return rank_descending(scores)[..., :count].sort(-1).values
     above, level = scores > least, scores == least
     kept = above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
     return kept.nonzero()[:, -1].view(*scores.shape[:-1], count)

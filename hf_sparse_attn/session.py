@@ -21,6 +21,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.judge import Judge
 from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
+from hf_sparse_attn.decoder import Decoder, usual_decoder
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.notes import Notes
@@ -64,10 +65,13 @@ class Uncopied:
 
 
 class Session(Uncopied):
-    """What the layers of one patch share: the method, the policy, the backend and the records."""
+    """What the layers of one patch share: the method, the decoder, the policy, the backend and the records."""
 
-    def __init__(self, method: Method, policy: Policy, backend: str, strict: bool) -> None:
+    def __init__(
+        self, method: Method, policy: Policy, backend: str, strict: bool, decoder: Decoder | None = None
+    ) -> None:
         self.method: Method = method
+        self.decoder = usual_decoder(method) if decoder is None else decoder
         self.policy: Policy = policy
         self.backend = backend
         self.strict = strict

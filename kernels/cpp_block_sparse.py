@@ -126,8 +126,8 @@ def _why_not(dtype: torch.dtype, compiling: bool, needs_grad: bool) -> str | Non
         return "this CPU multiplies bfloat16 in tiles (AMX): PyTorch's operators use them, this backward does not"
     if reason is None and compiling:
         try:
-            for backward in (False, True)[: 1 + needs_grad]:
-                build.library(dtype, backward)
+            for kernel in ("forward", "backward")[: 1 + needs_grad]:
+                build.library(dtype, kernel)
         except build.CannotBuild as error:
             return str(error)
     return reason
@@ -137,7 +137,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, p: BlockPattern, scale: float, softcap: float, tensors: dict[str, Tensor]
 ) -> None:
     """Fills the results among `tensors`; the rest of them is read."""
-    library = build.library(q.dtype, backward="grad_q" in tensors)
+    library = build.library(q.dtype, "backward" if "grad_q" in tensors else "forward")
     call = _Call()
     if library.hsa_call_bytes() != ctypes.sizeof(call):
         raise RuntimeError(f"`_Call` must have {library.hsa_call_bytes()} bytes, got {ctypes.sizeof(call)}")

@@ -1,4 +1,4 @@
-"""Compiles cpp_block_sparse.cpp for the machine it runs on, once per dtype and direction, and keeps the libraries."""
+"""Compiles the C++ kernels for the machine they run on, once per dtype and kernel, and keeps the libraries."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
 _STORED = {torch.float32: "float", torch.bfloat16: "BFloat", torch.float16: "Half", torch.float64: "double"}
+# By name of a kernel: its source and what is defined for it.
+_KERNELS = {
+    "forward": ("cpp_block_sparse.cpp", "-DBACKWARD=0"),
+    "backward": ("cpp_block_sparse.cpp", "-DBACKWARD=1"),
+    "decode": ("cpp_decode.cpp",),
+}
 _COMPILERS = ("g++", "c++", "clang++")
 # By machine: how a compiler is told to use all that this CPU has.
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
@@ -52,15 +58,15 @@ def why_not(dtype: torch.dtype) -> str | None:
     return None
 
 
-def library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
-    """The library for a dtype and direction; compiled where it was not yet (seconds, once per machine).
+def library(dtype: torch.dtype, kernel: str) -> ctypes.CDLL:
+    """The library for a dtype and kernel of _KERNELS; compiled where it was not yet (seconds, once per machine).
 
     Raises:
         CannotBuild: no compiler, or it failed; asked again it is not tried again.
     """
     # Threads that come together wait for one of them.
     with _BUILDING:
-        found = _library(dtype, backward)
+        found = _library(dtype, kernel)
     if isinstance(found, str):
         raise CannotBuild(found)
     return found
@@ -73,17 +79,17 @@ def compiler() -> str | None:
 
 
 @cache
-def _library(dtype: torch.dtype, backward: bool) -> ctypes.CDLL | str:
+def _library(dtype: torch.dtype, kernel: str) -> ctypes.CDLL | str:
     reason = why_not(dtype)
     if reason is not None:
         return reason
     try:
-        path = _folder() / f"{_STORED[dtype]}_{'backward' if backward else 'forward'}_{_key()}.so"
+        path = _folder() / f"{_STORED[dtype]}_{kernel}_{_key()}.so"
         # Another process may be making the same library.
         with _locked(path.parent):
             found = _kept(path)
             if found is None:
-                _compile(dtype, backward, path)
+                _compile(dtype, kernel, path)
                 found = ctypes.CDLL(str(path))
     except subprocess.SubprocessError as error:
         shown = getattr(error, "stderr", None) or str(error)
@@ -128,16 +134,16 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(dtype: torch.dtype, backward: bool, path: Path) -> None:
+def _compile(dtype: torch.dtype, kernel: str, path: Path) -> None:
     log.info("compiling %s, once for this machine", path.name)
     begin = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        defines = (f"-DSTORED={_STORED[dtype]}", f"-DBACKWARD={int(backward)}")
-        command = (str(compiler()), *_FLAGS, _NATIVE[platform.machine()], *defines)
+        source, *defines = _KERNELS[kernel]
+        command = (str(compiler()), *_FLAGS, _NATIVE[platform.machine()], f"-DSTORED={_STORED[dtype]}", *defines)
         subprocess.run(
-            [*command, str(_SOURCES / "cpp_block_sparse.cpp"), "-o", str(made)],
+            [*command, str(_SOURCES / source), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=_SECONDS,
         )  # fmt: skip
         signature = _digest(made.read_bytes())
@@ -165,7 +171,7 @@ def _folder() -> Path:
 @lru_cache(maxsize=1)
 def _key() -> str:
     """Changes with the sources, the compiler, the flags and the CPU."""
-    parts = [source.read_text() for source in sorted(_SOURCES.glob("cpp_block_sparse*")) if source.suffix != ".py"]
+    parts = [source.read_text() for source in sorted(_SOURCES.glob("cpp_*")) if source.suffix != ".py"]
     version = subprocess.run([str(compiler()), "--version"], check=True, capture_output=True, text=True, timeout=60)
     parts += [version.stdout, *_FLAGS, _NATIVE[platform.machine()], *sorted(cpu_features())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

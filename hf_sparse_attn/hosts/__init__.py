@@ -7,3 +7,5 @@ May import levels 0 to 5 of .github/ARCHITECTURE.md; what holds for one model fa
 NATIVE_PREFIX = "hsa:"
 # The implementation that was replaced is part of the name: a copied or shared config still tells what to fall back to.
 PATCHED_PREFIX = "hsa:patched+"
+# After it, where the model selects keys by itself: the hook then is that of natively_sparse_hook.
+SELECTING = "selecting+"

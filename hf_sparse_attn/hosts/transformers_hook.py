@@ -18,6 +18,8 @@ from transformers.modeling_utils import AttentionInterface
 from hf_sparse_attn import recomputation
 from hf_sparse_attn.autocast import cast_inputs
 from hf_sparse_attn.compiled import in_program, refuse_program
+from hf_sparse_attn.decoder import OWN
+from hf_sparse_attn.hosts.transformers_decode import attend_few, attend_few_call, seen_at_once
 from hf_sparse_attn.hosts.transformers_forward import began_before, forward_of, forward_with, runs_alone
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.hosts.transformers_rules import LayerCall, decide, stays_dense
@@ -28,6 +30,7 @@ from hf_sparse_attn.session import Session
 from hf_sparse_attn.transforms import are_transformed
 
 if TYPE_CHECKING:
+    from hf_sparse_attn.hosts.transformers_cache import Caches
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import Hints, Source
     from hf_sparse_attn.hosts.transformers_forward import Bound
@@ -58,6 +61,7 @@ class LayerState:
         watch: keeps what else the method reads of the layer; None where it reads nothing.
         later: of a module that is several layers, the states of its second and later runs in a forward.
         bound: the layers of the patch; None where there is none, as for native names.
+        caches: remembers what decoding keeps of the caches; None where it keeps nothing.
     """
 
     record: LayerRecord
@@ -70,6 +74,7 @@ class LayerState:
     watch: LayerWatch | None = None
     later: tuple[LayerState, ...] = ()
     bound: Bound | None = None
+    caches: Caches | None = None
 
     def of_run(self, runs: dict[str, int] | None) -> LayerState:
         """The state of the run that begins, which is counted in `runs`; the first one's where nobody counts."""
@@ -177,6 +182,8 @@ def attend_sparse(
     call = LayerCall(state, module, q, k, v, mask, kwargs, tokens, kept)
     if state.session.stays_dense(state.record, decide(call), call.work):
         return None
+    if call.decoding:
+        return attend_few_call(call)
     end = call.plan.kv_end
     done = state.session.sparse(
         state.record, q, k[:, :, :end], v[:, :, :end], call.ctx, call.spans,
@@ -199,15 +206,24 @@ def attend(
     tokens, segments = kwargs.pop(TOKENS, None), kwargs.pop(SEGMENTS, None)
     if original is not None and segments is None and not torch.compiler.is_compiling():
         now = find(module)
+        if now is not None and now.caches is not None:
+            _note_keys(now, query, key, attention_mask)
         if (
             now is not None
             and not now.later
             and (now.source is None or not now.source.other)
             and runs_alone(now.bound)
-            and stays_dense(now, module, query, key, attention_mask, kwargs)
         ):
-            kwargs.pop(RUNS, None)
-            return run_dense(now.dense, module, query, key, value, attention_mask, kwargs)
+            short = query.shape[2] < now.session.policy.min_queries and now.session.decoder is not OWN
+            few = seen_at_once(now, module, query, key, value, attention_mask, kwargs) if short else None
+            if few is not None or (not short and stays_dense(now, module, query, key, attention_mask, kwargs)):
+                if few is not None and now.watch is not None:
+                    now.watch.release()
+                done = None if few is None else attend_few(now, query, key, value, few, kwargs)
+                if done is not None:
+                    return done
+                kwargs.pop(RUNS, None)
+                return run_dense(now.dense, module, query, key, value, attention_mask, kwargs)
     # By a native name the state is made here, which no graph follows.
     if original is None and in_program():
         refuse_program()
@@ -215,7 +231,7 @@ def attend(
     if now is not None and not torch.compiler.is_compiling():
         # In a pause, too: what runs again in backward must meet the same.
         recomputation.note(now.session)
-    state = _state_here(now, module, attention_mask)
+    state = state_here(now, module, attention_mask)
     if state is not None:
         state = state.of_run(runs)
     if state is not None and state.source is not None and state.source.other:
@@ -243,7 +259,16 @@ def attend(
     return run_dense(dense, module, query, key, value, attention_mask, kwargs)
 
 
-def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
+def _note_keys(state: LayerState, query: Tensor, key: Tensor, mask: Any) -> None:
+    """Has the keys of a call known to whom remembers something of their cache."""
+    new = query.shape[2]
+    end = mask.plan.kv_end if isinstance(mask, MaskSpec) else 0
+    few = new < state.session.policy.min_queries
+    if state.caches is not None:
+        state.caches.note(state.record.index, key, end or key.shape[2], new, few)
+
+
+def state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:
     """The state by which a call runs, or None where it runs as without a patch: that of its forward when it began.
 
     Args:
@@ -262,14 +287,14 @@ def _state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerSt
     return None if now is None or now.bound is None or began_before(now.bound) else now
 
 
-def describe_mask(original: str | None, **wanted: Any) -> Any:
-    """What transformers calls to make a mask; see `register`."""
+def describe_mask(original: str | None, kind: type[MaskSpec] = MaskSpec, **wanted: Any) -> Any:
+    """What transformers calls to make a mask, of a kind of description; see `register`."""
     ready = wanted.get("attention_mask")
     # generate() makes the masks of a static cache ahead and passes them through here again.
     if isinstance(ready, MaskSpec):
         return ready
     # The eager form of a mask is one that every implementation takes.
-    mask = MaskSpec(original or "eager", wanted)
+    mask = kind(original or "eager", wanted)
     if original is None or torch.compiler.is_compiling():
         return mask
     config = wanted.get("config")

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.decision import as_before
 from hf_sparse_attn.family import pretrained_models
-from hf_sparse_attn.hosts import NATIVE_PREFIX
+from hf_sparse_attn.hosts import NATIVE_PREFIX, PATCHED_PREFIX
+from hf_sparse_attn.hosts.transformers_cache import watch_caches
 from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
 from hf_sparse_attn.hosts.transformers_forward import STATE_ATTRIBUTE, bind
 from hf_sparse_attn.hosts.transformers_hook import (
@@ -78,6 +79,7 @@ def install_text(
     """
     configs: dict[int, Any] = {}
     bound = bind(patch, patch.modules)
+    caches = None if patch.session.decoder.method is None else watch_caches(patch, patch.modules)
     watched: list[tuple[Any, dict[str, tuple[Any, LayerRecord]]]] = []
     for prefix, owner in owners:
         places: dict[str, tuple[Any, LayerRecord]] = {}
@@ -99,7 +101,9 @@ def install_text(
             for index in indices:
                 own_name = f"{prefix}{name}" if len(indices) == 1 else f"{prefix}{name} (layer {index})"
                 record = patch.session.record(own_name, index)
-                state = LayerState(record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, **extra)
+                state = LayerState(
+                    record, patch.session, max(map(max, runs)) + 1, dense, bound=bound, caches=caches, **extra
+                )
                 compiled = CompiledLayer(state, module, dense_function(dense, module))
                 states.append(replace(state, compiled=compiled))
             bound.states[module] = state = replace(states[0], later=tuple(states[1:]))
@@ -112,6 +116,11 @@ def install_text(
         switch(patch, config)
     for owner, places in watched:
         patch.hook(owner, "register_forward_pre_hook", watch_changes(patch.session, owner, places))
+    refuse_pages(patch)
+
+
+def refuse_pages(patch: Patch) -> None:
+    """Has continuous batching refused until a patch is removed."""
     for model in pretrained_models(patch.model):
         if hasattr(model, _PAGED):
             patch.set_attribute(model, _PAGED, _refuse_pages)
@@ -188,12 +197,14 @@ def dense_name(module: Any) -> str:
     return default_dense(module) if own.startswith(NATIVE_PREFIX) else own
 
 
-def switch(patch: Patch, config: Any) -> None:
-    """Lets a config point at the hook until the patch is removed."""
+def _known(name: str, own: str) -> None:
+    register(name, own, lambda module: module.__dict__.get(STATE_ATTRIBUTE))
 
-    def known(name: str, own: str) -> None:
-        register(name, own, lambda module: module.__dict__.get(STATE_ATTRIBUTE))
 
-    switch_on(config, known)
+def switch(
+    patch: Patch, config: Any, known: Callable[[str, str], object] = _known, prefix: str = PATCHED_PREFIX
+) -> None:
+    """Lets a config point at the hook until the patch is removed; see switch_on for `known` and `prefix`."""
+    switch_on(config, known, prefix)
     patch.on_remove(switch_off, config)
     patch.on_copy(partial(mend_copy, config))

@@ -178,6 +178,7 @@ class Plan:
         reason: why the call must be dense, or None.
         own: the reason is the model's own sparsity, which is no fallback.
         causal: whether a token sees only itself and what came before.
+        limited: whether a token of a longer text would see no more than a window or chunk of it.
     """
 
     kv_end: int = 0
@@ -186,6 +187,7 @@ class Plan:
     reason: str | None = None
     own: bool = False
     causal: bool = True
+    limited: bool = False
 
     @property
     def reach(self) -> int:
@@ -291,7 +293,8 @@ class MaskSpec:
             plan = _padded_plan(padding[:, kv_offset : kv_offset + kv_end], q_len, kv_end)
         else:
             plan = Plan(kv_end, whole(batch, q_len, kv_end))
-        plan = replace(plan, causal=rule.causal)
+        limited = rule.window is not None or rule.chunk is not None or kv_offset != 0
+        plan = replace(plan, causal=rule.causal, limited=limited)
         if plan.reason is not None:
             return plan
         if rule.window is not None and plan.reach > rule.window:
@@ -356,6 +359,8 @@ def _padded_plan(valid: Tensor, q_len: int, kv_end: int) -> Plan:
         valid: bool [batch, up to kv_end keys]; keys beyond are padding.
         q_len, kv_end: the queries are the last `q_len` of `kv_end` keys.
     """
+    if valid.shape[1] >= kv_end and bool(valid.all()):
+        return Plan(kv_end, whole(valid.shape[0], q_len, kv_end))
     place = torch.arange(valid.shape[1], device=valid.device)
     first = torch.where(valid, place, valid.shape[1]).amin(1)
     last = torch.where(valid, place, -1).amax(1)

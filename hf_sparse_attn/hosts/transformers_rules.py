@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_sparse_attn import recomputation
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.decision import SPARSE, Decision, as_before, by_shape, known_dense
+from hf_sparse_attn.decoder import OWN
 from hf_sparse_attn.hosts.sdpa_hook import SDPA, is_context_parallel, watched_by
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec, Plan, ReadyMask, read_ready, whole
 from hf_sparse_attn.record import Work
@@ -73,7 +74,19 @@ class LayerCall:
     @property
     def causal(self) -> bool:
         """Whether the layer's dense implementation would take a call without a mask for causal."""
-        return _causal(self.state, self.module, self.kwargs)
+        return is_causal(self.state, self.module, self.kwargs)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the call is for the session's decoder: few queries, as where text is generated."""
+        if self.session.decoder is OWN:
+            return False
+        return self.q.shape[2] < self.session.policy.min_queries and self.causal
+
+    @property
+    def strictly(self) -> bool:
+        """Whether it is a fallback if the call stays dense against the rules: exact attention loses nothing by it."""
+        return not self.decoding or self.session.decoder.method is not None
 
     @cached_property
     def by_shape(self) -> Context:
@@ -213,9 +226,14 @@ def _share_of_a_rank(call: LayerCall) -> bool:
     )
 
 
-def _not_ours(call: LayerCall) -> str | None:
-    """What has taken the layer's own attention over or must see it, in words, or None."""
-    name = call.state.dense
+def _as_before(call: LayerCall) -> Decision:
+    """decision.as_before of a prompt; what reads a prompt is no matter where text is generated, a pause is."""
+    found = as_before(call.session)
+    return SPARSE if found.reason is not None and found.counted and call.decoding else found
+
+
+def who_took_it(name: str) -> str | None:
+    """What has taken the attention called `name` over or must see it, in words, or None."""
     if _BY_TRANSFORMERS.fullmatch(name):
         for what, known in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
             now = known.get(name)
@@ -232,8 +250,9 @@ def _misfit(call: LayerCall) -> bool:
     return mask is not None and (mask.shape[0] != q[0] or mask.shape[2:] != (q[2], k[2]))
 
 
-def _wants_weights(call: LayerCall) -> bool:
-    return bool(call.kwargs.get("output_attentions") or getattr(call.module.config, "output_attentions", False))
+def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is to return its weights."""
+    return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 
 def _odd_mask(call: LayerCall) -> bool:
@@ -247,12 +266,12 @@ def _unknown_tokens(call: LayerCall) -> bool:
 # In the order in which they are asked. What is known of a shape comes before a look at the mask: decoding and short
 # texts are to pay nothing for the patch.
 RULES = (
-    Rule("patch", lambda c: as_before(c.session).reason is not None, lambda c: as_before(c.session), noted=False),
+    Rule("patch", lambda c: _as_before(c).reason is not None, _as_before, noted=False),
     Rule("context parallelism", _share_of_a_rank, "", traced=False),
-    Rule("not ours", lambda c: _not_ours(c) is not None, lambda c: _not_ours(c) or ""),
+    Rule("not ours", lambda c: who_took_it(c.state.dense) is not None, lambda c: who_took_it(c.state.dense) or ""),
     Rule("fewer keys", lambda c: c.k.shape[2] < c.q.shape[2],
          lambda c: f"{c.q.shape[2]} queries for {c.k.shape[2]} keys", traced=False),
-    Rule("shape", lambda c: c.known.reason is not None, lambda c: c.known, traced=False),
+    Rule("shape", lambda c: not c.decoding and c.known.reason is not None, lambda c: c.known, traced=False),
     Rule("decoding", lambda c: c.q.shape[2] < c.session.policy.min_queries, "decoding",
          fallback=False, eager=False, noted=False),
     Rule("reads", lambda c: bool(c.session.reads),
@@ -270,7 +289,7 @@ RULES = (
     Rule("dropout", lambda c: bool(c.kwargs.get("dropout")),
          lambda c: f"dropout of {c.kwargs['dropout']} on the attention weights",
          traced="dropout on the attention weights"),
-    Rule("weights", _wants_weights, "output_attentions=True"),
+    Rule("weights", lambda c: wants_weights(c.module, c.kwargs), "output_attentions=True"),
     Rule("scaling", lambda c: not isinstance(c.kwargs.get("scaling"), (int, float, type(None))),
          lambda c: f"scaling given as a {type(c.kwargs['scaling']).__name__}"),
     Rule("position bias", _given("position_bias"), "position bias", traced="position_bias under torch.compile"),
@@ -282,8 +301,9 @@ RULES = (
     Rule("mask", _odd_mask, lambda c: f"mask other than {'causal' if c.causal else 'bidirectional'} under "
          "torch.compile (give an attention_mask of ones where nothing is packed)", eager=False),
     Rule("packing", _given("cu_seq_lens_k"), "cu_seq_lens_k under torch.compile", eager=False),
-    Rule("inputs", lambda c: isinstance(c.inputs, str), lambda c: str(c.inputs), traced=False),
-    Rule("tokens", _unknown_tokens, lambda c: f"vision tokens unknown: {c.tokens and c.tokens.unknown}", traced=False),
+    Rule("inputs", lambda c: not c.decoding and isinstance(c.inputs, str), lambda c: str(c.inputs), traced=False),
+    Rule("tokens", lambda c: not c.decoding and _unknown_tokens(c),
+         lambda c: f"vision tokens unknown: {c.tokens and c.tokens.unknown}", traced=False),
 )  # fmt: skip
 _EAGER = tuple(rule for rule in RULES if rule.eager)
 _TRACED = tuple(rule for rule in RULES if rule.traced)
@@ -296,20 +316,9 @@ def stays_dense(state: LayerState, module: nn.Module, q: Tensor, k: Tensor, mask
     answer, if in some cases for a reason that it asks about before the shape.
     """
     session = state.session
-    # Whether a function of torch is watched or replaced, or runs in a transform, a trace, autocast, or for gradients.
-    if (
-        session.strict
-        or session.method.name == "dense"
-        or session.paused
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or F.scaled_dot_product_attention is not SDPA
-        or torch.is_autocast_enabled(q.device.type)
-        or not recomputation.is_quiet()
-    ):
+    if session.strict or session.method.name == "dense" or session.paused or not is_undisturbed(q):
         return False
-    causal = _causal(state, module, kwargs)
+    causal = is_causal(state, module, kwargs)
     keys = k.shape[2]
     if keys < q.shape[2] or not (isinstance(mask, MaskSpec) or (mask is None and not causal)):
         return False
@@ -324,7 +333,20 @@ def stays_dense(state: LayerState, module: nn.Module, q: Tensor, k: Tensor, mask
     return True
 
 
-def _causal(state: LayerState, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def is_undisturbed(q: Tensor) -> bool:
+    """Whether no function of torch is watched or replaced, nor a transform, trace, autocast or gradient at work."""
+    return not (
+        torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or F.scaled_dot_product_attention is not SDPA
+        or torch.is_autocast_enabled(q.device.type)
+        or not recomputation.is_quiet()
+    )
+
+
+def is_causal(state: LayerState, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the layer's dense implementation would take a call without a mask for causal."""
     given = kwargs.get("is_causal")
     # The eager functions of transformers know masks alone; modules of old say nothing, which others take for yes.
     return bool(getattr(module, "is_causal", state.dense != "eager") if given is None else given)
@@ -341,6 +363,6 @@ def decide(call: LayerCall, traced: bool = False) -> Decision:
             says = rule.traced if traced and isinstance(rule.traced, str) else rule.says
             said = says if isinstance(says, str) else says(call)
             if isinstance(said, str):
-                return Decision(said, fallback=rule.fallback, counted=rule.noted or not traced)
+                return Decision(said, fallback=rule.fallback and call.strictly, counted=rule.noted or not traced)
             return Decision(said.reason, counted=False) if traced else said
     return SPARSE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from hf_sparse_attn.hosts import PATCHED_PREFIX
+from hf_sparse_attn.hosts import PATCHED_PREFIX, SELECTING
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
 from hf_sparse_attn.overlay import ABSENT, put_back
 
@@ -39,15 +39,16 @@ def is_switched(config: Any) -> bool:
 
 def original(config: Any) -> str:
     """The implementation a config names, also when it points at the hook already."""
-    return str(config._attn_implementation or "eager").removeprefix(PATCHED_PREFIX)
+    return str(config._attn_implementation or "eager").removeprefix(PATCHED_PREFIX).removeprefix(SELECTING)
 
 
-def switch_on(config: Any, register: Callable[[str, str], object]) -> None:
+def switch_on(config: Any, register: Callable[[str, str], object], prefix: str = PATCHED_PREFIX) -> None:
     """Lets a config point at the hook, once more.
 
     Args:
         config: the config.
         register: makes a name known to transformers, given the name of the implementation that it stands for.
+        prefix: what the name begins with, by which the hook is told.
     """
     with _LOCK:
         known = _SWITCHES.get(id(config))
@@ -55,7 +56,7 @@ def switch_on(config: Any, register: Callable[[str, str], object]) -> None:
             known.patches += 1
             return
         key, own = id(config), original(config)
-        name = f"{PATCHED_PREFIX}{own}"
+        name = f"{prefix}{own}"
         register(name, own)
         gone = weakref.ref(config, lambda _: _SWITCHES.pop(key, None))
         _SWITCHES[key] = _Switch(gone, 1, config.__dict__.get(_FIELD, ABSENT))

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, check_int
+from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.method import Decline, Knob, Method
+from hf_sparse_attn.pages import PageMeans, grouped, keep_best, remembered_rows
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import check_block_size, check_share, pool_blocks, text_blocks, top_blocks
+
+# Where text is generated: tokens of a page, first and last pages that are kept, first layers that keep everything.
+# Means of larger pages lose what single tokens say.
+_PAGE, _SINK, _RECENT, _SKIPPED = 16, 1, 2, 2
 
 
 @METHODS.register("block_topk")
@@ -25,6 +31,10 @@ class BlockTopK(Method):
     block of the query itself, without which a causal model loses its sink and its neighbourhood; blocks that hold the
     text beside a video, for queries and for keys (bidirectional only). Ties go to the earlier block.
 
+    Where text is generated a query keeps pages of 16 tokens by their mean keys, the heads that share a head of keys
+    the same ones by the sum of their scores: in all as large a share of the tokens, or as many as `topk` blocks hold.
+    The first page and the last two are among them, and the first two layers keep everything.
+
     Deviations: the forced blocks; means of a short last block are over the tokens it has (the published code pads it).
     In chunked prefill the blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the
     whole prompt.
@@ -32,6 +42,7 @@ class BlockTopK(Method):
     Formula:
         score(r, c) = mean(Q_r) . mean(K_c), r a block of queries, c one of keys that it sees
         keep(r) = {0, own block} and the best others, k in all; k = topk, or round(density * blocks seen)
+        decoding: score(p) = sum over the heads of a group of q . mean(K_p), p a page of 16
 
     When:
         Take it for video, or for text whose heads look for passages: no dynamic choice costs less. Leave it where
@@ -48,6 +59,7 @@ class BlockTopK(Method):
 
     paper = "block-sparse pattern of Jiang et al. 2024, MInference (arXiv 2407.02490)"
     knob = Knob("density", 1e-4, 1.0, log=True)
+    decodes = True
 
     block_size: int = 128
     topk: int | None = None
@@ -100,6 +112,22 @@ class BlockTopK(Method):
         return BlockPattern.from_rows(
             counts.expand(shape), chosen, size, size, layout.q_len, layout.kv_len, tile_ids, tiles
         )
+
+    @torch.no_grad()
+    def decode(self, step: Step) -> Kept | None:
+        """The pages whose mean keys fit best; see Method.decode."""
+        if (step.layer < _SKIPPED and step.num_layers > 1) or self._tokens(step.length) >= step.length:
+            return None
+        query = grouped(step, "group").sum(3)
+        scores = (query @ remembered_rows(step, PageMeans, _PAGE).mT).flatten(1, 2)
+        return keep_best(step, scores, _PAGE, self._tokens, _SINK, _RECENT)
+
+    def _tokens(self, length: int) -> int:
+        """How many of `length` tokens of a cache are kept."""
+        if self.topk is not None:
+            return self.topk * self.block_size
+        assert self.density is not None
+        return int(self.density * length)
 
     def turned(self, value: float) -> Method:
         """With `density` at the value, in place of `topk`; see Method.turned."""

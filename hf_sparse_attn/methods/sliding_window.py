@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.context import Context, TokenLayout
+from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.method import Knob, Method
+from hf_sparse_attn.pages import sink_and_recent
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import (
@@ -52,6 +54,7 @@ class SlidingWindow(Method):
 
     paper = "Xiao et al. 2023, StreamingLLM (arXiv 2309.17453); A-shape of Jiang et al. 2024, MInference (2407.02490)"
     static = True
+    decodes = True
     knob = Knob("window", 1, 1 << 30, log=True, integer=True)
 
     window: int | float = 3968
@@ -100,6 +103,10 @@ class SlidingWindow(Method):
             return kept | text[query.clamp(max=last)] | text[key.clamp(max=last)]
 
         return pattern_from_rule(row, col * size, torch.stack(alike, 1), rule, size, size, layout)
+
+    def decode(self, step: Step) -> Kept | None:
+        """The last row of the causal pattern; see Method.decode."""
+        return sink_and_recent(step, self.sink, self.window)
 
     def least_density(self, ctx: Context) -> float:
         """The window alone; see Method.least_density."""

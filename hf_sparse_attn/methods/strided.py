@@ -66,6 +66,7 @@ class Strided(Method):
 
     paper = "Child et al. 2019, Sparse Transformer (arXiv 1904.10509); Lin et al. 2024, S2-Attention (2407.17678)"
     static = True
+    decodes = True
     knob = Knob("stride", 1, 1024, log=True, integer=True)
 
     local: int | float = 16

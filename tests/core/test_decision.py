@@ -17,6 +17,7 @@ from hf_sparse_attn import decision, policy
 from hf_sparse_attn.context import Context, LayerInputs, TokenLayout
 from hf_sparse_attn.cost.judge import TOO_DENSE, TOO_DENSE_AT_BEST, Loss, Prediction
 from hf_sparse_attn.decision import SPARSE, Case, Decision, by_shape, of_call
+from hf_sparse_attn.decoder import EXACT, OWN, Decoder
 from hf_sparse_attn.dispatch import dense_attention
 from hf_sparse_attn.hosts.transformers_hook import LayerState, attend_sparse
 from hf_sparse_attn.hosts.transformers_mask import MaskSpec
@@ -56,8 +57,10 @@ class Whole(Method):
         return some
 
 
-def session_of(strict: bool = False, method: Method | None = None, **policy: Any) -> Session:
-    return Session(method or Whole(), Policy(**{"min_tokens": 0, **policy}), "auto", strict)
+def session_of(
+    strict: bool = False, method: Method | None = None, decoder: Decoder | None = None, **policy: Any
+) -> Session:
+    return Session(method or Whole(), Policy(**{"min_tokens": 0, **policy}), "auto", strict, decoder)
 
 
 def at(kv_len: int, q_len: int | None = None, **where: Any) -> Context:
@@ -347,7 +350,8 @@ BROKEN: dict[str, tuple[str, Callable[[], LayerCall], str | None, str | None]] =
     "fewer keys": ("fewer keys", lambda: a_call(k=FEW), "20 queries for 19 keys", None),
     "shape": ("shape", lambda: a_call(session_of(dense_layers=1)), "dense_layers", None),
     "decoding": (
-        "decoding", lambda: a_call(q=torch.zeros(2, 4, 15, 8)), "decoding: fewer than 16 queries", "decoding"
+        "decoding", lambda: a_call(session_of(decoder=OWN), q=torch.zeros(2, 4, 15, 8)),
+        "decoding: fewer than 16 queries", "decoding",
     ),
     "reads": ("reads", lambda: a_call(reading()), None, "method whole reads more of a layer than a graph hands over"),
     "no mask": ("no mask", lambda: a_call(mask=None), *["no mask was described to the layer"] * 2),
@@ -454,6 +458,26 @@ FINE: dict[str, Callable[[], LayerCall]] = {
 @pytest.mark.parametrize("case", FINE)
 def test_what_no_rule_forbids_is_sparse(case: str, traced: bool) -> None:
     assert decide(FINE[case](), traced) == SPARSE
+
+
+def test_few_queries_are_for_the_decoder_whatever_the_method_and_the_policy_say_of_prompts() -> None:
+    few: dict[str, Any] = {"q": torch.zeros(2, 4, 3, 8), "mask": spec(q_length=3, kv_length=20, q_offset=17)}
+    for session in (
+        session_of(),
+        session_of(dense_layers=1),
+        session_of(method=hsa.get_method("dense")(), decoder=EXACT),
+    ):
+        assert decide(a_call(session, **few)) == SPARSE
+        assert decide(a_call(session, **few), traced=True).reason in ("decoding", "method dense")
+    assert decide(a_call(session_of(method=Video()), tokens=Tokens((), "no ids"), **few)) == SPARSE
+    assert decide(a_call(paused(), **few)).reason == "paused"
+
+
+@pytest.mark.parametrize("decoder", [EXACT, Decoder("sparse", Whole())], ids=["exact", "sparse"])
+def test_only_sparse_decoding_that_is_lost_is_a_fallback(decoder: Decoder) -> None:
+    few: dict[str, Any] = {"q": torch.zeros(2, 4, 3, 8), "mask": spec(q_length=3, kv_length=20, q_offset=17)}
+    found = decide(a_call(session_of(decoder=decoder), **few, kwargs={"dropout": 0.1}))
+    assert found.reason == "dropout of 0.1 on the attention weights" and found.fallback == (decoder is not EXACT)
 
 
 def test_a_share_of_a_rank_raises_unless_the_model_runs_as_before() -> None:

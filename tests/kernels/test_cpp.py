@@ -403,7 +403,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("kept")
-    build._compile(torch.float32, False, folder / "whole.so")
+    build._compile(torch.float32, "forward", folder / "whole.so")
     return folder / "whole.so"
 
 
@@ -444,7 +444,7 @@ def test_a_library_that_is_spoilt_is_made_anew(
     assert how == "link to nothing" or "compiled anew" in caplog.text
     # And not again.
     build._library.cache_clear()
-    build.library(torch.float32, False)
+    build.library(torch.float32, "forward")
     assert (tmp_path / "asked").read_text() == "x\n" and list(own_home.iterdir()) == [path]
 
 
@@ -453,7 +453,7 @@ def test_processes_that_come_together_compile_once(
 ) -> None:
     copying_compiler(tmp_path, monkeypatch, whole)
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=build.library, args=(torch.float32, False)) for _ in range(3)]
+    children = [fork.Process(target=build.library, args=(torch.float32, "forward")) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
