@@ -71,6 +71,18 @@ def best_places(scores: Tensor, counts: Tensor | int) -> Tensor:
     return best & (scores > -torch.inf)
 
 
+def block_means(x: Tensor, size: int) -> Tensor:
+    """Mean of each whole block of `size` tokens, at least in float32: [batch, heads, blocks, dim]; differentiable."""
+    whole = x.shape[2] // size * size
+    return x[:, :, :whole].unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def grouped_products(q: Tensor, means: Tensor) -> Tensor:
+    """Products of queries with the means of keys of their group, [batch, heads, queries, blocks], in their dtype."""
+    grouped = q.to(means.dtype).unflatten(1, (means.shape[1], -1))
+    return (grouped @ means[:, :, None].mT).flatten(1, 2)
+
+
 def _chosen(
     keep: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +126,11 @@ def _tiles(
     ahead = kinds % (_ROW + width) - _ROW
     key = torch.arange(width, device=kinds.device)
     tiles = chose[:, :, None] & (key <= (lane + ahead[:, None])[:, :, None])
-    whole, some = (tiles.flatten(1).all(1), tiles.flatten(1).any(1))
-    tile_ids = torch.where(whole, 0, torch.arange(1, len(kinds) + 1, device=kinds.device))[kind]
+    some, whole = tiles.flatten(1).any(1), tiles.flatten(1).all(1)
+    partial = some & ~whole
+    tile_ids = torch.where(partial, partial.cumsum(0), 0)[kind]
     read = some[kind]
-    return flat[read], start[read], tile_ids[read], torch.cat([tiles.new_ones(1, _ROW, width), tiles])
+    return flat[read], start[read], tile_ids[read], torch.cat([tiles.new_ones(1, _ROW, width), tiles[partial]])
 
 
 def _key_block(size: int) -> int:
