@@ -65,7 +65,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tens
 
 
 # More queries than these are no longer few: their pattern is worth making.
-_FEW = 16
+FEW_QUERIES = 16
 
 
 def run_exact(
@@ -114,7 +114,7 @@ def _decode(
     backend: str,
 ) -> tuple[Tensor, Tensor, str] | None:  # fmt: skip
     """The call by a backend that needs no pattern; None where there is none, or the call is none of a step."""
-    if not 0 < q.shape[2] <= min(_FEW, k.shape[2]) or torch.compiler.is_compiling():
+    if not 0 < q.shape[2] <= min(FEW_QUERIES, k.shape[2]) or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None

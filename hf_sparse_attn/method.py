@@ -99,7 +99,8 @@ class Method:
     sets its density, where it has one, what it `reads` besides q, k and v (fields of LayerInputs), which the model
     family then puts into `ctx.inputs`, and whether what it keeps goes `by_steps`, by the share of the denoising run: a
     call is then dense where nobody knows how long the run is. It says whether it `decodes`: chooses keys for single
-    queries of text that is generated (`decode`), and whether it `reads_prompts` sparsely, which most do.
+    queries of text that is generated (`decode`), and whether it `reads_prompts` sparsely, which most do. One that
+    `keeps_all` leaves nothing out on purpose: to run the model's own attention instead is as good.
     """
 
     name: ClassVar[str] = ""
@@ -112,6 +113,7 @@ class Method:
     by_steps: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     reads_prompts: ClassVar[bool] = True
+    keeps_all: ClassVar[bool] = False
 
     @classmethod
     def make_gates(cls, model: Fingerprint, settings: Mapping[str, Any]) -> Sequence[nn.Module]:
@@ -295,6 +297,11 @@ class Method:
     def params(self) -> dict[str, Any]:
         """The parameters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def has_pattern(cls) -> bool:
+        """Whether queries, keys and the Context tell what is kept; not where the model itself selects."""
+        return "own selection" not in cls.needs
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class Dense(Method):
 
     paper = "Vaswani et al. 2017, Attention Is All You Need"
     static = True
+    keeps_all: ClassVar[bool] = True
 
     def pattern(self, q: Tensor | None, k: Tensor | None, ctx: Context) -> BlockPattern:
         """All keys; see Method.pattern."""
