@@ -35,6 +35,8 @@ class TorchFolded:
         pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
     ) -> str | None:
         """See backend.Backend."""
+        if q.is_meta:
+            return "needs values, the tensors are on meta"
         if q.shape[2] > _MAX_QUERIES:
             return f"needs at most {_MAX_QUERIES} queries, got {q.shape[2]}"
         if needs_grad:
