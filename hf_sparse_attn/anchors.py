@@ -69,7 +69,9 @@ def full_layers(num_layers: int, frequency: int = 1, offset: int = 2, pattern: s
         found = tuple(letter == "F" for letter in pattern)
     if num_layers and not found[0]:
         given = (
-            f"`pattern` must begin with F, got {pattern!r}" if pattern else f"`offset` must be 1 or more, got {offset}"
+            f"`pattern` must begin with F, got {pattern!r}"
+            if pattern
+            else f"`offset` must be at least 1, got {offset}"
         )
         raise ValueError(f"{given}: no layer comes before the first one")
     return found

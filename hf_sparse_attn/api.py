@@ -201,9 +201,9 @@ def _decoder(model: Any, found: Found, method: Method, decode: str | Method | No
 
     decoder = find_decoder(method, decode, make)
     if decode is not None and not generates_text(*found[1:]):
+        why = "selects keys by itself" if getattr(found[1], "requires", ()) else "generates no text token by token"
         raise ValueError(
-            f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which generates no text token "
-            f"by token, got {decode!r}"
+            f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which {why}, got {decode!r}"
         )
     if decoder.method is not None:
         decoder.method.check_model(model)

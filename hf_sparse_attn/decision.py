@@ -118,9 +118,16 @@ def _bound(session: Session, q: Tensor, ctx: Context) -> Decision:
     if session.policy.min_tokens != "auto":
         return SPARSE
     loss, origin = session.judge.bound(q, ctx)
+    if loss is not None and session.method.keeps_all:
+        return _own_is_faster(session)
     if loss is not None and loss.prediction.density >= FULL:
         session.tell_full(ctx)
     return Decision(loss, origin)
+
+
+def _own_is_faster(session: Session) -> Decision:
+    """Dense, and as good as what was asked for."""
+    return Decision(f"{session.method.name}: the model's own attention is predicted faster")
 
 
 class NotWorth(Exception):
@@ -165,6 +172,8 @@ class Case:
             NotWorth: the sequence is dense.
         """
         prediction = self.call.found(pattern, q, k, v)
+        if self.auto and not prediction.pays and self.session.method.keeps_all:
+            raise NotWorth(_own_is_faster(self.session))
         if self.auto and not prediction.pays:
             # What is predicted counts half of every tile; a GPU is not waited for.
             if prediction.density > 0.98 and q.device.type == "cpu":

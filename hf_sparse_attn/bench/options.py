@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seconds": 5.0,
         "heads": 16,
     },
+    "decode": {"tokens": (2048, 8192, 16384), "densities": (0.25, 0.125), "threads": 1},
     # A little of the first three.
     "quick": {"tokens": (4096,), "dims": (64,), "dtypes": ("float32",), "densities": (0.125,), "repeats": 3},
 }
@@ -64,6 +66,9 @@ class Options:
         seconds: time after which a point gets no further round once it has two.
         threads: CPU threads, or None for what torch chose.
         device: where to run, or None for CUDA where there is one, else the CPU.
+        model: of suite decode, a folder or Hub id of a model of text; None means SmolLM2 where its package is
+            installed, else a tiny one.
+        gguf: of suite decode, a GGUF file of the same model, for OpenVINO GenAI and llama.cpp.
 
     Raises:
         ValueError, TypeError: a value out of range or of the wrong type.
@@ -84,6 +89,8 @@ class Options:
     seconds: float = 60.0
     threads: int | None = None
     device: str | None = None
+    model: str | None = None
+    gguf: str | None = None
 
     def __post_init__(self) -> None:
         _check_suite(self.suite)
@@ -110,6 +117,11 @@ class Options:
             if name not in BACKENDS.missing:
                 BACKENDS.get(name)
         check_device(self.device)
+        if self.gguf is not None and not Path(self.gguf).is_file():
+            raise ValueError(f"`gguf` must be a file, got {self.gguf!r}")
+        for name in ("model", "gguf"):
+            if getattr(self, name) is not None and self.suite != "decode":
+                raise ValueError(f"`{name}` must be left out of suite {self.suite}, got {getattr(self, name)!r}")
         if self.suite == "gpu" and self.device is None and self.where.type != "cuda":
             raise ValueError(
                 "`suite` 'gpu' needs a CUDA device, none was found; --device cpu --tokens 256 tries it out"

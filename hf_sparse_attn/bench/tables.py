@@ -16,6 +16,7 @@ TITLES = {
     "decode": "Decoding: one query, random key blocks",
     "patterns": "Patterns: building them, beside the sparse attention that they lead to",
     "layers": "Attention layers with their projections, forced to be sparse, against the same layer unpatched",
+    "generation": "Steps of generated text: the model by itself, exact, and sparse",
     "auto": "Attention layers where the dispatcher chooses: patched over unpatched time",
 }
 NOTES = {
@@ -27,6 +28,9 @@ NOTES = {
     "layers": "Ratio: median over the rounds of patched over unpatched time in the same round, with the spread, and "
     "that of the whole model; parameters that count tokens are scaled to the length; density is over all calls, a "
     "dense one counts 1.",
+    "generation": "Seconds of one token of one text after a prompt of so many. Ratio: median over the rounds of the "
+    "time of a step over that of transformers in the same round, with the spread; on one thread of a CPU the time of "
+    "the process.",
     "auto": "Median over the rounds of patched over unpatched time in the same round (lowest..highest), and what "
     "the dispatcher chose; every method with its defaults. MISSED: above 1.02.",
     "targets": "Every point is listed; what could not be measured says why.",
@@ -157,6 +161,15 @@ _COLUMNS: dict[str, dict[str, Callable[[Record], str]]] = {
         "predicted": lambda r: _ratio(r.get("predicted_gain")),
         "first call": lambda r: _seconds(r.get("warmup_seconds")),
         "remark": _remark,
+    },
+    "generation": {
+        "model": lambda r: f"{r['model']}, {r['tokens']} tokens, {r['dtype']}",
+        "contestant": lambda r: r["contestant"],
+        **_TIMES,
+        "ratio": lambda r: _number(r.get("ratio"), 3),
+        "spread": _spread,
+        "density": lambda r: _number(r.get("density"), 3),
+        "remark": lambda r: "; ".join(filter(None, [r.get("file"), _remark(r)])),
     },
     "targets": {
         "target": lambda r: r["target"],

@@ -133,7 +133,8 @@ def _parser() -> Parser:
     bench.add_argument(
         "--suite",
         default="quick",
-        help="kernels, patterns, layers, gpu (all that is promised of one), or quick: a little of the first three",
+        help="kernels, patterns, layers, decode (steps of generated text), gpu (all that is promised of one), or "
+        "quick: a little of the first three",
     )
     bench.add_argument("--tokens", type=list_of(int), metavar="N,N", help="8192,32768; quick: 4096")
     bench.add_argument("--dims", type=list_of(int), metavar="N,N", help="head sizes: 64,128; quick: 64")
@@ -156,6 +157,10 @@ def _parser() -> Parser:
     )
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; what torch chooses if not given")
     bench.add_argument("--device", help="cuda where there is one, else cpu")
+    bench.add_argument(
+        "--model", metavar="NAME", help="decode: folder or Hub id; SmolLM2 if installed, else a tiny one"
+    )
+    bench.add_argument("--gguf", metavar="FILE", help="decode: the model for OpenVINO GenAI and llama.cpp")
     bench.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and speedup.png there")
     bench.add_argument(
         "--calibrate",

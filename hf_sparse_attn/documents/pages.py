@@ -48,7 +48,8 @@ def pages(folder: Path, parser: argparse.ArgumentParser) -> dict[Path, str]:
     for name, cls in METHODS.items():
         if catalog.is_own(cls):
             found[folder / "methods" / f"{name}.md"] = page(name, evaluation)
-            found[folder / "methods" / f"{name}.svg"] = draw(cls(**cls.examples()[0]))
+            if cls.has_pattern():
+                found[folder / "methods" / f"{name}.svg"] = draw(cls(**cls.examples()[0]))
     for name, wanted in KEPT.items():
         found[folder / name] = _filled(_text(folder / name), blocks, name, wanted)
     readme = folder.parent.parent / "README.md"

@@ -490,7 +490,7 @@ def test_the_time_of_a_lent_machine_is_kept(monkeypatch):
 
 def test_every_suite_has_a_table_and_every_table_a_note():
     assert set(bench_tables.TITLES) == set(bench_tables.NOTES)
-    assert SUITES == ("kernels", "patterns", "layers", "gpu", "quick")
+    assert SUITES == ("kernels", "patterns", "layers", "gpu", "decode", "quick")
     assert set(SUITES) - {"quick", "gpu"} <= set(bench_tables.TITLES)
 
 

@@ -18,6 +18,7 @@ from hf_sparse_attn.family import tiny_text
 from hf_sparse_attn.hosts import transformers_decode
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import FAMILIES
 from tests.support.decoding import Forgetful, Pages
 
 # Of a model whose prompts are read whole: what is left out is left out in decoding.
@@ -228,15 +229,12 @@ def test_generate_is_the_loop_by_hand_and_a_run_without_a_cache() -> None:
     assert (generated[1] - want[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("cache", ["static", "offloaded"])
-def test_other_caches_give_the_same(cache: str) -> None:
+def test_a_static_cache_gives_the_same() -> None:
     model, ids = tiny("llama"), tokens(2, 37)
     with hsa.patch(model, Pages(), **SPARSE):
         want = generate(model, ids)
-        kept = T.StaticCache(config=model.config, max_cache_len=50)
-        assert_same(by_hand(model, ids, kept), want)
-        if cache == "static":
-            assert_same(generate(model, ids, cache_implementation="static"), want)
+        assert_same(by_hand(model, ids, T.StaticCache(config=model.config, max_cache_len=50)), want)
+        assert_same(generate(model, ids, cache_implementation="static"), want)
 
 
 def test_rows_of_a_padded_batch_are_as_by_themselves() -> None:
@@ -449,10 +447,19 @@ def test_what_cannot_decode_is_refused_and_the_model_untouched(case: str) -> Non
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_that_generate_no_text_take_no_decoder() -> None:
-    bert, _ = tiny_text(T.BertModel)
-    with pytest.raises(ValueError, match=r"`decode` must be left out for BertModel \(family encoder\)"):
-        hsa.patch(bert, "dense", decode="exact")
+OTHERS = {"bert": ("encoder", "generates no text"), "dsa": ("natively_sparse", "selects keys by itself")}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_whose_decoding_is_none_or_their_own_take_no_decoder(kind: str) -> None:
+    family, why = OTHERS[kind]
+    model, inputs = FAMILIES.get(family).tiny()
+    method = "native" if kind == "dsa" else "dense"
+    with pytest.raises(ValueError, match=rf"`decode` must be left out for .* \(family {family}\), which {why}"):
+        hsa.patch(model, method, decode="exact")
+    with hsa.patch(model, method) as patch, torch.no_grad():
+        model(**inputs)
+    assert patch.report().decode == "" and "decode=" not in str(patch.report())
 
 
 ASKED: dict[str, tuple[Any, Any, str]] = {
@@ -470,7 +477,10 @@ ASKED: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("case", ASKED)
 def test_what_decodes_is_what_was_asked_for(case: str) -> None:
     method, decode, said = ASKED[case]
-    with hsa.patch(tiny("llama"), method, decode=decode) as patch:
+    model = tiny("llama")
+    with hsa.patch(model, method, decode=decode) as patch, torch.no_grad():
+        assert "decode=" not in str(patch.report())
+        model(tokens(1, 3))
         found = patch.report()
     assert found.decode.partition("(")[0] == said and found.to_dict()["decode"] == found.decode
     assert f"decode={said}" in str(found)
