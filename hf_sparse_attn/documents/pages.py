@@ -99,7 +99,7 @@ def _filled(text: str, blocks: dict[str, str], name: str, wanted: tuple[str, ...
 
 
 def _blocks(parser: argparse.ArgumentParser, records: dict[str, Any]) -> dict[str, str]:
-    tables = {**catalog.tables(), "methods_linked": _methods_linked()}
+    tables = {**catalog.tables(), "methods_linked": _methods_linked(), "methods_by_use": _methods_by_use()}
     texts = {
         "recipe_keys": recipe_keys(records),
         "family_notes": _notes(FAMILIES),
@@ -113,6 +113,15 @@ def _methods_linked() -> Table:
     """The table of the methods, each with a link to its page."""
     columns, rows = catalog.methods_table()
     return columns, [(f"[{row[0]}](methods/{row[0]}.md)", *row[1:-1], linked(row[-1])) for row in rows]
+
+
+def _methods_by_use() -> Table:
+    """What methods are for, for the README: each with a link to its page."""
+    columns, rows = catalog.methods_by_use()
+    return columns, [
+        (use, ", ".join(f"[{name}](.github/docs/methods/{name}.md)" for name in names.split(", ")))
+        for use, names in rows
+    ]
 
 
 def _notes(registry: Registry[Any]) -> str:
