@@ -115,7 +115,8 @@ class Dsa(Method):
         if indexer.query.in_features != hidden.shape[2]:
             return Decline(f"the indexers are for {indexer.query.in_features} hidden states, got {hidden.shape[2]}")
         with torch.no_grad():
-            return dsa_select_tokens(*indexer(hidden), self.top_k)
+            query, key, weights = indexer(hidden)
+            return dsa_select_tokens(query, key, weights, self.top_k)
 
     def least_density(self, ctx: Context) -> float:
         """What is kept, which the content does not change; see Method.least_density."""
