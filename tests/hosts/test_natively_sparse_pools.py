@@ -135,6 +135,17 @@ def test_chunks_and_single_tokens_over_a_cache(name: str, kind: str) -> None:
         torch.testing.assert_close(torch.cat(outputs, 1)[valid], wanted[valid], **CLOSE)
 
 
+@each
+def test_padding_between_tokens(name: str) -> None:
+    """Keys of padding that stand before a query are not read."""
+    model, inputs = tiny.build(name), given()
+    inputs["attention_mask"][1, 20:26] = 0
+    wanted, valid = run(model, **inputs), inputs["attention_mask"].bool()
+    with hsa.patch(model, "native") as patch:
+        torch.testing.assert_close(run(model, **inputs)[valid], wanted[valid], **CLOSE)
+        assert reasons(patch) == []
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "static": {"cache_implementation": "static"},
