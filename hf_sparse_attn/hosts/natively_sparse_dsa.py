@@ -22,6 +22,7 @@ from hf_sparse_attn.hosts.natively_sparse_latent import (
     keep_latents,
 )
 from hf_sparse_attn.hosts.natively_sparse_mask import visible_of
+from hf_sparse_attn.hosts.natively_sparse_window import attend_window
 from hf_sparse_attn.patching import Patch
 
 
@@ -78,6 +79,10 @@ class DSA(Kind):
         heads = q.shape[1]
         listed = int((lists >= 0).sum()) * heads
         return Attended(out, listed, visible.pairs(q.shape[0], q.shape[2], k.shape[2]) * heads, backend)
+
+    def narrow(self, module: Any, call: OwnCall) -> Tensor | None:
+        """See Kind."""
+        return attend_window(call.q, call.k, call.v, call.mask, call.kwargs)
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """See Kind."""

@@ -110,6 +110,13 @@ class Kind:
         """
         raise NotImplementedError
 
+    def narrow(self, module: Any, call: OwnCall) -> Tensor | None:
+        """Output [batch, q_len, heads, value dim] of a layer without a selection, without a mask of all pairs.
+
+        None where it runs as transformers runs it, which is what a kind need not care for.
+        """
+        return None
+
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """What transformers' own function is given for a call; the selection is in its mask.
 

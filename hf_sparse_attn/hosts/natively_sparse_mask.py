@@ -52,12 +52,17 @@ class SelectingMask(MaskSpec):
     @cached_property
     def visible(self) -> Visible:
         """Which keys the mask shows; made as a tensor only where it is not the plain causal one."""
+        causal = masking_utils.causal_mask_function
+        if self.wanted.get("mask_function", causal) is causal:
+            return self.up_to_own
+        mask = shown(self._tensor())
+        assert mask is not None
+        return Visible(mask=mask)
+
+    @cached_property
+    def up_to_own(self) -> Visible:
+        """The keys up to each query's own that are no padding, whatever else the mask hides."""
         wanted = self.wanted
-        plain = wanted.get("mask_function", masking_utils.causal_mask_function) is masking_utils.causal_mask_function
-        if not plain:
-            mask = shown(self._tensor())
-            assert mask is not None
-            return Visible(mask=mask)
         before, keys = int(wanted.get("kv_offset", 0)), self.shape[3]
         padding = masking_utils.prepare_padding_mask(wanted.get("attention_mask"), keys, before)
         if padding is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import hf_sparse_attn as hsa
@@ -437,3 +438,57 @@ def test_two_forwards_at_once_and_a_removal_within_one() -> None:
     torch.testing.assert_close(got[valid], wanted[valid], **CLOSE)
     assert all(layer.sparse_calls == 1 for layer in patch.report().layers)
     assert own_attributes(model) == before
+
+
+@pytest.mark.skipif("dots3_note" not in tiny.NAMES, reason="not in this transformers")
+@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
+def test_a_window_beside_selections(kind: str) -> None:
+    """Longer than the window: in strips, equal to transformers, with gradients, and over a cache of the window."""
+    model, given = tiny.build("dots3_note"), padded(150, 2)
+    ids, mask = given.values()
+    valid = mask.bool()
+    made: list[Tensor] = []
+    if kind == "none":
+        wanted, slopes = run(model, **given), gradients(model, given)
+        with hsa.patch(model, "native", strict=True) as patch, Makes(made):
+            torch.testing.assert_close(run(model, **given)[valid], wanted[valid], **CLOSE)
+        assert patch.report().layers[2].reasons == {"layer's own sliding window of 9": 1}
+        # No layer made a mask of all pairs.
+        assert not any(t.shape[-2:] == (150, 150) for t in made)
+        with hsa.patch(model, "native"):
+            for name, mine in gradients(model, given).items():
+                scale = float(slopes[name].abs().max()) + 1e-6
+                torch.testing.assert_close(mine / scale, slopes[name] / scale, rtol=1e-3, atol=1e-4)
+        return
+    wanted, cache = run(model, **given), caches(kind, model) if kind == "dynamic" else None
+    cache = cache or StaticCache(config=model.config, max_cache_len=160)
+    outputs = []
+    with hsa.patch(model, "native"):
+        for start, stop in ((0, 100), (100, 101), (101, 150)):
+            piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            outputs.append(run(model, **piece, past_key_values=cache))
+    torch.testing.assert_close(torch.cat(outputs, 1)[valid], wanted[valid], **CLOSE)
+
+
+class Makes(TorchDispatchMode):
+    """Keeps the tensors that are made."""
+
+    def __init__(self, into: list[Tensor]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.into += [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        return out
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_runs_as_transformers_has_it() -> None:
+    """Whole, and said so."""
+    model, given = tiny.build("deepseek_v32", "sdpa", num_hidden_layers=1), padded()
+    wanted, valid = run(model, **given), given["attention_mask"].bool()
+    with hsa.patch(model, "native") as patch:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(run(compiled, **given, use_cache=False)[valid], wanted[valid], **CLOSE)
+        assert "not read under torch.compile" in next(iter(patch.report().layers[0].reasons))
