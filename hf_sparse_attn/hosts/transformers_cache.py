@@ -46,7 +46,8 @@ class Track:
     def check(self, layer: Any) -> None:
         """Forgets what is remembered where the layer holds other keys than it has handed over last."""
         if self._keys is not None:
-            if layer.keys is not self._keys() or _version(layer.keys) != self._version:
+            last = self._keys()
+            if last is None or layer.keys is not last or _version(last) != self._version:
                 self.forget()
 
     def forget(self) -> None:
