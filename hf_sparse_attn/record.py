@@ -81,7 +81,7 @@ class Decoded:
         """The sums as they stand; waits for a GPU."""
         density = float(self.kept) / self.visible if self.visible else 1.0
         gain = self.gain_sum / self.calls if self.gain_sum else None
-        return Decoding(self.calls, density, self.pages, gain, dict(self.backends))
+        return Decoding(self.calls, density, self.pages, gain, dict(self.backends), self.visible)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class Pairs(NamedTuple):
 _NONE = Pairs()
 # The heading of the column of reasons.
 _WHY = "dense because"
+_DECODING = "decoding, not by the model's own attention"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Decoding:
         pages: pages of the cache that were read, over calls, batch rows and lists; 0 where it is not read by pages.
         gain: predicted seconds of reading all keys on the same path over those of the calls, mean, or None.
         backends: kernel runs by backend.
+        visible: pairs of query and key, over batch rows and heads, of which `density` is a share.
     """
 
     calls: int
@@ -38,6 +41,7 @@ class Decoding:
     pages: int
     gain: float | None
     backends: dict[str, int]
+    visible: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,25 +128,42 @@ class Report:
         """`density` of the calls that are decoding, or None where there were none."""
         return _share([r.decode for r in self.layers])
 
+    @property
+    def decoding(self) -> dict[str, Decoding]:
+        """Decoding calls that did not run the model's own attention, of all layers, by the method that chose the keys.
+
+        Densities count by pairs, gains by calls.
+        """
+        kinds = dict.fromkeys(kind for r in self.layers for kind in r.decoding)
+        return {kind: _sum([r.decoding[kind] for r in self.layers if kind in r.decoding]) for kind in kinds}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         plain = (str, int, float, bool, type(None), tuple, list, dict)
         # A parameter may be an object (trained gates), which only its name stands for.
         params = {k: v if isinstance(v, plain) else repr(v) for k, v in self.params.items()}
         names = ("density", "prefill_density", "decode_density")
-        return {**asdict(replace(self, params=params)), **{name: getattr(self, name) for name in names}}
+        decoding = {kind: asdict(found) for kind, found in self.decoding.items()}
+        plain_values = {**asdict(replace(self, params=params)), "decoding": decoding}
+        return {**plain_values, **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
         notes = (f"note: {text}" for text in self.notes)
-        return "\n".join([table(*self._table(), self._title(), width=140), *notes])
+        parts = [table(*self._table(), self._title(), width=140)]
+        if self.decoding:
+            parts += ["", table(*self._decoding_table(), _DECODING, width=140)]
+        return "\n".join([*parts, *notes])
 
     def _repr_html_(self) -> str:
         """The same in a notebook."""
         notes = "".join(f"<li>{escape(text)}</li>" for text in self.notes)
         columns, rows = self._table()
+        decoding = ""
+        if self.decoding:
+            decoding = f"<p>{escape(_DECODING)}</p>{html(*self._decoding_table(), range(1, 6), inline=True)}"
         return (
             f"<p><b>{escape(self._title())}</b></p>{html(columns, rows, range(1, columns.index(_WHY)), inline=True)}"
-            f"{notes and f'<p>Notes:</p><ul>{notes}</ul>'}"
+            f"{decoding}{notes and f'<p>Notes:</p><ul>{notes}</ul>'}"
         )
 
     def _title(self) -> str:
@@ -155,6 +176,17 @@ class Report:
         if self.model_gain is not None:
             title += f", whole model {self.model_gain:.2f}x"
         return title
+
+    def _decoding_table(self) -> Table:
+        """Columns and rows: a way of choosing keys each."""
+        rows = []
+        for kind, found in self.decoding.items():
+            layers = sum(kind in r.decoding for r in self.layers)
+            pages = f"{found.pages / found.calls:.1f}" if found.pages else "-"
+            gain = "-" if found.gain is None else f"{found.gain:.2f}x"
+            backends = ", ".join(found.backends)
+            rows.append((kind, str(layers), str(found.calls), f"{found.density:.3f}", pages, gain, backends))
+        return ["keys by", "layers", "calls", "density", "pages a call", "predicted", "backend"], rows
 
     def _table(self) -> Table:
         """Columns and rows: a layer each."""
@@ -179,6 +211,23 @@ class Report:
             )
         columns = ["layer", "sparse", "dense", "backend", "requested", "density", "predicted", "measured"]
         return [*columns, _WHY, *(["exact"] if exact else [])], rows
+
+
+def _sum(parts: Sequence[Decoding]) -> Decoding:
+    """The decoding of several layers as one."""
+    calls, visible = sum(p.calls for p in parts), sum(p.visible for p in parts)
+    told = [(p.gain, p.calls) for p in parts if p.gain is not None]
+    backends: Counter[str] = Counter()
+    for part in parts:
+        backends.update(part.backends)
+    return Decoding(
+        calls,
+        sum(p.density * p.visible for p in parts) / visible if visible else 1.0,
+        sum(p.pages for p in parts),
+        sum(gain * n for gain, n in told) / sum(n for _, n in told) if told else None,
+        dict(backends),
+        visible,
+    )
 
 
 def _share(pairs: Iterable[Pairs]) -> float | None:

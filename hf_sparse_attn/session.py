@@ -152,7 +152,7 @@ class Session(Uncopied):
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         # Where nothing is left out nothing is given up either.
-        if self.strict and not self.method.keeps_all:
+        if self.strict and not (self.method.keeps_all and self.decoder.method is None):
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
 
     def check_program(self) -> None:

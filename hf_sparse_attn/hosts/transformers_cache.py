@@ -140,20 +140,19 @@ class Caches:
             if track is not None:
                 track.check(layer)
 
-    def note(self, index: int, k: Tensor, end: int, new: int, remember: bool) -> None:
-        """Takes note of a call of a layer of the model.
+    def note(self, index: int, k: Tensor, end: int, new: int) -> None:
+        """Takes note of a call of a layer of the model, a step or a prompt.
 
         Args:
             index: of the layer.
             k, end, new: see Track.see.
-            remember: whether memory is wanted of a layer of a cache of which there is none yet.
         """
         layer = self._layer(index, k)
         if layer is None:
             return
         track = self._track(layer)
         if track is None:
-            if not remember or not _listen(layer):
+            if not _listen(layer):
                 return
             track = _TRACKS.setdefault(layer, {})[self._number] = Track()
             self._layers.add(layer)

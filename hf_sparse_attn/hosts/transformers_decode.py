@@ -196,8 +196,6 @@ def _by_method(call: _Call, method: Method, gain: float, rows: list[dict[Any, An
     session, record = state.session, state.record
     end, new = k.shape[2], q.shape[2]
     memory = Memory() if state.caches is None else state.caches.memory(record.index)
-    # Also where the length of a static cache was not waited for when it was noted.
-    memory.crop(end - new)
     steps: list[Step] = []
     kept: list[Kept | None] = []
     for i, layers in enumerate(rows):

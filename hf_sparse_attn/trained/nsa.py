@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +180,7 @@ def blocks_pattern(chosen: Tensor, size: int, layout: TokenLayout, heads: int) -
         return found.scatter_(-1, own.where(own >= 0, blocks), True)[..., :blocks]
 
     shape = (*chosen.shape[:3], blocks)
-    return pattern_by_query(keep, shape, size, layout, heads // chosen.shape[1])  # type: ignore[arg-type]
+    return pattern_by_query(keep, shape, size, layout, heads // chosen.shape[1])
 
 
 def compressed_branch(
@@ -214,7 +215,8 @@ def _ended_blocks(queries: int, keys: int, size: int, ended: int, device: torch.
 
 def window_pattern(size: int, ctx: Context, device: torch.device) -> BlockPattern:
     """The last tokens of every query."""
-    found = METHODS.get("sliding_window")(window=size, sink=0, block_size=64).static_pattern(ctx, device)
+    params: dict[str, Any] = {"window": size, "sink": 0, "block_size": 64}
+    found = METHODS.get("sliding_window")(**params).static_pattern(ctx, device)
     assert isinstance(found, BlockPattern)
     return found
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor
+from transformers import masking_utils as mu
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.family import tiny_text
 from hf_sparse_attn.hosts import transformers_decode
+from hf_sparse_attn.hosts.transformers_decode import Few, read_few
+from hf_sparse_attn.hosts.transformers_mask import MaskSpec, ReadyMask
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import FAMILIES
@@ -194,6 +197,73 @@ def test_what_is_no_plain_step_is_the_models_own_to_the_bit(case: str, decode: A
         model.set_attn_implementation("sdpa")
     assert torch.equal(got, want)
     assert all(sum(n for said, n in r.reasons.items() if reason in said) == 1 for r in patch.report().layers)
+
+
+def test_weights_that_the_config_asks_for_come_from_the_model() -> None:
+    model, ids, cache = tiny("llama"), tokens(1, 31), T.DynamicCache()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    try:
+        with torch.no_grad(), hsa.patch(model, Pages(), **SPARSE) as patch:
+            model(ids[:, :30], past_key_values=cache)
+            assert [w.shape[-1] for w in model(ids[:, 30:], past_key_values=cache).attentions] == [31, 31]
+    finally:
+        model.config.output_attentions = False
+        model.set_attn_implementation("sdpa")
+    assert kinds(patch) == [{}] * 2
+
+
+def test_an_attention_function_that_was_replaced_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    own, called = functions["sdpa"], []
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        called.append(args[1].shape[2])
+        return own(*args, **kwargs)
+
+    monkeypatch.setitem(functions._local_mapping, "sdpa", other)
+    model = tiny("llama")
+    with hsa.patch(model, "sliding_window") as patch:
+        generate(model, tokens(1, 37))
+    assert called.count(1) == 2 * (NEW - 1) and kinds(patch) == [{}] * 2
+
+
+def test_keys_that_no_mask_describes_are_left_to_the_model() -> None:
+    """A growing cache that another model has filled in part: its second layer begins with the first step."""
+    model, ids = tiny("llama"), tokens(1, 31)
+    cache, found = T.DynamicCache(), []
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        for patched in (False, True):
+            given = T.DynamicCache()
+            given.update(cache.layers[0].keys, cache.layers[0].values, 0)
+            patch = hsa.patch(model, "sliding_window") if patched else None
+            found.append(model(ids[:, 30:], past_key_values=given).logits)
+    assert patch is not None
+    assert kinds(patch) == [{"exact": 1}, {}]
+    patch.remove()
+    torch.testing.assert_close(*found, rtol=0, atol=2e-6)
+
+
+def spec(**more: Any) -> MaskSpec:
+    wanted = dict(batch_size=1, q_length=1, kv_length=20, q_offset=19, attention_mask=None, device="cpu")
+    return MaskSpec("sdpa", {"mask_function": mu.causal_mask_function, "dtype": torch.float32, **wanted, **more})
+
+
+def test_what_a_mask_says_of_few_queries() -> None:
+    plain = read_few(spec())
+    assert isinstance(plain, Few) and (plain.end, plain.starts, plain.limited) == (20, None, False)
+    for limit in (mu.chunked_overlay(32, torch.zeros(1)), mu.sliding_window_overlay(32)):
+        found = read_few(spec(mask_function=mu.and_masks(mu.causal_mask_function, limit)))
+        assert isinstance(found, Few) and found.limited
+    moved = read_few(spec(q_offset=29, kv_offset=10))
+    assert isinstance(moved, Few) and moved.limited and moved.end == 20
+    assert read_few(spec(mask_function=mu.bidirectional_mask_function)) != plain
+    # What was given ready made may come again, and is another forward then.
+    ready = ReadyMask((1, 1, 1, 20), spec().plan)
+    one, other = read_few(ready), read_few(ready)
+    assert isinstance(one, Few) and isinstance(other, Few) and one.rows is not other.rows
 
 
 def test_gradients_are_those_of_the_model() -> None:
