@@ -98,7 +98,7 @@ class Rocket(Budgeted):
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """Few tokens."""
-        return [{"budget": 48, "compression": 9, "share": "head"}]
+        return [{"budget": 48, "compression": 2, "share": "head"}]
 
     @classmethod
     def full_budget(cls) -> dict[str, Any]:
