@@ -46,8 +46,8 @@ class Track:
     def check(self, layer: Any) -> None:
         """Forgets what is remembered where the layer holds other keys than it has handed over last."""
         if self._keys is not None:
-            keys = layer.keys
-            if keys is not self._keys() or _version(keys) != self._version:
+            keys = self._keys()
+            if keys is None or layer.keys is not keys or _version(keys) != self._version:
                 self.forget()
 
     def forget(self) -> None:
@@ -214,7 +214,7 @@ def watch_caches(patch: Patch, owners: list[nn.Module]) -> Caches:
 
 def _listen(layer: Any) -> bool:
     """Has a layer tell what it does; whether it can."""
-    kind = type(layer)
+    kind: Any = type(layer)
     if not kind.__dict__.get(_TELLS, False):
         try:
             _set_class(layer, _telling(kind))
