@@ -126,7 +126,7 @@ def choose_anchors(similarity: Tensor, importance: Tensor, count: int) -> Anchor
         return sum(value[anchor][anchor:end])
 
     # best[i]: most that layers from i on gain with i an anchor and so many in all, and the anchors.
-    best = {i: (gain(i, layers), (i,)) for i in range(layers)}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {i: (gain(i, layers), (i,)) for i in range(layers)}
     for more in range(1, count):
         best = {
             i: max(((gain(i, j) + best[j][0], (i, *best[j][1])) for j in range(i + 1, layers - more + 1)), key=_first)

@@ -301,12 +301,17 @@ def attention(
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
+    if is_step:
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        with no_autocast(q.device):
+            out, lse, _ = run_exact(q, k, v, factor, cap, backend=backend)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
+        return (out, lse) if return_lse else out
     with no_autocast(q.device), made_on_cpu():
         if isinstance(method, BlockPattern):
             factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
             out, lse, _ = run_pattern(q, k, v, method, factor, backend, cap)
-        elif is_step:
-            out, lse, _ = run_exact(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, cap, backend=backend)
         else:
             out, lse = _by_method(q, k, v, method, ctx, scale, backend, cap)
     if sinks is not None:

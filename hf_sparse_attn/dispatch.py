@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import compiled
+from hf_sparse_attn.autocast import made_on_cpu
 from hf_sparse_attn.backend import choose_backend, choose_decoder
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.decoding import Kept, whole_pattern
@@ -82,8 +83,9 @@ def run_exact(
     """
     done = _decode(q, k, v, None, scale, softcap, first, backend)
     if done is None:
-        pattern = whole_pattern(q.shape[2], k.shape[2], first, q.device)
-        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+        with made_on_cpu():
+            pattern = whole_pattern(q.shape[2], k.shape[2], first, q.device)
+            done = run_pattern(q, k, v, pattern, scale, backend, softcap)
     return done
 
 
@@ -104,8 +106,9 @@ def run_kept(
         )
     done = _decode(q, k, v, kept, scale, softcap, first, backend)
     if done is None:
-        pattern = kept.pattern(k.shape[2], q.shape[1], first)
-        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+        with made_on_cpu():
+            pattern = kept.pattern(k.shape[2], q.shape[1], first)
+            done = run_pattern(q, k, v, pattern, scale, backend, softcap)
     return done
 
 

@@ -128,7 +128,7 @@ def check_requires(found: Found, method: Method, model: object) -> None:
     Raises:
         MethodDoesNotApply: names the methods that it takes.
     """
-    requires = getattr(found[1], "requires", frozenset())
+    requires: frozenset[str] = getattr(found[1], "requires", frozenset())
     if not requires <= method.needs:
         from hf_sparse_attn.registry import METHODS
 

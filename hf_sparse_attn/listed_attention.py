@@ -269,7 +269,7 @@ class _Listed(torch.autograd.Function):
     """See listed_attention."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor | None, q2: Tensor | None, k2: Tensor | None,
         sinks: Tensor | None, lists: Tensor, scaling: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -298,7 +298,7 @@ class _Listed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         with no_autocast(grad.device):
             return _Listed._gradients(ctx, grad)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_sparse_attn.context import TokenLayout
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time
-from hf_sparse_attn.selection import rank_descending
+from hf_sparse_attn.selection import best_ascending, rank_descending
 
 # Queries in a row of the pattern. Few enough that their choices, one bit each, make a bounded table of tiles.
 _ROW = 16
@@ -64,10 +64,13 @@ def best_places(scores: Tensor, counts: Tensor | int) -> Tensor:
         scores: [..., n]; those of -inf are never among the best.
         counts: how many of each row, [...] or one number.
     """
-    order = rank_descending(scores)
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    among = place < (counts if isinstance(counts, int) else counts[..., None])
-    best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, among.expand_as(order))
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(counts, int):
+        best.scatter_(-1, best_ascending(scores, min(counts, scores.shape[-1])), True)
+    else:
+        among = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+        order = rank_descending(scores)
+        best.scatter_(-1, order, among.expand_as(order))
     return best & (scores > -torch.inf)
 
 

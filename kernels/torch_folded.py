@@ -35,6 +35,8 @@ class TorchFolded:
         pattern: BlockPattern | None, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, softcap: float = 0.0
     ) -> str | None:
         """See backend.Backend."""
+        if q.is_meta:
+            return "needs values, the tensors are on meta"
         if q.shape[2] > _MAX_QUERIES:
             return f"needs at most {_MAX_QUERIES} queries, got {q.shape[2]}"
         if needs_grad:
@@ -102,10 +104,9 @@ def _attend_pages(
         x.repeat_interleave(heads // x.shape[1], 1).gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
         for x in (k, v)
     )
-    if not bool(is_read.all()):
-        k, v = (x.masked_fill(~is_read[..., None], 0.0) for x in (k, v))
-    else:
-        is_read = None
+    if bool(is_read.all()):
+        return _attend(q, k, v, scale, softcap, None)
+    k, v = (x.masked_fill(~is_read[..., None], 0.0) for x in (k, v))
     return _attend(q, k, v, scale, softcap, is_read)
 
 
@@ -138,7 +139,7 @@ def _has_fused(q: Tensor, v: Tensor, softcap: float) -> bool:
 def _fused(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     mask = None
     if keep is not None:
-        mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -torch.inf)
+        mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, -torch.inf)
         mask = mask.expand(q.shape[0], -1, -1, -1) if keep.ndim == 4 else mask
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     if keep is not None:

@@ -17,7 +17,7 @@ from hf_sparse_attn.hosts.natively_sparse_compress import compress
 from hf_sparse_attn.hosts.natively_sparse_kind import Attended, Kind, OwnCall, awake, why_other
 from hf_sparse_attn.hosts.natively_sparse_mask import SelectingMask
 from hf_sparse_attn.hosts.natively_sparse_pools import top_pools
-from hf_sparse_attn.hosts.transformers_mask import read_rule
+from hf_sparse_attn.hosts.transformers_mask import MaskRule, read_rule
 from hf_sparse_attn.listed_attention import listed_attention
 from hf_sparse_attn.patching import Patch
 
@@ -188,8 +188,7 @@ class Window:
         wanted = mask.wanted
         before, keys, first = int(wanted.get("kv_offset", 0)), mask.shape[3], int(wanted["q_offset"])
         rule = read_rule(wanted.get("mask_function"))
-        plain = rule.causal and rule.window is not None and not rule.more and rule.unknown is None
-        if not plain or rule.chunk is not None or rule.packed is not None or rule.blocks is not None:
+        if rule.window is None or rule != MaskRule(causal=True, window=rule.window):
             return "mask that is not the plain window"
         padding = wanted.get("attention_mask")
         if padding is not None:
@@ -199,7 +198,6 @@ class Window:
             padding = padding[:, before : before + keys]
             padding = nn.functional.pad(padding, (0, keys - padding.shape[1]))
             padding = None if bool(padding.all()) else padding
-        assert rule.window is not None
         return cls(first - before, min(rule.window, first - before + mask.shape[2]), keys, padding)
 
     def lists(self, batch: int, rows: slice, device: torch.device) -> Tensor:

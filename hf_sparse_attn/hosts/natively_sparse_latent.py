@@ -102,7 +102,7 @@ def _used(latents: Tensor, rotated: Tensor, lists: Tensor) -> tuple[Tensor, Tens
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a module is a product with its weight and no more: not quantised, adapted, offloaded or looked at."""
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     return (
         type(linear) is nn.Linear
         and type(weight) in (nn.Parameter, Tensor)

@@ -72,7 +72,9 @@ class PreallocatedLayer(DynamicLayer):
             return found
         for name, new in zip(_NAMES, (key_states, value_states), strict=True):
             setattr(self, name, self._room(name, new, length).append(new, length))
-        return self.keys, self.values
+        keys: Tensor = self.keys  # type: ignore[assignment]  # both are there now
+        values: Tensor = self.values  # type: ignore[assignment]
+        return keys, values
 
     def _fits(self, keys: Tensor, values: Tensor, length: int) -> bool:
         """Whether new keys and values can be written behind those that are kept."""
@@ -81,7 +83,7 @@ class PreallocatedLayer(DynamicLayer):
             return False
         if torch.compiler.is_compiling() or are_transformed(keys, values) or keys.shape[:-1] != values.shape[:-1]:
             return False
-        pairs = [(self.keys, keys), (self.values, values)]
+        pairs: list[tuple[Any, Tensor]] = [(self.keys, keys), (self.values, values)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for pair in pairs for tensor in pair):
             return False
         return all(type(new) is Tensor and (length == 0 or _alike(held, new)) for held, new in pairs)
@@ -92,7 +94,8 @@ class PreallocatedLayer(DynamicLayer):
         held, room, end = getattr(self, name), rooms.get(name), length + new.shape[-2]
         # What was made in inference mode cannot be written outside.
         if room is None or room.view is not held or room.buffer.shape[-2] < end or _is_sealed(room.buffer):
-            capacity = self.max_tokens if end <= (self.max_tokens or 0) else max(2 * end, _FEWEST)
+            most = self.max_tokens or 0
+            capacity = most if end <= most else max(2 * end, _FEWEST)
             buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
             room = rooms[name] = _Room(buffer, buffer.narrow(-2, 0, length), length)
             if length:
@@ -124,7 +127,7 @@ class PreallocatedLayer(DynamicLayer):
         """See DynamicLayer; in one copy."""
         rooms = self._rooms or {}
         if any(name not in rooms or rooms[name].view is not getattr(self, name) for name in _NAMES):
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # rows are whole numbers
             return
         for name, room in rooms.items():
             rows = beam_idx.to(room.buffer.device)
@@ -203,10 +206,11 @@ def preallocate(cache: DynamicCache, max_tokens: int | None = None) -> None:
     """Has the plain layers of a cache append in place from now on, those that it has and those that it will have."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layer.__class__ = PreallocatedLayer
-            layer.max_tokens = max_tokens
+            own: Any = layer
+            own.__class__ = PreallocatedLayer
+            own.max_tokens = max_tokens
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(PreallocatedLayer, max_tokens)
+        cache.layer_class_to_replicate = partial(PreallocatedLayer, max_tokens)  # type: ignore[assignment]
 
 
 def check_cache(cache: object, generates: bool, model: object) -> None:

@@ -46,8 +46,7 @@ class Track:
     def check(self, layer: Any) -> None:
         """Forgets what is remembered where the layer holds other keys than it has handed over last."""
         if self._keys is not None:
-            keys = self._keys()
-            if keys is None or layer.keys is not keys or _version(keys) != self._version:
+            if layer.keys is not self._keys() or _version(layer.keys) != self._version:
                 self.forget()
 
     def forget(self) -> None:

@@ -17,6 +17,10 @@ from hf_sparse_attn.sharing.fingerprint import Fingerprint
 from hf_sparse_attn.sharing.gates import Gates, GateSet, checked_gates, find_gates, gate_of, unknown_settings
 from hf_sparse_attn.trained.dsa import attend, dsa_select_tokens, tokens_pattern
 
+# Width of an indexer over that of all heads of attention, where there is none: that of DeepSeek-V3.2, whose 64 index
+# heads of 128 serve 128 heads that read latents of 576.
+_SHARE = 1 / 9
+
 
 @METHODS.register("dsa")
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,8 @@ class Dsa(Method):
         if indexer.query.in_features != hidden.shape[2]:
             return Decline(f"the indexers are for {indexer.query.in_features} hidden states, got {hidden.shape[2]}")
         with torch.no_grad():
-            return dsa_select_tokens(*indexer(hidden), self.top_k)
+            query, key, weights = indexer(hidden)
+            return dsa_select_tokens(query, key, weights, self.top_k)
 
     def least_density(self, ctx: Context) -> float:
         """What is kept, which the content does not change; see Method.least_density."""
@@ -125,8 +130,13 @@ class Dsa(Method):
         return float(seen.clamp(max=self.top_k).sum()) / float(seen.sum())
 
     def choosing_pairs(self, ctx: Context) -> float:
-        """All pairs, once for all heads together; see Method.choosing_pairs."""
-        return ctx.layout.q_len * ctx.layout.kv_len / ctx.num_heads
+        """All visible pairs in all index heads, once for all heads of attention; see Method.choosing_pairs."""
+        share = _SHARE
+        if self.gates:
+            indexer = find_gates(self.gates, self.name).layers[0]
+            assert isinstance(indexer, Indexer)
+            share = indexer.query.out_features / (ctx.num_heads * ctx.head_dim)
+        return share / 2 * ctx.layout.q_len * ctx.layout.kv_len
 
     @classmethod
     def candidates(cls, layout: TokenLayout, tokens: int) -> Sequence[Mapping[str, Any]]:

@@ -73,7 +73,14 @@ class Moba(Method):
         reason = self.why_not(ctx)
         if reason is not None:
             return Decline(reason)
-        return moba_pattern(q, k, ctx.layout, self.chunk_size, self.density if self.top_k is None else self.top_k)
+        return moba_pattern(q, k, ctx.layout, self.chunk_size, self.amount)
+
+    @property
+    def amount(self) -> int | float:
+        """Chunks that a query reads, or as a float their share."""
+        found = self.density if self.top_k is None else self.top_k
+        assert found is not None
+        return found
 
     def turned(self, value: float) -> Method:
         """With `density` at the value, in place of `top_k`; see Method.turned."""
@@ -83,7 +90,7 @@ class Moba(Method):
         """What is kept, which the content does not change; see Method.least_density."""
         if not ctx.layout.is_causal:
             return 0.0
-        return kept_share(ctx.layout, self.chunk_size, self.density if self.top_k is None else self.top_k)
+        return kept_share(ctx.layout, self.chunk_size, self.amount)
 
     def choosing_pairs(self, ctx: Context) -> float:
         """Every query with every mean; see Method.choosing_pairs."""

@@ -9,21 +9,25 @@ from torch import Tensor
 
 from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.context import Context, check_int
-from hf_sparse_attn.dispatch import check_tensors, run_pattern
+from hf_sparse_attn.dispatch import check_tensors
+from hf_sparse_attn.listed_attention import Visible, listed_attention
 from hf_sparse_attn.method import Run
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time
 from hf_sparse_attn.selection import best_ascending
 
-# Query heads with the same keys from which on reading a list once for all of them pays for putting them together.
-_TOGETHER = 4
+# Query heads with the same keys from which on they run as rows of one list, several times as fast as one by one. Of
+# fewer the pattern stays one of tokens.
+_TOGETHER = 3
+# Numbers of all index heads that are held at a time, about what stays in a cache.
+_PRODUCTS = 1 << 21
 # A pattern of single keys has no blocks, but a size of them.
 _NO_BLOCK = 16
 
 
 def dsa_attention(
     q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, weights: Tensor, top_k: int = 2048,
-    scale: float | None = None, indices: Tensor | None = None, backend: str = "auto",
+    scale: float | None = None, indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """DeepSeek sparse attention (DSA) as a function to train with (DeepSeek-AI 2025, DeepSeek-V3.2).
 
@@ -42,7 +46,6 @@ def dsa_attention(
         scale: factor on the logits of the attention; None means dim ** -0.5.
         indices: int [batch, tokens, n], the tokens where they are known, none twice; negative ones and those after
             the query are none. None means those of `dsa_select_tokens`; the indexer's tensors are then not read.
-        backend: "auto", or a backend by name.
 
     Returns:
         [batch, heads, tokens, value dim] in the dtype of `q`, 0 for a query without any key.
@@ -66,11 +69,8 @@ def dsa_attention(
                 f"`indices` must be integers [batch, tokens, n] [{q.shape[0]}, {q.shape[2]}, n], got {indices.dtype} "
                 f"{list(indices.shape)}"
             )
-
-        def run(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-            return run_pattern(q, k, v, pattern, ctx.softmax_scale, backend)[:2]
-
-        return attend(q, k, v, indices, run)[0]
+        lists = Visible(first=ctx.layout.query_start).of(indices)
+        return listed_attention(q, k, v, lists[:, None], ctx.softmax_scale)[0]
 
 
 @torch.no_grad()
@@ -106,15 +106,18 @@ def dsa_select_tokens(q_index: Tensor, k_index: Tensor, weights: Tensor, top_k: 
     with no_autocast(q_index.device), made_on_cpu():
         work = torch.promote_types(q_index.dtype, torch.float32)
         key, start = k_index.to(work).mT, keys - queries
+        # Heads of a query beside one another, so that their weights are one more product.
+        query = q_index.transpose(1, 2).to(work) * dim**-0.5
+        each = weights.to(work).transpose(1, 2)[:, :, None]
         found = torch.full((batch, queries, min(top_k, keys)), -1, device=q_index.device)
         token = torch.arange(start, keys, device=q_index.device)[:, None]
-        step = at_a_time(batch * heads * keys)
+        step = max(1, min(at_a_time(batch * heads * keys), _PRODUCTS // (batch * heads * keys)))
         for first in range(0, queries, step):
             last = min(first + step, queries)
             rows, end = slice(first, last), start + last
-            products = (q_index[:, :, rows].to(work).flatten(1, 2) @ key[..., :end] * dim**-0.5).relu_()
-            scores = (products.unflatten(1, (heads, -1)) * weights[:, :, rows, None].to(work)).sum(1)
-            scores = scores.masked_fill_(torch.arange(end, device=scores.device) > token[rows], -torch.inf)
+            products = (query[:, rows].flatten(1, 2) @ key[..., :end]).relu_()
+            scores = (each[:, rows] @ products.unflatten(1, (-1, heads)))[:, :, 0]
+            scores.masked_fill_(torch.arange(end, device=scores.device) > token[rows], -torch.inf)
             best = best_ascending(scores, min(top_k, end))
             # A query that sees fewer has keys after itself in their place, which are the last of its list.
             found[:, rows, : best.shape[2]] = best.masked_fill_(best > token[rows], -1)

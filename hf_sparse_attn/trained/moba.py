@@ -79,7 +79,7 @@ def moba_pattern(q: Tensor, k: Tensor, layout: TokenLayout, size: int, amount: i
     def keep(first: int, last: int) -> Tensor:
         mine = own[first:last, None]
         gate = grouped_products(q[:, :, first:last], means).masked_fill(asked >= mine, -torch.inf)
-        best = best_places(gate, others[first:last])
+        best = best_places(gate, amount - 1 if isinstance(amount, int) else others[first:last])
         return torch.nn.functional.pad(best, (0, blocks - len(asked))) | (place == mine)
 
     return pattern_by_query(keep, (q.shape[0], q.shape[1], q.shape[2], blocks), size, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from hf_sparse_attn.dispatch import check_tensors, run_pattern
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import at_a_time
 from hf_sparse_attn.registry import METHODS
-from hf_sparse_attn.selection_by_query import best_places, block_means, grouped_products, pattern_by_query
+from hf_sparse_attn.selection import best_ascending
+from hf_sparse_attn.selection_by_query import block_means, grouped_products, pattern_by_query
 
 # Sizes of the blocks of the compressed branch: of queries, and of means.
 _ROW, _MEANS = 64, 16
+# Scores that are held at a time, about what stays in a cache.
+_SCORES = 1 << 20
 # Above every probability, in the order in which they are kept: the first block, the one before the own, the own.
 _FIRST, _BEFORE, _OWN = 2.0, 3.0, 4.0
 
@@ -139,26 +143,29 @@ def select_blocks(q: Tensor, k: Tensor, size: int, count: int, scale: float, sof
         scale, softcap: of the logits, as in Context.
     """
     (batch, _, queries, _), groups, keys = q.shape, k.shape[1], k.shape[2]
-    means = block_means(k, size)
-    ended, blocks = means.shape[2], -(-keys // size)
+    means, blocks = block_means(k, size), -(-keys // size)
     token = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    own, place = token // size, torch.arange(blocks, device=q.device)
-    kept = min(count, blocks)
-    found = torch.empty(batch, groups, queries, kept, dtype=torch.int64, device=q.device)
-    step = at_a_time(batch * q.shape[1] * blocks)
+    own, block = token // size, torch.arange(blocks, device=q.device)
+    found = torch.full((batch, groups, queries, min(count, blocks)), -1, device=q.device)
+    numbers = batch * q.shape[1] * blocks
+    step = max(1, min(at_a_time(numbers), _SCORES // numbers))
     for first in range(0, queries, step):
-        rows = slice(first, first + step)
-        logits = grouped_products(q[:, :, rows], means) * scale
+        rows, last = slice(first, first + step), min(first + step, queries) - 1
+        # Blocks up to the own of the last query.
+        place = block[: (keys - queries + last) // size + 1]
+        ended = place[: means.shape[2]]
+        logits = grouped_products(q[:, :, rows], means[:, :, : len(ended)]) * scale
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-        logits = logits.masked_fill((place[:ended] + 1) * size - 1 > token[rows], -torch.inf)
+        logits.masked_fill_((ended + 1) * size - 1 > token[rows], -torch.inf)
         # A query that no block has ended for has no weights, and needs none.
         weights = logits.softmax(-1).nan_to_num_(0.0).unflatten(1, (groups, -1)).mean(2)
-        scores = nn.functional.pad(weights, (0, blocks - ended))
-        for block, score in ((0, _FIRST), (own[rows] - 1, _BEFORE), (own[rows], _OWN)):
-            scores = scores.masked_fill(place == block, score)
-        best = best_places(scores.masked_fill(place > own[rows], -torch.inf), kept)
-        found[:, :, rows] = place.where(best, blocks).sort(-1).values[..., :kept]
-    return found.masked_fill_(found == blocks, -1)
+        scores = nn.functional.pad(weights, (0, len(place) - len(ended)))
+        for forced, score in ((0, _FIRST), (own[rows] - 1, _BEFORE), (own[rows], _OWN)):
+            scores.masked_fill_(place == forced, score)
+        best = best_ascending(scores.masked_fill_(place > own[rows], -torch.inf), min(count, len(place)))
+        # Where there are fewer, blocks after the own stand in their place, which are the last of the list.
+        found[:, :, rows, : best.shape[3]] = best.masked_fill_(best > own[rows], -1)
+    return found
 
 
 def blocks_pattern(chosen: Tensor, size: int, layout: TokenLayout, heads: int) -> BlockPattern:
@@ -179,7 +186,7 @@ def blocks_pattern(chosen: Tensor, size: int, layout: TokenLayout, heads: int) -
         return found.scatter_(-1, own.where(own >= 0, blocks), True)[..., :blocks]
 
     shape = (*chosen.shape[:3], blocks)
-    return pattern_by_query(keep, shape, size, layout, heads // chosen.shape[1])  # type: ignore[arg-type]
+    return pattern_by_query(keep, shape, size, layout, heads // chosen.shape[1])
 
 
 def compressed_branch(
@@ -214,7 +221,8 @@ def _ended_blocks(queries: int, keys: int, size: int, ended: int, device: torch.
 
 def window_pattern(size: int, ctx: Context, device: torch.device) -> BlockPattern:
     """The last tokens of every query."""
-    found = METHODS.get("sliding_window")(window=size, sink=0, block_size=64).static_pattern(ctx, device)
+    params: dict[str, Any] = {"window": size, "sink": 0, "block_size": 64}
+    found = METHODS.get("sliding_window")(**params).static_pattern(ctx, device)
     assert isinstance(found, BlockPattern)
     return found
 

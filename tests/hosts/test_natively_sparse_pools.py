@@ -135,6 +135,17 @@ def test_chunks_and_single_tokens_over_a_cache(name: str, kind: str) -> None:
         torch.testing.assert_close(torch.cat(outputs, 1)[valid], wanted[valid], **CLOSE)
 
 
+@each
+def test_padding_between_tokens(name: str) -> None:
+    """Keys of padding that stand before a query are not read."""
+    model, inputs = tiny.build(name), given()
+    inputs["attention_mask"][1, 20:26] = 0
+    wanted, valid = run(model, **inputs), inputs["attention_mask"].bool()
+    with hsa.patch(model, "native") as patch:
+        torch.testing.assert_close(run(model, **inputs)[valid], wanted[valid], **CLOSE)
+        assert reasons(patch) == []
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "static": {"cache_implementation": "static"},
@@ -245,13 +256,14 @@ def full_mask(window: int | None) -> Tensor:
 def test_calls_that_run_as_transformers_has_them(name: str, implementation: str) -> None:
     if (name, implementation) == ("deepseek_v4", "sdpa"):
         return
-    model, inputs = tiny.build(name, implementation), given()
-    wanted = run(model, **inputs)
+    model, inputs = tiny.build(name, implementation), given("right")
+    wanted, valid = run(model, **inputs), inputs["attention_mask"].bool()
     with hsa.patch(model, "native") as patch:
-        torch.testing.assert_close(run(model, **inputs), wanted, **CLOSE)
+        torch.testing.assert_close(run(model, **inputs)[valid], wanted[valid], **CLOSE)
         with patch.paused():
             assert torch.equal(run(model, **inputs), wanted)
     with hsa.patch(model, "native", min_tokens=46) as patch:
+        # Of padding, too, whose tokens read no key at all.
         torch.testing.assert_close(run(model, **inputs), wanted, **CLOSE)
         assert reasons(patch) == ["fewer than 46 keys (min_tokens=46)"]
     if implementation == "eager":

@@ -142,6 +142,13 @@ def test_heads_of_a_group_share_a_choice() -> None:
     assert torch.equal(many.to_dense(), want.repeat_interleave(3, 1))
 
 
+def test_a_short_last_row_has_whole_blocks() -> None:
+    layout = hsa.TokenLayout.causal(61)
+    pattern = pattern_by_query(lambda a, b: torch.ones(1, 1, b - a, 4, dtype=torch.bool), (1, 1, 61, 4), 16, layout)
+    # Row r has r blocks before its own.
+    assert (pattern.tile_ids == 0).tolist() == [column < row for row in range(4) for column in range(row + 1)]
+
+
 BAD = [
     ({"chunk_size": 0}, ValueError, "`chunk_size` must be at least 1, got 0"),
     ({"top_k": 0}, ValueError, "`top_k` must be at least 1, got 0"),

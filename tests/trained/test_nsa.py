@@ -98,6 +98,16 @@ def test_a_plain_reference(batch, heads, kv_heads, n, block, count, window) -> N
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_counts_from_the_query_on_that_ends_it() -> None:
+    """The last token of a block: one head is full of it, and has little to say of the others."""
+    q, k = torch.zeros(1, 2, 20, 16), torch.zeros(1, 1, 20, 16)
+    k[:, :, 4:8, 1] = k[:, :, 8:12, 2] = k[:, :, 16:, 3] = 1.0
+    q[:, 0, 19, 3], q[:, 0, 19, 1], q[:, 1, 19, 2] = 10.0, 2.0, 1.0
+    q[:, :, 18] = q[:, :, 19]
+    chosen = nsa_select_blocks(q, k, 4, 4, scale=1.0)[0, 0]
+    assert chosen[19].tolist() == [0, 2, 3, 4] and chosen[18].tolist() == [0, 1, 3, 4]
+
+
 def test_a_part_of_a_prompt_is_as_in_the_whole() -> None:
     q, k, v, *gates = inputs(150)
     whole = nsa_attention(q, k, v, *gates, 16, 4, 20)
