@@ -233,10 +233,12 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", REASONS)
-def test_calls_that_run_as_transformers_has_them(case: str) -> None:
+def test_calls_that_run_as_transformers_has_them(case: str, implementation: str) -> None:
+    """With masks of either kind, that are added and that say yes or no."""
     options, extra, reasons = REASONS[case]
-    model, given = tiny.build("deepseek_v32"), padded()
+    model, given = tiny.build("deepseek_v32", implementation), padded()
     wanted, valid = run(model, **given), given["attention_mask"].bool()
     with hsa.patch(model, "native", **options) as patch:
         torch.testing.assert_close(run(model, **given, **extra)[valid], wanted[valid], **CLOSE)
