@@ -29,6 +29,7 @@ class TorchFolded:
     """
 
     auto_rank: ClassVar[Mapping[str, int]] = {"cpu": 4, "cuda": 8, "mps": 8, "xpu": 8}
+    few_queries: ClassVar[bool] = True
 
     @staticmethod
     def why_not(
@@ -104,10 +105,9 @@ def _attend_pages(
         x.repeat_interleave(heads // x.shape[1], 1).gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
         for x in (k, v)
     )
-    if not bool(is_read.all()):
-        k, v = (x.masked_fill(~is_read[..., None], 0.0) for x in (k, v))
-    else:
-        is_read = None
+    if bool(is_read.all()):
+        return _attend(q, k, v, scale, softcap)
+    k, v = (x.masked_fill(~is_read[..., None], 0.0) for x in (k, v))
     return _attend(q, k, v, scale, softcap, is_read)
 
 
