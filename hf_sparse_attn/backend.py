@@ -20,8 +20,8 @@ class Backend(Protocol):
     """Runs attention over a BlockPattern. One file in kernels/, one class, registered by name.
 
     `auto_rank` says on which device types backend="auto" may take it: the lowest rank that can run a call is taken.
-    A device type that is not named is one where it is right but no way to run models. One that takes few queries alone,
-    as there are where text is generated, says so by `few_queries = True`: what long calls cost does not ask it.
+    A device type that is not named is one where it is right but no way to run models. A backend that takes few queries
+    alone, as there are where text is generated, says so by `few_queries = True`: what long calls cost does not ask it.
     """
 
     auto_rank: ClassVar[Mapping[str, int]]
