@@ -20,7 +20,8 @@ class Backend(Protocol):
     """Runs attention over a BlockPattern. One file in kernels/, one class, registered by name.
 
     `auto_rank` says on which device types backend="auto" may take it: the lowest rank that can run a call is taken.
-    A device type that is not named is one where it is right but no way to run models.
+    A device type that is not named is one where it is right but no way to run models. A backend that takes few queries
+    alone, as there are where text is generated, says so by `few_queries = True`: what long calls cost does not ask it.
     """
 
     auto_rank: ClassVar[Mapping[str, int]]
@@ -157,9 +158,18 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot run the call."""
 
 
-def auto_order(device_type: str) -> list[str]:
-    """Names of the backends that backend="auto" tries on a device type, in that order."""
-    ranks = {name: found.auto_rank.get(device_type) for name, found in BACKENDS.items()}
+def auto_order(device_type: str, prompts: bool = False) -> list[str]:
+    """Names of the backends that backend="auto" tries on a device type, in that order.
+
+    Args:
+        device_type: of a torch device.
+        prompts: leave out those that take `few_queries` alone.
+    """
+    ranks = {
+        name: found.auto_rank.get(device_type)
+        for name, found in BACKENDS.items()
+        if not (prompts and getattr(found, "few_queries", False))
+    }
     return sorted((n for n, rank in ranks.items() if rank is not None), key=lambda n: (ranks[n], n))
 
 

@@ -39,6 +39,7 @@ class CppDecode:
     """
 
     auto_rank: ClassVar[Mapping[str, int]] = {"cpu": 3}
+    few_queries: ClassVar[bool] = True
 
     @staticmethod
     def why_not(

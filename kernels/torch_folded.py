@@ -29,6 +29,7 @@ class TorchFolded:
     """
 
     auto_rank: ClassVar[Mapping[str, int]] = {"cpu": 4, "cuda": 8, "mps": 8, "xpu": 8}
+    few_queries: ClassVar[bool] = True
 
     @staticmethod
     def why_not(
@@ -105,7 +106,7 @@ def _attend_pages(
         for x in (k, v)
     )
     if bool(is_read.all()):
-        return _attend(q, k, v, scale, softcap, None)
+        return _attend(q, k, v, scale, softcap)
     k, v = (x.masked_fill(~is_read[..., None], 0.0) for x in (k, v))
     return _attend(q, k, v, scale, softcap, is_read)
 

@@ -260,6 +260,7 @@ class TritonDecode:
     """
 
     auto_rank: ClassVar[Mapping[str, int]] = {"cuda": 5}
+    few_queries: ClassVar[bool] = True
 
     @staticmethod
     def why_not(

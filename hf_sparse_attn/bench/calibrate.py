@@ -90,7 +90,7 @@ def measure(
         "sparse": [],
         "tuned": {},
     }
-    for name in auto_order(kind):
+    for name in auto_order(kind, prompts=True):
         tune = getattr(BACKENDS.get(name), "calibrate", None)
         if tune is not None:
             # First, so that what is measured is what will run.
@@ -121,7 +121,7 @@ def _point(
     for number, (heads, pattern) in enumerate(_patterns(sparse_lengths)):
         pattern = pattern.to(device)
         patterns[number] = pattern, cost.work_of(pattern, heads), heads
-        for name in auto_order(device.type):
+        for name in auto_order(device.type, prompts=True):
             backend = BACKENDS.get(name)
             q, k, v = (x[:, :heads, : pattern.kv_len] for x in whole)
             if backend.why_not(pattern, q, k, v, False) is None:
@@ -133,7 +133,7 @@ def _point(
         seconds = [best["dense", mask, n] / _HEADS for n in lengths]
         dense.append({"dtype": dtype, "dim": dim, "mask": mask, "tokens": list(lengths), "seconds": seconds})
     sparse = []
-    for name in auto_order(device.type):
+    for name in auto_order(device.type, prompts=True):
         numbers = [i for i in patterns if (name, i, False) in best]
         if numbers:
             works = [patterns[i][1] for i in numbers]

@@ -31,7 +31,7 @@ def gpu(options: Options) -> dict[str, Any]:
         records by suite: `kernels` (forward, and forward with backward), `decode` (one query), `patterns`; `targets`:
         what was promised, at which point, the value, and whether it was reached, None where it could not be measured.
     """
-    own = next(iter(options.backends or auto_order(options.where.type)), "none")
+    own = next(iter(options.backends or auto_order(options.where.type, prompts=True)), "none")
     names = tuple(dict.fromkeys((*(options.backends or (own, _FLEX)), _EIGHT_BIT)))
     dtype, begin = options.dtypes[0], time.perf_counter()
     # What matters most comes first.

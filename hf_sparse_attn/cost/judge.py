@@ -137,7 +137,7 @@ class Call:
 
 def _backends(backend: str, device_type: str) -> tuple[str, ...]:
     """Names of the backends that may run."""
-    return (backend,) if backend != "auto" else tuple(auto_order(device_type)) or ("none",)
+    return (backend,) if backend != "auto" else tuple(auto_order(device_type, prompts=True)) or ("none",)
 
 
 def fewest_keys(ctx: Context, device: torch.device) -> int:

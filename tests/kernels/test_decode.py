@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse_attn as hsa
-from hf_sparse_attn.backend import Decoder
+from hf_sparse_attn.backend import Decoder, auto_order
 from hf_sparse_attn.decoding import Kept
 from hf_sparse_attn.dispatch import run_exact, run_kept, run_pattern
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
@@ -243,6 +243,12 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_pytorch_runs(call: Callable[..., tuple[Tensor, Tensor, str]]) -> None:
     assert call(*inputs("group_of_3"))[2] == "torch_folded"
     build._library.cache_clear()
+
+
+def test_long_calls_do_not_ask_for_what_it_costs() -> None:
+    both = auto_order("cpu"), auto_order("cpu", prompts=True)
+    assert [name for name in both[0] if name not in both[1]] == ["cpp_decode", "torch_folded"]
+    assert "triton_decode" not in auto_order("cuda", prompts=True)
 
 
 def test_attention_of_one_query_takes_it() -> None:
