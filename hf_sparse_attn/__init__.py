@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hf_sparse_attn.report import Report
     from hf_sparse_attn.session import DenseFallback
     from hf_sparse_attn.sharing.gates import GateSet
+    from hf_sparse_attn.trained.dsa import dsa_attention
+    from hf_sparse_attn.trained.moba import moba_attention
+    from hf_sparse_attn.trained.nsa import nsa_attention
     from hf_sparse_attn.training.bundle.bundle import LoadedBundle, load_bundle, push_bundle, save_bundle
 
 _WHERE = {
@@ -42,6 +45,9 @@ _WHERE = {
     "TokenLayout": "hf_sparse_attn.context",
     "BackendUnavailable": "hf_sparse_attn.backend",
     "GateSet": "hf_sparse_attn.sharing.gates",
+    "dsa_attention": "hf_sparse_attn.trained.dsa",
+    "moba_attention": "hf_sparse_attn.trained.moba",
+    "nsa_attention": "hf_sparse_attn.trained.nsa",
     "HeadProfile": "hf_sparse_attn.profiles.head_profile",
     "Decline": "hf_sparse_attn.method",
     "Method": "hf_sparse_attn.method",
@@ -71,9 +77,12 @@ __all__ = [
     "Segment",
     "TokenLayout",
     "attention",
+    "dsa_attention",
     "get_method",
     "list_methods",
     "load_bundle",
+    "moba_attention",
+    "nsa_attention",
     "patch",
     "profile",
     "push_bundle",

@@ -69,7 +69,9 @@ def full_layers(num_layers: int, frequency: int = 1, offset: int = 2, pattern: s
         found = tuple(letter == "F" for letter in pattern)
     if num_layers and not found[0]:
         given = (
-            f"`pattern` must begin with F, got {pattern!r}" if pattern else f"`offset` must be 1 or more, got {offset}"
+            f"`pattern` must begin with F, got {pattern!r}"
+            if pattern
+            else f"`offset` must be at least 1, got {offset}"
         )
         raise ValueError(f"{given}: no layer comes before the first one")
     return found
@@ -124,7 +126,7 @@ def choose_anchors(similarity: Tensor, importance: Tensor, count: int) -> Anchor
         return sum(value[anchor][anchor:end])
 
     # best[i]: most that layers from i on gain with i an anchor and so many in all, and the anchors.
-    best = {i: (gain(i, layers), (i,)) for i in range(layers)}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {i: (gain(i, layers), (i,)) for i in range(layers)}
     for more in range(1, count):
         best = {
             i: max(((gain(i, j) + best[j][0], (i, *best[j][1])) for j in range(i + 1, layers - more + 1)), key=_first)

@@ -17,7 +17,7 @@ from hf_sparse_attn.autocast import cast_inputs, made_on_cpu, no_autocast
 from hf_sparse_attn.compiled import is_traced, refuse_method
 from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.decoder import Decoder, find_decoder
-from hf_sparse_attn.dispatch import check_tensors, run_pattern
+from hf_sparse_attn.dispatch import FEW_QUERIES, check_tensors, run_exact, run_pattern
 from hf_sparse_attn.effect import check_effect
 from hf_sparse_attn.family import Found, check_reads, check_requires, find_family, generates_text, install, provided
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
@@ -201,9 +201,9 @@ def _decoder(model: Any, found: Found, method: Method, decode: str | Method | No
 
     decoder = find_decoder(method, decode, make)
     if decode is not None and not generates_text(*found[1:]):
+        why = "selects keys by itself" if getattr(found[1], "requires", ()) else "generates no text token by token"
         raise ValueError(
-            f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which generates no text token "
-            f"by token, got {decode!r}"
+            f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which {why}, got {decode!r}"
         )
     if decoder.method is not None:
         decoder.method.check_model(model)
@@ -285,7 +285,9 @@ def attention(
     if short and (ctx is not None or isinstance(method, BlockPattern)):
         whole = "a pattern" if isinstance(method, BlockPattern) else "a `ctx`"
         raise ValueError(f"`{'` and `'.join(short)}` must be left out beside {whole}, which says it")
-    if short:
+    # A step of generation, which should cost no more than the attention itself: no context, no pattern.
+    is_step = ctx is None and grid is None and is_causal in (None, True) and _is_step(q, k, method)
+    if short and not is_step:
         ctx = _context(q, k, is_causal, grid)
     if transforms.are_transformed(q, k, v, sinks):
 
@@ -299,6 +301,13 @@ def attention(
     cap = (0.0 if ctx is None else ctx.softcap) if softcap is None else softcap
     if not cap >= 0:
         raise ValueError(f"`softcap` must be 0 or more, got {softcap}")
+    if is_step:
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        with no_autocast(q.device):
+            out, lse, _ = run_exact(q, k, v, factor, cap, backend=backend)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
+        return (out, lse) if return_lse else out
     with no_autocast(q.device), made_on_cpu():
         if isinstance(method, BlockPattern):
             factor = scale if scale is not None else (ctx.softmax_scale if ctx is not None else q.shape[3] ** -0.5)
@@ -308,6 +317,17 @@ def attention(
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _is_step(q: Tensor, k: Tensor, method: str | Method | BlockPattern) -> bool:
+    """Whether few queries read all keys up to their own, whatever the rest of the call is."""
+    if not 0 < q.shape[2] <= min(FEW_QUERIES, k.shape[2]) or isinstance(method, BlockPattern):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    if isinstance(method, str):
+        return METHODS.get(method).keeps_all
+    return isinstance(method, Method) and method.keeps_all
 
 
 def _context(q: Tensor, k: Tensor, is_causal: bool | None, grid: tuple[int, int, int] | None) -> Context:

@@ -52,7 +52,7 @@ class Backend(Protocol):
 
 
 class Decoder(Protocol):
-    """What a backend may have besides: attention of few queries to a cache, for which no pattern is made. Forward only.
+    """What a backend may have besides: attention of few queries to a cache for which no pattern is made; forward only.
 
     A model calls it once in every layer for every token, so what it does in Python counts.
     """

@@ -45,6 +45,13 @@ def usual_decoder(method: Method) -> Decoder:
     return Decoder("sparse", method) if isinstance(method, DecodingMethod) else EXACT
 
 
+def prompt_reader(method: Method) -> Method:
+    """What reads prompts where a method is asked for: itself, or `exact` where it does nothing but decode."""
+    if method.reads_prompts or not isinstance(method, DecodingMethod) or "exact" not in METHODS:
+        return method
+    return METHODS.get("exact")()
+
+
 def find_decoder(method: Method, decode: str | Method | None, make: Callable[[str], Method]) -> Decoder:
     """The decoder that is asked for.
 

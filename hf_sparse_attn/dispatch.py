@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import compiled
+from hf_sparse_attn.autocast import made_on_cpu
 from hf_sparse_attn.backend import choose_backend, choose_decoder
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.decoding import Kept, whole_pattern
@@ -65,7 +66,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tens
 
 
 # More queries than these are no longer few: their pattern is worth making.
-_FEW = 16
+FEW_QUERIES = 16
 
 
 def run_exact(
@@ -82,8 +83,9 @@ def run_exact(
     """
     done = _decode(q, k, v, None, scale, softcap, first, backend)
     if done is None:
-        pattern = whole_pattern(q.shape[2], k.shape[2], first, q.device)
-        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+        with made_on_cpu():
+            pattern = whole_pattern(q.shape[2], k.shape[2], first, q.device)
+            done = run_pattern(q, k, v, pattern, scale, backend, softcap)
     return done
 
 
@@ -104,8 +106,9 @@ def run_kept(
         )
     done = _decode(q, k, v, kept, scale, softcap, first, backend)
     if done is None:
-        pattern = kept.pattern(k.shape[2], q.shape[1], first)
-        done = run_pattern(q, k, v, pattern, scale, backend, softcap)
+        with made_on_cpu():
+            pattern = kept.pattern(k.shape[2], q.shape[1], first)
+            done = run_pattern(q, k, v, pattern, scale, backend, softcap)
     return done
 
 
@@ -114,7 +117,7 @@ def _decode(
     backend: str,
 ) -> tuple[Tensor, Tensor, str] | None:  # fmt: skip
     """The call by a backend that needs no pattern; None where there is none, or the call is none of a step."""
-    if not 0 < q.shape[2] <= min(_FEW, k.shape[2]) or torch.compiler.is_compiling():
+    if not 0 < q.shape[2] <= min(FEW_QUERIES, k.shape[2]) or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None

@@ -97,6 +97,7 @@ def install(model: object, found: tuple[str, type[Family], list[nn.Module]], ses
                 raise ValueError(f"`model` must not be patched already, got one with {already!r}: unpatch() it first")
         patch = Patch(name, session, modules, model)
     patch.has_steps = getattr(family, "has_steps", True)
+    patch.generates_text = generates_text(family, modules)
     try:
         family.install(patch)
         recomputation.watch(patch)
@@ -127,7 +128,7 @@ def check_requires(found: Found, method: Method, model: object) -> None:
     Raises:
         MethodDoesNotApply: names the methods that it takes.
     """
-    requires = getattr(found[1], "requires", frozenset())
+    requires: frozenset[str] = getattr(found[1], "requires", frozenset())
     if not requires <= method.needs:
         from hf_sparse_attn.registry import METHODS
 

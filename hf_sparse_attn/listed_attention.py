@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.autocast import no_autocast
+
 # Bytes of scores or gathered keys that a strip of queries holds at a time.
 _STRIP = 1 << 23
 # Queries of a strip that reads its keys whole.
@@ -44,10 +46,10 @@ class Visible:
     def rows(self, start: int, stop: int, end: int, device: torch.device) -> Tensor:
         """Whether queries from `start` to `stop` see the first `end` keys: bool [batch or 1, queries, end]."""
         if self.mask is not None:
-            return self.mask[:, start:stop, :end]
+            return self.mask[:, start:stop, :end].to(device)
         query = torch.arange(self.first + start, self.first + stop, device=device)
         seen = (torch.arange(end, device=device) <= query[:, None])[None]
-        return seen if self.padding is None else seen & self.padding[:, None, :end]
+        return seen if self.padding is None else seen & self.padding[:, None, :end].to(device)
 
     def of(self, lists: Tensor) -> Tensor:
         """Lists int [batch, q_len, n] with -1 in place of keys that their query does not see.
@@ -110,8 +112,11 @@ def listed_attention(
         )
     if lists.ndim != 4 or lists.shape[:3] not in ((batch, 1, queries), (batch, groups, queries)):
         raise ValueError(f"`lists` must be [{batch}, 1 or {groups}, {queries}, n], got {[*lists.shape]}")
+    if lists.shape[3] == 0:
+        lists = lists.new_full((*lists.shape[:3], 1), -1)
     q2, k2 = (None, None) if further is None else further
-    out, lse = _Listed.apply(q, k, None if v is k else v, q2, k2, sinks, lists, float(scaling))
+    with no_autocast(q.device):
+        out, lse = _Listed.apply(q, k, None if v is k else v, q2, k2, sinks, lists, float(scaling))
     return out, lse
 
 
@@ -185,15 +190,14 @@ def _strips(lists: Tensor, heads: int, groups: int, dim: int) -> Iterator[_Strip
             for first in range(0, groups, some):
                 yield _Strip(slice(start, stop), slice(first, min(first + some, groups)), each, end)
             continue
-        rows = max(1, _STRIP // (4 * batch * groups * max(n, 1) * dim))
+        rows = max(1, _STRIP // (4 * batch * groups * n * dim))
         for first in range(start, stop, rows):
             yield _Strip(slice(first, min(first + rows, stop)), slice(0, groups), each, 0)
 
 
 def _ends(lists: Tensor) -> list[int]:
     """One more than the last key of every _ROWS queries; one look at the lists for all of them."""
-    last = lists.amax((0, 1, 3)) if lists.shape[3] else lists.new_full((lists.shape[2],), -1)
-    last = torch.nn.functional.pad(last, (0, -len(last) % _ROWS), value=-1)
+    last = torch.nn.functional.pad(lists.amax((0, 1, 3)), (0, -lists.shape[2] % _ROWS), value=-1)
     ends: list[int] = (last.view(-1, _ROWS).amax(1) + 1).tolist()
     return ends
 
@@ -265,7 +269,7 @@ class _Listed(torch.autograd.Function):
     """See listed_attention."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor | None, q2: Tensor | None, k2: Tensor | None,
         sinks: Tensor | None, lists: Tensor, scaling: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -294,7 +298,12 @@ class _Listed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        with no_autocast(grad.device):
+            return _Listed._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> Any:
         q, k, v, q2, k2, sinks, lists, out, lse = ctx.saved_tensors
         work, scaling = _work_dtype(q), ctx.scaling
         wanted = ctx.needs_input_grad

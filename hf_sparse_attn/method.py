@@ -299,6 +299,11 @@ class Method:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
+    def has_pattern(cls) -> bool:
+        """Whether queries, keys and the Context tell what is kept; not where the model itself selects."""
+        return "own selection" not in cls.needs
+
+    @classmethod
     def examples(cls) -> list[dict[str, Any]]:
         """Small parameter sets that are worth testing, for a few hundred tokens."""
         return [{}]

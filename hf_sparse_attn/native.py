@@ -72,7 +72,7 @@ def report(model: nn.Module) -> Report:
     states = [s for s in (_STATES.get(m) for m in model.modules()) if s is not None]
     if not states:
         raise ValueError(f"`model` must have run with attn_implementation='hsa:<name>', got {type(model).__name__}")
-    method = states[0].session.method
+    method = states[0].session.asked
     layers = [s.record.report(method.params().get("density")) for s in states]
     notes = tuple(dict.fromkeys(text for s in states for text in s.session.notes))
     return Report(method.name, method.params(), "native", layers, notes, decode=str(states[0].session.decoder))
@@ -120,11 +120,11 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
     def find(module: nn.Module) -> LayerState | None:
         states = _STATES
         state: LayerState | None = states.get(module)
-        if module in states and (state is None or state.session.method.name == name):
+        if module in states and (state is None or state.session.asked.name == name):
             return state
         with _MAKING:
             state = states.get(module)
-            if module not in states or (state is not None and state.session.method.name != name):
+            if module not in states or (state is not None and state.session.asked.name != name):
                 states[module] = state = _make_state(name, module, state)
         return state
 
@@ -134,6 +134,7 @@ def _finder(name: str) -> Callable[[nn.Module], LayerState | None]:
 def _make_state(name: str, module: nn.Module, before: LayerState | None) -> LayerState | None:
     from dataclasses import replace
 
+    from hf_sparse_attn.hosts.natively_sparse_kind import is_sparse_by_itself
     from hf_sparse_attn.hosts.transformers_compile import CompiledLayer
     from hf_sparse_attn.hosts.transformers_encoder import is_encoder_attention, other_tokens
     from hf_sparse_attn.hosts.transformers_hook import LayerState, default_dense, dense_function, is_text_attention
@@ -148,6 +149,11 @@ def _make_state(name: str, module: nn.Module, before: LayerState | None) -> Laye
         # Classes that do cross-attention too are told apart by where they stand, which is not known here.
         return None
     method = METHODS.get(name)()
+    if is_sparse_by_itself(module.config):
+        raise MethodDoesNotApply(
+            f"`attn_implementation` 'hsa:{name}' cannot be used with {type(module).__name__}, which selects its keys "
+            'by itself: use hf_sparse_attn.patch(model, "native")'
+        )
     lacking = sorted(method.needs - {"causal"}) if text else []
     if lacking:
         raise MethodDoesNotApply(

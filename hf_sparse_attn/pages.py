@@ -13,6 +13,8 @@ from hf_sparse_attn.selection import amount_of, best_ascending, rank_descending
 
 # Keys whose logits are computed at a time: those of a half precision are widened for it.
 _KEYS_AT_A_TIME = 4096
+# Pages that there is room for besides those that are needed.
+_ROOM = 32
 
 
 def check_page_size(size: object, name: str = "page_size") -> int:
@@ -25,7 +27,7 @@ def check_page_size(size: object, name: str = "page_size") -> int:
 
 
 class PageRows:
-    """One row of numbers for each page of a cache, in float32, grown with it; see decoding.Remembered.
+    """One row of numbers for each page of a cache, grown with it; see decoding.Remembered.
 
     What is new costs what its own pages cost: the last page, where it was not full, is computed again with them. So
     the rows are those that all keys at once would give, to the bit. Slots that are padding count for nothing; a page
@@ -35,19 +37,39 @@ class PageRows:
         size: slots of a page.
     """
 
-    # Numbers of a row for each number of a key.
+    # Numbers of a row for each number of a key, and their precision.
     width: ClassVar[int] = 1
+    dtype: ClassVar[torch.dtype] = torch.float32
+    # Whether the page that is not full has a row, too, which is made anew with every key.
+    partial: ClassVar[bool] = True
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.length = 0
         self._first: Tensor | None = None
-        self._rows = torch.zeros(0, 0, 0, 0)
+        self._rows = torch.zeros(0, 0, 0, 0, dtype=self.dtype)
+
+    @property
+    def pages(self) -> int:
+        """Pages that have a row."""
+        return -(-self.length // self.size) if self.partial else self.length // self.size
 
     @property
     def rows(self) -> Tensor:
-        """Float32 [batch, kv_heads, pages, width * dim]."""
-        return self._rows[:, :, : -(-self.length // self.size)]
+        """[batch, kv_heads, pages, width * dim]."""
+        return self._rows[:, :, : self.pages]
+
+    def products(self, weights: Tensor) -> Tensor:
+        """The products of weights with the rows, in float32: [batch, kv_heads, lists, queries, pages].
+
+        Args:
+            weights: [batch, kv_heads, lists, queries, width * dim].
+        """
+        lead = weights.flatten(2, 3).to(self.dtype)
+        # With the room behind the pages, for of a part of the rows a copy would be made, and the way that reads them
+        # fastest on a CPU.
+        found = lead @ self._rows.mT if self.dtype == torch.float32 else (self._rows @ lead.mT).mT
+        return found[..., : self.pages].float().unflatten(2, weights.shape[2:4])
 
     def update(self, k: Tensor, first: Tensor | None) -> None:
         """Takes in the slots that are new; see decoding.Remembered."""
@@ -55,20 +77,18 @@ class PageRows:
         if not self._goes_on(k, first):
             self.length = 0
         self._first = first
-        if length == self.length:
+        begin, whole = min(self.length, length) // size, length // size
+        new, self.length = length != self.length, length
+        if not new:
             return
-        begin = min(self.length, length) // size
-        self._make_room(k, begin, -(-length // size))
-        whole = length // size
+        self._make_room(k, begin)
         if whole > begin:
             pages = k[:, :, begin * size : whole * size].unflatten(2, (whole - begin, size))
             self._rows[:, :, begin:whole] = self._of(pages, self._real(begin * size, whole * size, size))
-        if length > whole * size:
-            rest = k[:, :, None, whole * size :]
-            self._rows[:, :, whole : whole + 1] = self._of(
-                rest, self._real(whole * size, length, length - whole * size)
-            )
-        self.length = length
+        if self.pages > whole:
+            begin = whole * size
+            rest = k[:, :, None, begin:]
+            self._rows[:, :, whole : whole + 1] = self._of(rest, self._real(begin, length, length - begin))
 
     def crop(self, length: int) -> None:
         """Forgets the slots from `length` on; see decoding.Remembered."""
@@ -114,15 +134,14 @@ class PageRows:
             return first is self._first
         return first is self._first or torch.equal(first, self._first)
 
-    def _make_room(self, k: Tensor, kept: int, pages: int) -> None:
-        """Has room for so many pages; those that are `kept` stay. Grown by halves, so that a step copies nothing."""
-        batch, heads, room = self._rows.shape[:3]
-        fits = (batch, heads, self._rows.shape[3]) == (k.shape[0], k.shape[1], self.width * k.shape[3])
-        if fits and room >= pages and self._rows.device == k.device:
+    def _make_room(self, k: Tensor, kept: int) -> None:
+        """Has room for the pages, of which those that are `kept` stay; some more, so that a step copies nothing."""
+        room, shape = self._rows.shape[2], (*k.shape[:2], self.width * k.shape[3])
+        fits = (*self._rows.shape[:2], self._rows.shape[3]) == shape and self._rows.device == k.device
+        if fits and room >= self.pages:
             return
-        grown = torch.zeros(
-            k.shape[0], k.shape[1], max(pages, room * 3 // 2), self.width * k.shape[3], device=k.device
-        )
+        more = max(self.pages, room + room // 16) + _ROOM
+        grown = torch.zeros(*shape[:2], more, shape[2], dtype=self.dtype, device=k.device)
         if kept:
             grown[:, :, :kept] = self._rows[:, :, :kept]
         self._rows = grown
@@ -133,27 +152,16 @@ class PageBounds(PageRows):
 
     width = 2
 
-    def update(self, k: Tensor, first: Tensor | None) -> None:
-        """One more slot of a page that is there needs no look at the others; see PageRows.update."""
-        length, inside = self.length, self.length % self.size
-        if first is not None or k.shape[2] != length + 1 or not inside or not self._goes_on(k, first):
-            super().update(k, first)
-            return
-        page, key = self._rows[:, :, length // self.size].unflatten(2, (2, -1)), k.detach()[:, :, -1]
-        torch.maximum(page[:, :, 0], key, out=page[:, :, 0])
-        torch.minimum(page[:, :, 1], key, out=page[:, :, 1])
-        self.length = length + 1
-
     def summary(self, pages: Tensor, real: Tensor | None) -> Tensor:
         """See PageRows.summary."""
-        high, low = pages, pages
-        if real is not None:
-            high, low = pages.masked_fill(~real, -torch.inf), pages.masked_fill(~real, torch.inf)
-        return torch.cat([high.amax(3), low.amin(3)], -1).float()
+        return torch.cat(_bounds(pages, real), -1).float()
 
 
 class PageMeans(PageRows):
-    """The mean key of a page."""
+    """The mean key of a page that is full. In half precision, which tells pages apart as well and is read sooner."""
+
+    dtype = torch.bfloat16
+    partial = False
 
     def summary(self, pages: Tensor, real: Tensor | None) -> Tensor:
         """See PageRows.summary."""
@@ -162,11 +170,29 @@ class PageMeans(PageRows):
         return pages.masked_fill(~real, 0.0).sum(3, dtype=torch.float32) / real.sum(3).clamp(min=1)
 
 
-def remembered_rows(step: Step, kind: type[PageRows], size: int) -> Tensor:
-    """The rows of all pages of the step's cache, with the slots that are new; see PageRows.rows."""
+class PageSpreads(PageMeans):
+    """The mean key of a page that is full, and after it how far its keys are apart: half the range of each channel."""
+
+    width = 2
+
+    def summary(self, pages: Tensor, real: Tensor | None) -> Tensor:
+        """See PageRows.summary."""
+        high, low = _bounds(pages, real)
+        return torch.cat([super().summary(pages, real), (high.float() - low.float()) / 2], -1)
+
+
+def _bounds(pages: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest and the smallest number of each channel of the keys of pages, arguments as of PageRows.summary."""
+    if real is None:
+        return pages.amax(3), pages.amin(3)
+    return pages.masked_fill(~real, -torch.inf).amax(3), pages.masked_fill(~real, torch.inf).amin(3)
+
+
+def remembered(step: Step, kind: type[PageRows], size: int) -> PageRows:
+    """What is remembered of the pages of the step's cache, with the slots that are new."""
     known = step.memory.of((kind, size), lambda: kind(size))
     known.update(step.k, step.first)
-    return known.rows
+    return known
 
 
 def grouped(step: Step, share: str) -> Tensor:
@@ -189,6 +215,30 @@ def bound_weights(q: Tensor) -> Tensor:
         q: [..., dim].
     """
     return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+
+
+def share_of_heads(step: Step, logits: Tensor, size: int) -> Tensor:
+    """The weight that the queries of a list give each page, in all: float32 [batch, lists, pages].
+
+    A last page without a logit has the weight inf.
+
+    Args:
+        step: where.
+        logits: of queries and pages, or tokens, before the cap: float32 [batch, kv_heads, lists, queries, pages].
+        size: slots of a page.
+    """
+    if step.softcap:
+        logits = step.softcap * torch.tanh(logits / step.softcap)
+    if step.first is None:
+        found = logits.softmax(-1).sum(3)
+    else:
+        page = torch.arange(logits.shape[4], device=logits.device)
+        real = page >= (step.first.to(page.device) // size).view(-1, 1, 1, 1, 1)
+        # A row that is padding up to here has no weights.
+        found = logits.masked_fill(~real, -torch.inf).softmax(-1).nan_to_num(0.0).sum(3)
+    missing = -(-step.length // size) - logits.shape[4]
+    found = found.flatten(1, 2)
+    return torch.nn.functional.pad(found, (0, missing), value=torch.inf) if missing else found
 
 
 def check_sharing(share: object) -> str:

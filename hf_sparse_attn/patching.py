@@ -61,6 +61,8 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         self._model_gain: float | None = None
         # Whether the model runs in denoising steps; families whose models never do say so.
         self.has_steps = True
+        # Whether the session's decoder is for it.
+        self.generates_text = False
         # What `patch()` chose where no method was named (auto.Choice), or None.
         self.choice: Any = None
         for module in self.modules:
@@ -79,7 +81,7 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
     @property
     def method(self) -> Method:
         """The method in force."""
-        return self.session.method
+        return self.session.asked
 
     def on_remove(self, call: Callable[..., object], *args: Any) -> None:
         """Registers what puts something back; called in reverse order."""
@@ -146,11 +148,11 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
         """What every patched layer did so far."""
         session = self.session
         records = sorted(session.records.values(), key=lambda r: (r.exact, r.index, r.name))
-        layers = [r.report(session.method.requested_density(r.index)) for r in records]
+        layers = [r.report(session.asked.requested_density(r.index)) for r in records]
         if any(layer.density is not None and layer.density >= FULL for layer in layers):
             session.tell_full()
-        decode = "" if self.has_steps else str(session.decoder)
-        method = session.method
+        decode = str(session.decoder) if self.generates_text else ""
+        method = session.asked
         return Report(method.name, method.params(), self.family, layers, self.notes, self._model_gain, decode)
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
@@ -230,7 +232,7 @@ class Patch(_Unpicklable, Uncopied, AbstractContextManager["Patch"]):
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else f"{len(self.session.records)} layers"
-        return f"Patch({self.session.method!r} on {self.family}, {state})"
+        return f"Patch({self.method!r} on {self.family}, {state})"
 
 
 def restoring(owner: Any, name: str) -> Callable[[], None]:

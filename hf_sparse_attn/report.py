@@ -168,10 +168,11 @@ class Report:
 
     def _title(self) -> str:
         params = ", ".join(f"{k}={v}" for k, v in self.params.items())
-        decode = f", decode={self.decode}" if self.decode else ""
-        title = f"{self.method}({params}) on {self.family}{decode}: density {self.density:.3f}"
+        title = f"{self.method}({params}) on {self.family}: density {self.density:.3f}"
         if self.prefill_density is not None and self.decode_density is not None:
             title += f" (prefill {self.prefill_density:.3f}, decoding {self.decode_density:.3f})"
+        if self.decode and self.decode_density is not None:
+            title += f", decode={self.decode}"
         if self.model_gain is not None:
             title += f", whole model {self.model_gain:.2f}x"
         return title

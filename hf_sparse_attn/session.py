@@ -21,7 +21,7 @@ from hf_sparse_attn.context import Context, TokenLayout
 from hf_sparse_attn.cost.judge import Judge
 from hf_sparse_attn.cost.timing import compare
 from hf_sparse_attn.decision import Case, Decision, NotWorth
-from hf_sparse_attn.decoder import Decoder, usual_decoder
+from hf_sparse_attn.decoder import Decoder, prompt_reader, usual_decoder
 from hf_sparse_attn.dispatch import dense_attention, run_pattern
 from hf_sparse_attn.method import Decline, Method, PartlyDense
 from hf_sparse_attn.notes import Notes
@@ -70,14 +70,16 @@ class Session(Uncopied):
     def __init__(
         self, method: Method, policy: Policy, backend: str, strict: bool, decoder: Decoder | None = None
     ) -> None:
-        self.method: Method = method
+        # What was asked for, and what reads prompts.
+        self.asked: Method = method
+        self.method: Method = prompt_reader(method)
         self.decoder = usual_decoder(method) if decoder is None else decoder
         self.policy: Policy = policy
         self.backend = backend
         self.strict = strict
         # Fields of LayerInputs that the hooks fill in.
-        self.reads: frozenset[str] = method.reads
-        self.judge = Judge(method, backend)
+        self.reads: frozenset[str] = self.method.reads
+        self.judge = Judge(self.method, backend)
         self.watcher: Watcher | None = None
         # Whether attention ever ran that backward runs again; see recomputation.
         self.checkpointed = False
@@ -150,7 +152,7 @@ class Session(Uncopied):
 
     def _check_strict(self, record: LayerRecord, reason: object) -> None:
         # Where nothing is left out nothing is given up either.
-        if self.strict and not self.method.keeps_all:
+        if self.strict and not (self.method.keeps_all and self.decoder.method is None):
             raise DenseFallback(f"layer {record.name}: {reason} (strict=True)")
 
     def check_program(self) -> None:

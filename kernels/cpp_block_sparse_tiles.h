@@ -4,45 +4,11 @@
 
 #include "cpp_block_sparse_forward.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define HSA_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "cpp_matrix_tiles.h"
+
+#if HSA_TILES
 
 namespace {
-
-// What was written stands in memory: compilers do not know that loads of tiles read it.
-inline void settled() { __asm__ volatile("" ::: "memory"); }
-
-// Eight tiles of 16 rows of 64 bytes, for this thread as long as it lives. What others have set is put back.
-class Tiles {
- public:
-  static constexpr int kRows = 16;
-  static constexpr int kKeysAtOnce = 32;  // of a product with values
-
-  Tiles() {
-    _tile_storeconfig(before_);
-    alignas(64) uint8_t own[64] = {1};
-    for (int i = 0; i < 8; ++i) own[16 + 2 * i] = 64, own[48 + i] = kRows;
-    settled();
-    _tile_loadconfig(own);
-  }
-  ~Tiles() {
-    if (before_[0]) _tile_loadconfig(before_);
-    else _tile_release();
-  }
-  Tiles(const Tiles&) = delete;
-
-  // Whether the system lets this process use tiles, for which it must be asked.
-  static bool allowed() {
-    constexpr long kAsk = 0x1023, kTileData = 18;
-    static const bool yes = syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
-    return yes;
-  }
-
- private:
-  alignas(64) uint8_t before_[64];
-};
 
 // 32 rows of 16 numbers as 16 rows of 32; rows that are null are zeros.
 inline void transpose_rows(const BFloat* const* rows, BFloat* to, int64_t stride) {
@@ -65,7 +31,7 @@ inline void transpose_rows(const BFloat* const* rows, BFloat* to, int64_t stride
 // are read, and single keys for each chunk.
 class TiledForward final : public Forward<Pair, BFloat> {
   using Base = Forward<Pair, BFloat>;
-  static constexpr int kRows = Tiles::kRows, kGroup = Tiles::kKeysAtOnce;
+  static constexpr int kRows = Tiles::kRows, kGroup = 32;  // keys of a product with values
 
  public:
   explicit TiledForward(const Call& call)

@@ -6,6 +6,8 @@
 // cut in pieces whose number follows from the sizes of the call alone, and the pieces are merged in their order: the
 // result is the same, bit for bit, for any number of threads.
 
+#include <optional>
+
 #include "cpp_decode_keys.h"
 
 namespace {
@@ -26,10 +28,11 @@ class Piece {
         float* peaks, float* totals)
       : c_(call), sizes_(sizes), unit_(unit), each_(queries), passes_((unit.pack * queries + C - 1) / C),
         width_(sizes.value_steps * Widened<Stored>::kStep),
-        query_width_(sizes.key_steps * Product<Stored>::kParts * kLanes),
-        queries_(scratch), lanes_(queries_ + passes_ * C * query_width_), logits_(lanes_ + passes_ * 2 * kLanes),
-        sums_(sums), peaks_(peaks), totals_(totals) {
-    std::fill_n(queries_, passes_ * C * query_width_, 0.0f);
+        query_width_(query_width(sizes)), queries_(scratch), lanes_(queries_ + passes_ * query_width_),
+        logits_(lanes_ + passes_ * 2 * kLanes), sums_(sums), peaks_(peaks), totals_(totals) {
+    if constexpr (kTiled<Stored>)
+      if (sizes.tiles) tiles_.emplace(sizes, logits_ + kChunk * Now::kSlots);
+    std::fill_n(queries_, passes_ * query_width_, 0.0f);
     std::fill_n(sums_, passes_ * C * width_, 0.0f);
     for (int pass = 0; pass < passes_; ++pass) {
       std::fill_n(lanes_ + pass * 2 * kLanes, kLanes, -std::numeric_limits<float>::infinity());
@@ -40,22 +43,23 @@ class Piece {
 
   // Numbers that `scratch` must hold for so many queries of all heads.
   static int64_t scratch(const Sizes& sizes, int queries) {
-    int64_t passes = (queries + C - 1) / C;
-    return passes * (C * sizes.key_steps * Product<Stored>::kParts + 2) * kLanes + kChunk * Now::kSlots;
+    int64_t passes = (queries + C - 1) / C, tiled = 0;
+    if constexpr (kTiled<Stored>)
+      if (sizes.tiles) tiled = TilePass<C>::scratch(sizes);
+    return passes * (query_width(sizes) + 2 * kLanes) + kChunk * Now::kSlots + tiled;
   }
 
   void operator()(const Chunk<Stored>& chunk, const Chunk<Stored>* next) {
     for (int pass = 0; pass < passes_; ++pass) {
       float *peaks = lanes_ + pass * 2 * kLanes, *totals = peaks + kLanes;
-      Now::products(chunk, sizes_, queries_ + pass * C * query_width_, pass == 0, logits_);
+      multiply(chunk, pass);
       F before = load(peaks);
       F now = larger<float>(before, Now::limit(chunk, sizes_.rule, pass * C, each_, logits_));
       F shift = now == splat<float>(-std::numeric_limits<float>::infinity()) ? splat<float>(0) : now;
       F decay = power_of_two(before - shift);
       store(peaks, now);
       store(totals, load(totals) * decay + Now::weigh(chunk.count, now, logits_));
-      Now::add_values(chunk, sizes_, logits_, reinterpret_cast<const float*>(&decay), pass == 0 ? next : nullptr,
-                      sums_ + pass * C * width_);
+      add_values(chunk, pass, reinterpret_cast<const float*>(&decay), next);
     }
   }
 
@@ -71,12 +75,38 @@ class Piece {
 
  private:
   using Now = Pass<Stored, C>;
+  struct None {};
+
+  // Numbers that the queries of a pass take.
+  static int64_t query_width(const Sizes& sizes) {
+    return (sizes.tiles ? Now::kSlots : C) * sizes.key_steps * Product<Stored>::kParts * kLanes;
+  }
+
+  void multiply(const Chunk<Stored>& chunk, int pass) {
+    const float* queries = queries_ + pass * query_width_;
+    if constexpr (kTiled<Stored>)
+      if (tiles_) return tiles_->products(chunk, queries, pass == 0, logits_);
+    Now::products(chunk, sizes_, queries, pass == 0, logits_);
+  }
+
+  void add_values(const Chunk<Stored>& chunk, int pass, const float* decay, const Chunk<Stored>* next) {
+    float* out = sums_ + pass * C * width_;
+    if constexpr (kTiled<Stored>)
+      if (tiles_) {
+        if (pass == 0) tiles_->take_values(chunk, next);
+        return tiles_->add_values(chunk, logits_, decay, out);
+      }
+    Now::add_values(chunk, sizes_, logits_, decay, pass == 0 ? next : nullptr, out);
+  }
 
   void take_query(int m) {
     constexpr int kParts = Product<Stored>::kParts, kStep = Widened<Stored>::kStep;
     const Stored* row = head_of<const Stored>(c_.q, unit_.batch, unit_.head + m / each_) +
                         query_token(c_, unit_, m % each_) * c_.q.token;
-    float* to = queries_ + (m / C * C * query_width_) + m % C * kParts * kLanes;
+    float* to = queries_ + m / C * query_width_;
+    if constexpr (kTiled<Stored>)
+      if (tiles_) return TilePass<C>::take_query(row, sizes_.key_steps, m % C, to);
+    to += m % C * kParts * kLanes;
     for (int64_t s = 0; s < sizes_.key_steps; ++s, to += C * kParts * kLanes) {
       int64_t bytes = std::min<int64_t>(kStep, sizes_.dim - s * kStep) * sizeof(Stored);
       F parts[kParts];
@@ -91,6 +121,7 @@ class Piece {
   int each_, passes_;
   int64_t width_, query_width_;
   float *queries_, *lanes_, *logits_, *sums_, *peaks_, *totals_;
+  std::optional<std::conditional_t<kTiled<Stored>, TilePass<C>, None>> tiles_;
 };
 
 // The widths of passes that are compiled.
@@ -106,14 +137,13 @@ inline void with_width(int width, Call&& call) {
   is(std::integral_constant<int, 4>{});
   is(std::integral_constant<int, 6>{});
   is(std::integral_constant<int, 8>{});
-  is(std::integral_constant<int, 12>{});
   is(std::integral_constant<int, 16>{});
 }
 
 // As few passes as there must be, and none wider than it needs to be.
 inline int pass_width(int queries) {
   int most = std::min(16, kLanes), passes = (queries + most - 1) / most, width = (queries + passes - 1) / passes;
-  for (int w : {1, 2, 3, 4, 6, 8, 12, 16})
+  for (int w : {1, 2, 3, 4, 6, 8, 16})
     if (w >= width) return w;
   return most;
 }
@@ -150,6 +180,7 @@ class Decode {
               {static_cast<float>(c_.scale * M_LOG2E), static_cast<float>(c_.softcap * M_LOG2E),
                static_cast<float>(c_.softcap != 0 ? 2 * c_.scale / c_.softcap * M_LOG2E : 0)},
               false};
+    if constexpr (kTiled<Stored>) sizes_.tiles = TilePass<1>::takes(c_.dim, c_.value_dim);
     width_ = sizes_.value_steps * kStep;
     int64_t total = 0, keys = entry_keys(c_);
     for (const Unit& unit : units_) total += unit.entries * keys;
@@ -204,18 +235,30 @@ class Decode {
   bool attend(const Work& work) {
     const Unit& unit = units_[work.unit];
     int n = static_cast<int>(unit.pack) * queries(unit);
+    Sizes sizes = sizes_;
+    sizes.tiles = is_tiled(n);
     bool ready = false;
     with_width(pass_width(n), [&](auto c) {
       using Here = Piece<Stored, decltype(c)::value>;
-      float* scratch = memory<1>(Here::scratch(sizes_, n));
+      float* scratch = memory<1>(Here::scratch(sizes, n));
       if (!scratch) return;
-      Here piece(c_, sizes_, unit, queries(unit), scratch, sums_ + work.row * width_, peaks_ + work.row,
+      Here piece(c_, sizes, unit, queries(unit), scratch, sums_ + work.row * width_, peaks_ + work.row,
                  totals_ + work.row);
       Keys<Stored, Here>(c_, unit, piece).visit(work.from, work.to);
       piece.finish();
       ready = true;
     });
     return ready;
+  }
+
+  // Fewer queries leave most of a tile empty.
+  bool is_tiled(int queries) const { return sizes_.tiles && queries > 4; }
+
+  // Where a number stands within its step that is in a lane of a part of a sum of a unit with so many queries.
+  int place(int queries, int part, int lane) const {
+    if constexpr (kTiled<Stored>)
+      if (is_tiled(queries)) return TilePass<1>::place(part, lane);
+    return Widened<Stored>::place(part, lane);
   }
 
   // The pieces of a unit in their order.
@@ -240,8 +283,7 @@ class Decode {
       float divisor = total == 0 ? 1 : 1 / total;
       for (int64_t s = 0; s < width_; s += kStep)
         for (int p = 0; p < kParts; ++p)
-          for (int l = 0; l < kLanes; ++l)
-            in_order[s + Widened<Stored>::place(p, l)] = sum[s + p * kLanes + l] * divisor;
+          for (int l = 0; l < kLanes; ++l) in_order[s + place(n, p, l)] = sum[s + p * kLanes + l] * divisor;
       int64_t head = unit.head + m / each, token = query_token(c_, unit, m % each);
       narrow_row(in_order, head_of<Stored>(c_.out, unit.batch, head) + token * c_.out.token, c_.value_dim);
       c_.lse[(unit.batch * c_.heads + head) * c_.q_len + token] =

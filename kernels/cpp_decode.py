@@ -1,4 +1,4 @@
-"""Attention of few queries over a long cache on CPUs in C++: every key, pages of keys, or a BlockPattern; forward only.
+"""Attention of few queries over a long cache on CPUs in C++: every key, pages of keys or a BlockPattern; forward only.
 
 All heads that share a head of keys are computed together, so that keys and values are read once: what limits decoding
 is memory. See cpp_decode.cpp for how; compiled on first use, as cpp_block_sparse is.
@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_sparse_attn.decoding import Kept
 from hf_sparse_attn.kernels import cpp_block_sparse_build as build
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.pattern.cache import derived
 from hf_sparse_attn.registry import BACKENDS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,16 +58,7 @@ class CppDecode:
         q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float, softcap: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """See backend.Backend."""
-        p = pattern
-        # A pattern that was never validated must not be read as what it is not.
-        wide = [None if x is None else x.to(torch.int64).contiguous() for x in _wide(p)]
-        narrow = [None if x is None else x.to(torch.int32).contiguous() for x in _narrow(p)]
-        tiles = p.tiles.to(torch.bool).contiguous()
-        lead = [size for x in wide for size in ((0, 0) if x is None else x.shape[:2])]
-        words = (
-            *(0 if x is None else x.data_ptr() for x in (*wide, *narrow, tiles)),
-            p.block_q, p.block_k, p.rows, *lead, 0 if p.kv_range is None else len(p.kv_range),
-        )  # fmt: skip
+        words, _ = derived(pattern, "cpp_decode", lambda: _words(pattern))
         return _run(q, k, v, _NO_KEPT, words, scale, softcap, None)
 
     @staticmethod
@@ -90,12 +82,26 @@ class CppDecode:
         return _run(q, k, v, words, _NO_PATTERN, scale, softcap, first)
 
 
-def _wide(p: BlockPattern) -> tuple[Tensor | None, ...]:
-    return p.indptr, p.column_indptr, p.q_order, p.kv_order
+def _words(p: BlockPattern) -> tuple[tuple[int, ...], list[Tensor]]:
+    """A pattern as words of a call, and the tensors that they point to."""
+    wide, narrow = (p.indptr, p.column_indptr, p.q_order, p.kv_order), (p.starts, p.tile_ids, p.columns, p.kv_range)
+    held: list[Tensor] = []
 
+    def point(x: Tensor | None, dtype: torch.dtype) -> int:
+        if x is None:
+            return 0
+        # A pattern that was never validated must not be read as what it is not.
+        held.append(x.to(dtype).contiguous())
+        return held[-1].data_ptr()
 
-def _narrow(p: BlockPattern) -> tuple[Tensor | None, ...]:
-    return p.starts, p.tile_ids, p.columns, p.kv_range
+    pointers = (
+        *(point(x, torch.int64) for x in wide),
+        *(point(x, torch.int32) for x in narrow),
+        point(p.tiles, torch.bool),
+    )
+    lead = [size for x in wide for size in ((0, 0) if x is None else x.shape[:2])]
+    batches = 0 if p.kv_range is None else len(p.kv_range)
+    return (*pointers, p.block_q, p.block_k, p.rows, *lead, batches), held
 
 
 def _why_not(dtype: torch.dtype, compiling: bool) -> str | None:

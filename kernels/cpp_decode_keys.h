@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpp_decode_chunk.h"
+#include "cpp_decode_tiles.h"
 
 namespace {
 

@@ -25,7 +25,7 @@ LENGTHS = (
     "batch_size", "heads", "kv_heads", "group", "rows", "strips", "splits", "spots", "chunks", "block_q", "q_len",
     "kv_len", "read_rows", "tiles_of_keys", "merged", "repeats", "offset", "indptr_batch", "indptr_head",
     "column_batch", "column_head", "lead_batch", "lead_head", "q_order_batch", "q_order_head", "kv_order_batch",
-    "kv_order_head", "range_batch", "spare", "s_batch", "s_head", "s_token",
+    "kv_order_head", "range_batch", "lists", "page_count", "spare", "s_batch", "s_head", "s_token",
 )  # fmt: skip
 
 

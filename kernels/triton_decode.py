@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse_attn.decoding import Kept
 from hf_sparse_attn.kernels import triton_common
 from hf_sparse_attn.kernels.triton_common import (
     accumulate,
@@ -24,6 +25,7 @@ from hf_sparse_attn.kernels.triton_common import (
     tokens_at,
     valid_range,
 )
+from hf_sparse_attn.kernels.triton_decode_pages import attend_cache
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS
 
@@ -287,10 +289,7 @@ class TritonDecode:
         strips = -(-lanes // launch.lanes)
         units = batch * (heads // pack) * p.rows * strips
         splits = choose_splits(units, _mean_steps(p, launch.keys), multiprocessors)
-        part, part_lse = out, lse
-        if splits > 1:
-            part = q.new_empty(splits, batch, heads, q_len, value_dim, dtype=torch.float32)
-            part_lse = part.new_empty(splits, batch, heads, q_len)
+        part, part_lse = _parts(out, lse, splits)
         tensors, strides = lists_of(p)
         with on_device(q):
             _attend[(units * splits,)](
@@ -301,12 +300,65 @@ class TritonDecode:
                 HAS_COLUMNS=p.columns is not None, SPLIT=splits > 1, **constants_of(q, v, p, softcap),
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
-            if splits > 1:
-                _merge[(lse.numel(),)](
-                    part, part_lse, out, lse, splits, lse.numel(),
-                    VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), MERGED=_MERGED, num_warps=4,
-                )  # fmt: skip
+            _merge_parts(part, part_lse, out, lse, splits)
         return out, lse
+
+    @staticmethod
+    def why_not_decode(q: Tensor, k: Tensor, v: Tensor, kept: Kept | None) -> str | None:
+        """See backend.Decoder."""
+        return TritonDecode.why_not(None, q, k, v, False)
+
+    @staticmethod
+    def decode(
+        q: Tensor, k: Tensor, v: Tensor, kept: Kept | None, scale: float, softcap: float, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See backend.Decoder. Every list is cut in equally many splits, whatever the pages in it are."""
+        batch, heads, q_len, dim = q.shape
+        value_dim, group = v.shape[3], heads // k.shape[1]
+        out = q.new_empty(batch, heads, q_len, value_dim)
+        lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
+        lists, count, page, keys = 1, 0, 0, k.shape[2]
+        pages = lse
+        if kept is not None:
+            pages = kept.pages.to(torch.int32).contiguous()
+            lists, count, page = pages.shape[1], pages.shape[2], kept.size
+            keys = min(keys, count * page)
+        pack = 1 if lists == heads else group
+        lanes = pack * q_len
+        launch, multiprocessors = _launch(lanes, padded(dim), padded(value_dim), int(kept is not None), q)
+        strips = -(-lanes // launch.lanes)
+        units = batch * (heads // pack) * strips
+        splits = choose_splits(units, -(-keys // launch.keys), multiprocessors)
+        part, part_lse = _parts(out, lse, splits)
+        with on_device(q):
+            attend_cache[(units * splits,)](
+                q, k, v, part, part_lse, pages, lse if first is None else first.to(torch.int64).contiguous(),
+                *q.stride(), *k.stride(), *v.stride(),
+                batch, heads, group, strips, splits, q_len, k.shape[2], lists, count, *factors(scale, softcap)[:2],
+                DIM=dim, DIM_PAD=padded(dim), VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), PAGE=page, PACK=pack,
+                M=launch.lanes, N=launch.keys, CAUSAL=q_len > 1, HAS_FIRST=first is not None, HAS_CAP=bool(softcap),
+                SPLIT=splits > 1, UPCAST=triton_common.runs_interpreted(),
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+            _merge_parts(part, part_lse, out, lse, splits)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def _parts(out: Tensor, lse: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where splits put their output and log-sum-exp: a single one where the call does."""
+    if splits == 1:
+        return out, lse
+    part = out.new_empty(splits, *out.shape, dtype=torch.float32)
+    return part, part.new_empty(part.shape[:-1])
+
+
+def _merge_parts(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, splits: int) -> None:
+    if splits > 1:
+        dim = out.shape[3]
+        _merge[(lse.numel(),)](
+            part, part_lse, out, lse, splits, lse.numel(),
+            VALUE_DIM=dim, VALUE_PAD=padded(dim), MERGED=_MERGED, num_warps=4,
+        )  # fmt: skip
 
 
 def _one_for_all_heads(p: BlockPattern) -> bool:

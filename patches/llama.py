@@ -12,22 +12,6 @@ from hf_sparse_attn.method import Decline
 from hf_sparse_attn.patching import Patch
 from hf_sparse_attn.registry import FAMILIES
 
-# Decoders that choose their own keys: they cut the mask up inside the model, and have nothing left to make sparse.
-_SPARSE_BY_THEMSELVES = frozenset(
-    {
-        "axk2",
-        "deepseek_v32",
-        "deepseek_v4",
-        "doge",
-        "dots3_note",
-        "glm5_next",
-        "glm_moe_dsa",
-        "hy_v4",
-        "minimax_m3_vl",
-        "mistral_large4",
-        "qwen4_exp",
-    }
-)
 # Models of images and text whose decoder's tokens are more than text: the family that knows which takes them.
 _OF_QWEN_VL = frozenset({"Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel", "Qwen3VLMoeModel"})
 
@@ -51,6 +35,7 @@ class Llama:
             return Decline("Qwen-VL models are of the family qwen_vl")
         if any(getattr(m.config, "is_encoder_decoder", False) for m in inner):
             return Decline("encoder-decoder models are of the family encoder")
+        from hf_sparse_attn.hosts.natively_sparse_kind import is_sparse_by_itself
         from hf_sparse_attn.hosts.transformers_install import attention_modules
 
         found = [entry for part in inner for entry in attention_modules(part)]
@@ -59,9 +44,7 @@ class Llama:
             return Decline("no causal self-attention that goes through the attention interface of transformers")
         for owner in owners:
             config: Any = owner.config
-            # A model of images and text has its decoder under a name of its own.
-            by_name = config.model_type.removesuffix("_text") in _SPARSE_BY_THEMSELVES
-            if by_name or any(type(m).__name__.endswith("Indexer") for m in owner.modules()):
+            if is_sparse_by_itself(config) or any(type(m).__name__.endswith("Indexer") for m in owner.modules()):
                 return Decline(f"attention of {config.model_type} is sparse by itself")
             if not type(owner)._can_set_attn_implementation():
                 return Decline(f"{type(owner).__name__} does not let its attention implementation be set")

@@ -15,7 +15,7 @@ from hf_sparse_attn.registry import FAMILIES
 
 @FAMILIES.register("natively_sparse")
 class NativelySparse:
-    """DeepSeek-V3.2, GLM-5 and their like, whose layers have an indexer; in a model of images and text, its decoder.
+    """DeepSeek-V3.2, GLM-5, MiniMax M3 and their like, whose layers choose; of models of images, the decoder.
 
     They take the method `native` alone: what to read was trained into them, and another choice would lose it.
     """
@@ -28,7 +28,7 @@ class NativelySparse:
     )
     models: ClassVar[str] = (
         "transformers decoders that select their own keys (DeepSeek-V3.2, GLM-5, HunYuan V4, Mistral Large 4, A.X K2, "
-        "dots3.note)"
+        "dots3.note, MiniMax M3, DeepSeek-V4, GLM 5.3, Qwen 4)"
     )
 
     @staticmethod

@@ -105,6 +105,8 @@ def _pattern_point(options: Options, tokens: int, name: str, cls: type[Method]) 
     except (TypeError, ValueError) as error:
         return {**record, "reason": f"needs parameters: {error}"}
     record["params"] = method.params()
+    if not method.reads_prompts:
+        return {**record, "reason": f"{name} reads prompts whole"}
     ctx = Context(layout, num_heads=heads, num_kv_heads=heads, head_dim=dim)
     reason = method.why_not(ctx)
     if reason is not None:

@@ -179,6 +179,9 @@ def fill_rope(found: dict[str, Any]) -> None:
     if set(found.get("layer_types") or ()) == {"linear_attention"}:
         # A hybrid whose defaults forget the attention.
         found["layer_types"][-1] = "full_attention"
+    if "index_block_size" in found and set(found.get("layer_types") or ()) == {"full_attention"}:
+        # MiniMax M3, whose defaults forget the layers that select blocks.
+        found["layer_types"][-1] = "minimax_m3_sparse"
     kinds = [kind for kind in dict.fromkeys(found.get("layer_types") or ()) if "attention" in kind]
     rope = found.get("rope_parameters")
     if kinds and not rope and "rope_parameters" in found:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hf_sparse_attn.method import Method
 from hf_sparse_attn.presets import QUALITIES, family_defaults, presets_of
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS, Registry
 from hf_sparse_attn.tables import Table
@@ -82,6 +83,33 @@ def methods_table(third_party: bool = False) -> Table:
         for r in methods(third_party)
     ]
     return columns, rows
+
+
+def methods_by_use() -> Table:
+    """Columns and rows of what methods are for, with their names."""
+    found: dict[str, list[str]] = {}
+    for name, cls in METHODS.items():
+        if is_own(cls):
+            found.setdefault(_use(cls), []).append(name)
+    return ("for", "methods"), [(use, ", ".join(found[use])) for use in _USES if use in found]
+
+
+_USES = (
+    "prompts and videos of any kind",
+    "prompts of text",
+    "videos",
+    "text that is generated, a token at a time",
+    "models that select their own keys",
+)
+
+
+def _use(method: type[Method]) -> str:
+    """Which of _USES a method is for."""
+    if "own selection" in method.needs:
+        return _USES[4]
+    if not method.reads_prompts:
+        return _USES[3]
+    return _USES[2] if "video grid" in method.needs else _USES[1] if "causal" in method.needs else _USES[0]
 
 
 def families_table() -> Table:

@@ -42,7 +42,7 @@ def page(name: str, evaluation: dict[str, Any] | None) -> str:
         f"# {name}",
         doc.summary,
         f"Paper: {linked(cls.paper)}." if cls.paper else "",
-        _picture(cls),
+        _picture(cls) if cls.has_pattern() else "",
         *doc.chosen(deviations=False),
         _section("Formula", f"```text\n{doc.sections['Formula']}\n```" if "Formula" in doc.sections else ""),
         _section("When to take it", doc.sections.get("When", "")),

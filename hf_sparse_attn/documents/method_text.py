@@ -250,7 +250,7 @@ def _lines(cls: type[Method]) -> Iterator[str]:
     yield f'hsa.patch(model, "{cls.name}"{given})'
     if "video grid" in cls.needs or not cls.needs:
         yield f"hf-sparse-attn sample moving_wan --method {cls.name} --compare"
-    if "video grid" not in cls.needs and not cls.reads:
+    if "video grid" not in cls.needs and not cls.reads and cls.has_pattern():
         yield f'AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="hsa:{cls.name}")'
 
 

@@ -48,7 +48,8 @@ def pages(folder: Path, parser: argparse.ArgumentParser) -> dict[Path, str]:
     for name, cls in METHODS.items():
         if catalog.is_own(cls):
             found[folder / "methods" / f"{name}.md"] = page(name, evaluation)
-            found[folder / "methods" / f"{name}.svg"] = draw(cls(**cls.examples()[0]))
+            if cls.has_pattern():
+                found[folder / "methods" / f"{name}.svg"] = draw(cls(**cls.examples()[0]))
     for name, wanted in KEPT.items():
         found[folder / name] = _filled(_text(folder / name), blocks, name, wanted)
     readme = folder.parent.parent / "README.md"
@@ -98,7 +99,7 @@ def _filled(text: str, blocks: dict[str, str], name: str, wanted: tuple[str, ...
 
 
 def _blocks(parser: argparse.ArgumentParser, records: dict[str, Any]) -> dict[str, str]:
-    tables = {**catalog.tables(), "methods_linked": _methods_linked()}
+    tables = {**catalog.tables(), "methods_linked": _methods_linked(), "methods_by_use": _methods_by_use()}
     texts = {
         "recipe_keys": recipe_keys(records),
         "family_notes": _notes(FAMILIES),
@@ -112,6 +113,15 @@ def _methods_linked() -> Table:
     """The table of the methods, each with a link to its page."""
     columns, rows = catalog.methods_table()
     return columns, [(f"[{row[0]}](methods/{row[0]}.md)", *row[1:-1], linked(row[-1])) for row in rows]
+
+
+def _methods_by_use() -> Table:
+    """What methods are for, for the README: each with a link to its page."""
+    columns, rows = catalog.methods_by_use()
+    return columns, [
+        (use, ", ".join(f"[{name}](.github/docs/methods/{name}.md)" for name in names.split(", ")))
+        for use, names in rows
+    ]
 
 
 def _notes(registry: Registry[Any]) -> str:

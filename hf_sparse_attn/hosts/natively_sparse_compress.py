@@ -43,9 +43,7 @@ def compress(module: Any, name: str, hidden_states: Tensor, cache: Any) -> Tenso
     return entries if cache is None else cache.update_compressor_states(name, entries)
 
 
-def overlapping(
-    kv: Tensor, gate: Tensor, before: tuple[Tensor | None, Tensor | None] | None
-) -> tuple[Tensor, Tensor]:
+def overlapping(kv: Tensor, gate: Tensor, before: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor, Tensor]:
     """Windows that reach over the one before: its tokens by the first half of the channels, the own by the second.
 
     Args:

@@ -1,4 +1,4 @@
-"""DeepSeek-V4: a window of keys, and entries that stand for what came before, all of them or those an indexer chooses."""
+"""DeepSeek-V4: a window of keys, and entries for what came before it, all of them or those an indexer chooses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Entries:
 
     Args:
         closed: int [batch, q_len], a query may read the first so many entries.
-        chosen: int64 [batch, q_len, n], those that an indexer chose among them, -1 for none; None where all are read.
+        chosen: int32 [batch, q_len, n], those that an indexer chose among them, -1 for none; None where all are read.
         many: entries that there are.
     """
 
@@ -41,7 +41,7 @@ class Entries:
     many: int
 
     def lists(self, rows: slice) -> Tensor:
-        """Entries that queries read, int64 [batch, rows, n], -1 for none."""
+        """Entries that queries read, int [batch, rows, n], -1 for none."""
         if self.chosen is not None:
             return self.chosen[:, rows]
         place = torch.arange(self.many, device=self.closed.device)
@@ -53,11 +53,13 @@ class Entries:
             keep = torch.arange(self.many, device=self.closed.device) < self.closed[..., None]
         else:
             keep = torch.zeros(*self.chosen.shape[:2], self.many + 1, dtype=torch.bool, device=self.chosen.device)
-            keep = keep.scatter_(2, self.chosen.where(self.chosen >= 0, self.many), True)[..., :-1]
+            keep = keep.scatter_(2, self.chosen.long().where(self.chosen >= 0, self.many), True)[..., :-1]
         keep = keep[:, None]
         # A cast of 0 and -inf to bool would show what is hidden, and hide the rest.
-        return keep if dtype == torch.bool else torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(
-            ~keep, -torch.inf
+        return (
+            keep
+            if dtype == torch.bool
+            else torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, -torch.inf)
         )
 
 
@@ -117,6 +119,8 @@ class CSA(Kind):
             return found
 
         patch.set_attribute(compressor, "forward", types.MethodType(forward, compressor))
+        # What a forward left that an exception ended.
+        patch.on_remove(_KEPT.take, None)
 
     def attend(self, state: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
@@ -146,7 +150,9 @@ class CSA(Kind):
                 lists = torch.cat([lists, far.int().add(window.keys).where(far >= 0, -1)], 2)
             outs.append(listed_attention(q[:, :, own], k, v, lists[:, None], kwargs["scaling"], kwargs["s_aux"])[0])
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-        return Attended(out.transpose(1, 2).contiguous(), listed * heads, visible * heads, "window and entries by list")
+        return Attended(
+            out.transpose(1, 2).contiguous(), listed * heads, visible * heads, "window and entries by list"
+        )
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """See Kind."""
@@ -225,11 +231,11 @@ def _select(
 def _choose(
     indexer: Any, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, cache: Any, closed: Tensor
 ) -> Tensor:
-    """The entries that an indexer chooses, int64 [batch, q_len, n]."""
+    """The entries that an indexer chooses, int32 [batch, q_len, n]."""
     k = compress(indexer, "indexer", hidden_states, cache)
     cos, sin = indexer.rotary_emb(hidden_states, position_ids=position_ids, layer_type=indexer.rope_layer_type)
     q = indexer.q_b_proj(q_residual).view(*hidden_states.shape[:2], -1, indexer.head_dim).transpose(1, 2)
     q = inspect.unwrap(type(indexer).forward).__globals__["apply_rotary_pos_emb"](q, cos, sin).transpose(1, 2)
     scorer = indexer.scorer
     weights = scorer.weights_proj(hidden_states).float() * scorer.weights_scaling
-    return top_pools(q.float() * scorer.softmax_scale, k, weights, closed, indexer.index_topk)
+    return top_pools(q.float() * scorer.softmax_scale, k, weights, closed, indexer.index_topk).int()

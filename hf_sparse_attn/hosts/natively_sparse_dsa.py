@@ -11,12 +11,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_sparse_attn.hosts.natively_sparse_index import INDEXERS, select
 from hf_sparse_attn.hosts.natively_sparse_kind import Attended, Kind, OwnCall, awake, replace_method, why_other
-from hf_sparse_attn.hosts.natively_sparse_latent import attend_latent
+from hf_sparse_attn.hosts.natively_sparse_latent import (
+    attend_expanded,
+    attend_latent,
+    caches_latents,
+    keep_latents,
+)
 from hf_sparse_attn.hosts.natively_sparse_mask import visible_of
+from hf_sparse_attn.hosts.natively_sparse_window import attend_window
 from hf_sparse_attn.patching import Patch
 
 
@@ -57,26 +63,32 @@ class DSA(Kind):
         if module.indexer is not None:
             how = INDEXERS[module.config.model_type.removesuffix("_text")]
             replace_method(patch, module.indexer, "forward", partial(select, how), runs)
-        replace_method(patch, module, "expand_kv", _as_it_is, runs)
+        if caches_latents(module):
+            replace_method(patch, module, "expand_kv", keep_latents, runs)
 
     def attend(self, state: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
-        """See Kind; k and v are the latents and the rotated part of the keys."""
+        """See Kind; k and v are the latents and the rotated part of the keys, where the seam hands these on."""
         lists, visible = kwargs.get("indices"), visible_of(mask)
         if lists is None:
             return "the layer hands no selection over"
         if visible is None:
             return "mask that weighs keys"
-        out, backend = attend_latent(module, q, k, v, lists, kwargs["scaling"], kwargs.get("s_aux"))
+        run = attend_latent if caches_latents(module) else attend_expanded
+        out, backend = run(module, q, k, v, lists, kwargs["scaling"], kwargs.get("s_aux"))
         heads = q.shape[1]
         listed = int((lists >= 0).sum()) * heads
         return Attended(out, listed, visible.pairs(q.shape[0], q.shape[2], k.shape[2]) * heads, backend)
+
+    def narrow(self, module: Any, call: OwnCall) -> Tensor | None:
+        """See Kind."""
+        return attend_window(call.q, call.k, call.v, call.mask, call.kwargs)
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """See Kind."""
         q, k, v, mask, kwargs = call
         lists = kwargs.get("indices")
-        if active:
+        if active and caches_latents(module):
             k, v = type(module).expand_kv(module, k, v)
         if lists is None:
             return call._replace(k=k, v=v)
@@ -88,11 +100,6 @@ class DSA(Kind):
         else:
             mask = mask.masked_fill(hidden, torch.finfo(q.dtype).min)
         return OwnCall(q, k, v, mask, {**kwargs, "indices": None})
-
-
-def _as_it_is(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """In place of `expand_kv`: the latents and the rotated part of the keys."""
-    return kv_nope, k_rot
 
 
 def _shares(module: Any) -> bool:

@@ -70,6 +70,9 @@ def attend(
             return done.out, None
         found = Decision(done, fallback=True)
     session.stays_dense(state.record, found, _work(call, session.policy.min_queries))
+    narrow = None if state.own_sparsity is None else kind.narrow(module, call)
+    if narrow is not None:
+        return narrow, None
     return _run_own(state.dense, kind, module, call, active and state.own_sparsity is None)
 
 

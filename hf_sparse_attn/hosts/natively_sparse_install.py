@@ -33,7 +33,6 @@ KINDS: tuple[Kind, ...] = (DSA(), MSA(), CSA(), KPool(), QSA())
 
 def kind_of(owner: Any) -> Kind | None:
     """The kind of a transformers model, by what its config says it is, or None."""
-    # A model of images and text has its decoder under a name of its own.
     name = str(getattr(owner.config, "model_type", "")).removesuffix("_text")
     return next((kind for kind in KINDS if name in kind.models), None)
 

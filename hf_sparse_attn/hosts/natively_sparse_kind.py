@@ -17,6 +17,29 @@ from hf_sparse_attn.hosts.transformers_hook import LayerState, state_here
 from hf_sparse_attn.overlay import own_value
 from hf_sparse_attn.patching import Patch
 
+# Decoders that choose their own keys: they cut the mask up inside the model, and no other choice can be made there.
+_SPARSE_BY_THEMSELVES = frozenset(
+    {
+        "axk2",
+        "deepseek_v32",
+        "deepseek_v4",
+        "doge",
+        "dots3_note",
+        "glm5_next",
+        "glm_moe_dsa",
+        "hy_v4",
+        "minimax_m3_vl",
+        "mistral_large4",
+        "qwen4_exp",
+    }
+)
+
+
+def is_sparse_by_itself(config: Any) -> bool:
+    """Whether the decoder that a config is of chooses its own keys, in whatever way."""
+    # A model of images and text has its decoder under a name of its own.
+    return str(getattr(config, "model_type", "")).removesuffix("_text") in _SPARSE_BY_THEMSELVES
+
 
 class Attended(NamedTuple):
     """What attention over a selection gave.
@@ -52,8 +75,8 @@ class Kind:
     transformers makes them, and as tensors where the user gave them.
 
     All the functions are asked for attention modules of text (transformers_hook.is_text_attention) alone. A seam is a
-    method of an instance that `install` replaces through `replace_method`; the replacement runs only where the layer is
-    awake (`awake`), and otherwise calls what it stands for.
+    method of an instance that `install` replaces through `replace_method`; the replacement runs where the layer is
+    awake (`awake`), and elsewhere calls what it stands for.
     """
 
     name: ClassVar[str] = ""
@@ -86,6 +109,13 @@ class Kind:
             q, k, v, mask, kwargs: what the model hands to an attention function.
         """
         raise NotImplementedError
+
+    def narrow(self, module: Any, call: OwnCall) -> Tensor | None:
+        """Output [batch, q_len, heads, value dim] of a layer without a selection, without a mask of all pairs.
+
+        None where it runs as transformers runs it, which is what a kind need not care for.
+        """
+        return None
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """What transformers' own function is given for a call; the selection is in its mask.

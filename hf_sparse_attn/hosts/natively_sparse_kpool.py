@@ -1,4 +1,4 @@
-"""GLM 5.3: an indexer chooses pools of keys, counted from the first token, which latent attention of all heads reads."""
+"""GLM 5.3: an indexer chooses pools of keys, from the first token on, and latent attention of all heads reads them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from hf_sparse_attn.hosts.natively_sparse_kind import (
     replace_method,
     why_other,
 )
-from hf_sparse_attn.hosts.natively_sparse_latent import attend_latent
+from hf_sparse_attn.hosts.natively_sparse_latent import (
+    attend_expanded,
+    attend_latent,
+    caches_latents,
+    keep_latents,
+)
 from hf_sparse_attn.hosts.natively_sparse_pools import top_pools
 from hf_sparse_attn.listed_attention import Visible
 from hf_sparse_attn.patching import Patch
 
-# Visible pairs of query and key that a selection was made of: the layer gets the lists alone, and so do those after it.
+# Visible pairs of query and key by lists: a layer gets those alone, and so does one that takes over a selection.
 _PAIRS = WeakTensorKeyDictionary()
 
 
@@ -60,16 +65,18 @@ class KPool(Kind):
         if module.indexer is not None:
             replace_method(patch, module.indexer, "forward", _select, runs)
         replace_method(patch, module, "build_attention_mask_from_topk", _lists, runs)
-        replace_method(patch, module, "expand_kv", _as_it_is, runs)
+        if caches_latents(module):
+            replace_method(patch, module, "expand_kv", keep_latents, runs)
 
     def attend(self, state: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
-        """See Kind; k and v are the latents and the rotated part of the keys, of which there is none."""
+        """See Kind; k and v are the latents and the rotated part of the keys, where the seam hands these on."""
         heads, pairs = q.shape[1], _PAIRS.get(mask)
         if pairs is None:
             # The lists went to another device on their way.
             pairs = Visible(k.shape[2] - q.shape[2]).pairs(q.shape[0], q.shape[2], k.shape[2])
-        out, backend = attend_latent(module, q, k, v, mask, kwargs["scaling"], None)
+        run = attend_latent if caches_latents(module) else attend_expanded
+        out, backend = run(module, q, k, v, mask, kwargs["scaling"], None)
         return Attended(out, int((mask >= 0).sum()) * heads, pairs * heads, backend)
 
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
@@ -77,7 +84,8 @@ class KPool(Kind):
         q, k, v, mask = call.q, call.k, call.v, call.mask
         if active:
             keys = k.shape[2]
-            k, v = type(module).expand_kv(module, k, v)
+            if caches_latents(module):
+                k, v = type(module).expand_kv(module, k, v)
             mask = type(module).build_attention_mask_from_topk(module, mask, q, keys)
         state = layer_of(module)
         if state is not None and state.dense == "sdpa" and mask.is_floating_point():
@@ -89,11 +97,6 @@ class KPool(Kind):
 def _lists(module: Any, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Tensor:
     """In place of `build_attention_mask_from_topk`: the lists themselves."""
     return topk_indices
-
-
-def _as_it_is(module: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """In place of `expand_kv`: the latents and the rotated part of the keys."""
-    return kv_nope, k_rot
 
 
 @torch.no_grad()
@@ -111,11 +114,12 @@ def _select(
         packed = past_key_values.update_indexer(packed, indexer.layer_idx)
         # Fewer than there are slots in a static cache.
         end = int(past_key_values.layers[indexer.layer_idx].get_seq_length())
-    weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
-    lists, pairs = pooled_lists(
-        q.float() * indexer.softmax_scale, weights * indexer.n_heads**-0.5, *indexer.get_pooled_states(packed_states=packed), packed[..., -1].bool(),
-        end - queries, indexer.index_kpool, indexer.index_topk, bool(indexer.index_kpool_always_select_tail),
-    )  # fmt: skip
+    weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float() * indexer.n_heads**-0.5
+    q = q.float() * indexer.softmax_scale
+    keys, pools, whole = indexer.get_pooled_states(packed_states=packed)
+    size, topk, tail = indexer.index_kpool, indexer.index_topk, bool(indexer.index_kpool_always_select_tail)
+    valid = packed[..., -1].bool()
+    lists, pairs = pooled_lists(q, weights, keys, pools, whole, valid, end - queries, size, topk, tail)
     lists = lists.masked_fill(~attention_mask[..., None], -1).int()
     _PAIRS[lists] = pairs
     return lists

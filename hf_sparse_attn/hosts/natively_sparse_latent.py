@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_attn.hosts.transformers_hook import code_names
 from hf_sparse_attn.listed_attention import gathered_cost, listed_attention, pairs_computed
 
 # Bytes of queries, taken into the space of the latents, that are held at a time.
 _ABSORBED = 1 << 26
+
+
+def caches_latents(module: Any) -> bool:
+    """Whether the cache of a layer holds latents, which are expanded after it; in transformers 5.17 it holds keys."""
+    names = code_names(type(module))
+    return "update" in names and names.index("update") < names.index("expand_kv")
+
+
+def keep_latents(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of `expand_kv`: the latents and the rotated part of the keys."""
+    return kv_nope, k_rot
 
 
 def attend_latent(
@@ -39,6 +51,13 @@ def attend_latent(
     if not plain and lists[0].numel() < latents.shape[2]:
         latents, rotated, lists = _used(latents, rotated, lists)
     k, v = type(module).expand_kv(module, latents, rotated)
+    return attend_expanded(module, q, k, v, lists, scaling, sinks)
+
+
+def attend_expanded(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scaling: float, sinks: Tensor | None
+) -> tuple[Tensor, str]:
+    """The same of keys [batch, heads, kv_len, nope + rope] and values [batch, heads, kv_len, value dim]."""
     out, _ = listed_attention(q, k, v, lists[:, None], scaling, sinks)
     return out.transpose(1, 2).contiguous(), "keys by list"
 
@@ -74,7 +93,7 @@ def _stays_compressed(module: Any, q: Tensor, latents: Tensor, rotated: Tensor, 
 
 def _used(latents: Tensor, rotated: Tensor, lists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that some query lists alone, at the places that the lists then name."""
-    batch, queries, n = lists.shape
+    _, queries, n = lists.shape
     index = lists.flatten(1).clamp(min=0).long()[:, None, :, None]
     found = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (latents, rotated))
     place = torch.arange(queries * n, dtype=lists.dtype, device=lists.device).view(1, queries, n)
@@ -83,7 +102,7 @@ def _used(latents: Tensor, rotated: Tensor, lists: Tensor) -> tuple[Tensor, Tens
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a module is a product with its weight and no more: not quantised, adapted, offloaded or looked at."""
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     return (
         type(linear) is nn.Linear
         and type(weight) in (nn.Parameter, Tensor)

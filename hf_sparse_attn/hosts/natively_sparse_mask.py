@@ -35,7 +35,14 @@ class SelectingMask(MaskSpec):
         if not isinstance(other, Tensor):
             return other
         mask = self.dense(self.original, other.device)
+        if other.is_floating_point():
+            # As transformers 5.17 has it.
+            return mask + other
         return mask & other if mask.dtype == torch.bool else mask.masked_fill(~other, torch.finfo(mask.dtype).min)
+
+    def is_floating_point(self) -> bool:
+        """Whether it weighs keys; see dtype."""
+        return False
 
     @property
     def dtype(self) -> Any:
@@ -45,12 +52,17 @@ class SelectingMask(MaskSpec):
     @cached_property
     def visible(self) -> Visible:
         """Which keys the mask shows; made as a tensor only where it is not the plain causal one."""
+        causal = masking_utils.causal_mask_function
+        if self.wanted.get("mask_function", causal) is causal:
+            return self.up_to_own
+        mask = shown(self._tensor())
+        assert mask is not None
+        return Visible(mask=mask)
+
+    @cached_property
+    def up_to_own(self) -> Visible:
+        """The keys up to each query's own that are no padding, whatever else the mask hides."""
         wanted = self.wanted
-        plain = wanted.get("mask_function", masking_utils.causal_mask_function) is masking_utils.causal_mask_function
-        if not plain:
-            mask = shown(self._tensor())
-            assert mask is not None
-            return Visible(mask=mask)
         before, keys = int(wanted.get("kv_offset", 0)), self.shape[3]
         padding = masking_utils.prepare_padding_mask(wanted.get("attention_mask"), keys, before)
         if padding is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -24,8 +25,8 @@ class MSA(Kind):
     """MiniMax M3: layers of the type `minimax_m3_sparse`.
 
     Seam: `indexer.forward`, which selects in strips of queries. The lists come to the attention function as
-    `block_indices`. Blocks begin at slot 0 of the cache, queries count from their first token: a batch that is padded
-    on the left, or whose positions are its user's own, would be read at the wrong blocks, and runs the model's own way.
+    `block_indices`. Blocks begin at slot 0 of the cache, queries count from their first token: a batch padded on
+    the left, or whose positions are the user's own, would be read at the wrong blocks, and runs the model's own way.
     """
 
     name: ClassVar[str] = "MSA"
@@ -46,6 +47,8 @@ class MSA(Kind):
             )  # fmt: skip
             if why is not None:
                 return f"{where}: {why}"
+        if all(module.indexer is None for module in modules):
+            return "no layer of it selects keys, by `layer_types` of its config"
         return None
 
     def own_sparsity(self, module: Any) -> str | None:
@@ -67,7 +70,13 @@ class MSA(Kind):
         why = _why_shifted(visible, kwargs.get("position_ids"), q.shape[0], q.shape[2])
         if why is not None:
             return why
-        heads, groups, queries = q.shape[1], blocks.shape[1], q.shape[2]
+        heads, queries = q.shape[1], q.shape[2]
+        groups = math.lcm(blocks.shape[1], k.shape[1])
+        if heads % groups:
+            return f"{blocks.shape[1]} lists for {k.shape[1]} heads of keys"
+        # One for each, as the model is trained; else heads that share a list share keys, and the other way round.
+        blocks = blocks.repeat_interleave(groups // blocks.shape[1], 1)
+        k, v = (x.repeat_interleave(groups // k.shape[1], 1) if groups > k.shape[1] else x for x in (k, v))
         size = module.indexer.block_size
         rows = max(1, _SLOTS // (q.shape[0] * groups * blocks.shape[3] * size))
         outs, listed = [], 0

@@ -140,9 +140,7 @@ def visible_order(
     return torch.sort(~visible.padding, dim=1, stable=True).indices, visible.padding.cumsum(1)[:, slots]
 
 
-def visible_pools(
-    q: Tensor, pool_keys: Any, order: Tensor, count: Tensor, size: int, topk: int
-) -> Tensor:
+def visible_pools(q: Tensor, pool_keys: Any, order: Tensor, count: Tensor, size: int, topk: int) -> Tensor:
     """The keys of the pools with the highest scores, and those of the pool that a query's own key has begun.
 
     Args:

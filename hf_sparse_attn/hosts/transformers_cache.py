@@ -115,6 +115,8 @@ class Caches:
     def __init__(self) -> None:
         self._number = next(_NUMBERS)
         self._layers: WeakSet[Any] = WeakSet()
+        # Caches that are known to be of the model.
+        self._fitting: WeakSet[Cache] = WeakSet()
         self._closed = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
@@ -125,29 +127,32 @@ class Caches:
         if not isinstance(cache, Cache):
             cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
         # Of an encoder-decoder, what its decoder reads of itself.
-        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+        cache = getattr(cache, "self_attention_cache", cache)
+        layers = getattr(cache, "layers", None)
         if layers is None:
             return
+        if cache not in self._fitting:
+            _check_number(module, layers)
+            self._fitting.add(cache)
         values_here()[self] = layers
         for layer in layers:
             track = self._track(layer)
             if track is not None:
                 track.check(layer)
 
-    def note(self, index: int, k: Tensor, end: int, new: int, remember: bool) -> None:
-        """Takes note of a call of a layer of the model.
+    def note(self, index: int, k: Tensor, end: int, new: int) -> None:
+        """Takes note of a call of a layer of the model, a step or a prompt.
 
         Args:
             index: of the layer.
             k, end, new: see Track.see.
-            remember: whether memory is wanted of a layer of a cache of which there is none yet.
         """
         layer = self._layer(index, k)
         if layer is None:
             return
         track = self._track(layer)
         if track is None:
-            if not remember or not _listen(layer):
+            if not _listen(layer):
                 return
             track = _TRACKS.setdefault(layer, {})[self._number] = Track()
             self._layers.add(layer)
@@ -179,6 +184,23 @@ class Caches:
     def _track(self, layer: Any) -> Track | None:
         tracks = _TRACKS.get(layer)
         return None if tracks is None else tracks.get(self._number)
+
+
+def _check_number(model: Any, layers: list[Any]) -> None:
+    """Refuses a filled cache of another number of layers, which transformers takes, and fills up.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    config = model.config.get_text_config(decoder=True)
+    wanted = getattr(config, "num_hidden_layers", None)
+    # Layers that share their keys, and those that guess ahead, may be in a cache or not.
+    odd = any(getattr(config, name, 0) for name in ("num_kv_shared_layers", "num_nextn_predict_layers"))
+    filled = any(isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel() for layer in layers)
+    if filled and wanted is not None and not odd and not config.is_encoder_decoder and len(layers) != wanted:
+        raise ValueError(
+            f"`past_key_values` must be a cache of this model, which has {wanted} layers, got one of {len(layers)}"
+        )
 
 
 def watch_caches(patch: Patch, owners: list[nn.Module]) -> Caches:

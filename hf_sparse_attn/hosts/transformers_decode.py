@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,21 +36,24 @@ class Few(NamedTuple):
 
     Args:
         end: slots that are filled.
-        first: int64 [batch], the first slot of each row that is no padding; None where none is.
+        starts: the first slot of each row that is no padding; None where none is.
         reach: the most slots that a row has.
         limited: whether the layer sees no more than a window or chunk of a longer text.
+        rows: what layers hand on, by row of queries, where the mask is all that is known of a forward.
     """
 
     end: int
-    first: Tensor | None
+    starts: tuple[int, ...] | None
     reach: int
     limited: bool
+    rows: list[dict[Any, Any]]
 
 
 def read_few(mask: MaskSpec | ReadyMask) -> Few | str:
     """What a mask says of few queries, or why it is more than padding before them; worked out once for a mask."""
     known: dict[Any, Any] = mask.__dict__
-    if "few" not in known:
+    # A tensor that was given ready made may be given again, in another forward.
+    if "few" not in known or isinstance(mask, ReadyMask):
         known["few"] = _read_few(mask)
     found: Few | str = known["few"]
     return found
@@ -65,9 +69,8 @@ def _read_few(mask: MaskSpec | ReadyMask) -> Few | str:
     whole = all(span.q == (0, q_len) and span.k[1] == plan.kv_end for span in plan.spans)
     if plan.packed or not whole or len(starts) < batch or max(starts.values()) > plan.kv_end - q_len:
         return "padding among the queries"
-    slots = [starts[row] for row in range(batch)]
-    first = torch.tensor(slots, dtype=torch.int64, device="cpu") if any(slots) else None
-    return Few(plan.kv_end, first, plan.reach, plan.limited)
+    slots = tuple(starts[row] for row in range(batch))
+    return Few(plan.kv_end, slots if any(slots) else None, plan.reach, plan.limited, [])
 
 
 def seen_at_once(
@@ -131,7 +134,7 @@ def attend_few(state: LayerState, q: Tensor, k: Tensor, v: Tensor, few: Few, kwa
     session, record = state.session, state.record
     if few.end < k.shape[2]:
         k, v = k[:, :, : few.end], v[:, :, : few.end]
-    first = None if few.first is None else few.first.to(q.device)
+    first = None if few.starts is None else _first_slots(few.starts, q.device)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap") or 0.0
     work = Work.of(q, few.end, True, session.policy.min_queries)
     one = _Call(state, q, k, v, first, q.shape[3] ** -0.5 if scale is None else scale, softcap, work)
@@ -142,7 +145,7 @@ def attend_few(state: LayerState, q: Tensor, k: Tensor, v: Tensor, few: Few, kwa
         if why is None and session.policy.min_tokens == "auto" and gain <= 1:
             why = "predicted slower than reading all keys"
         if why is None:
-            done = _by_method(one, method, gain)
+            done = _by_method(one, method, gain, _layers_of_rows(few, q.shape[2]))
         else:
             record.count(record.partly_dense, f"decoding: {why}")
     if done is None:
@@ -187,20 +190,18 @@ def _why_whole(call: _Call, few: Few, kwargs: dict[str, Any]) -> str | None:
     return f"fewer than {least} keys (min_tokens={least})" if least != "auto" and few.end < int(least) else None
 
 
-def _by_method(call: _Call, method: Method, gain: float) -> tuple[Tensor, Tensor] | None:
+def _by_method(call: _Call, method: Method, gain: float, rows: list[dict[Any, Any]]) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp by the method of the decoder, one row after the other; None where all rows read all."""
     state, q, k, v, first, scale, softcap, work = call
     session, record = state.session, state.record
     end, new = k.shape[2], q.shape[2]
     memory = Memory() if state.caches is None else state.caches.memory(record.index)
-    # Also where the length of a static cache was not waited for when it was noted.
-    memory.crop(end - new)
     steps: list[Step] = []
     kept: list[Kept | None] = []
-    for i, layers in enumerate(_layers_of_rows(new)):
+    for i, layers in enumerate(rows):
         last = end - new + 1 + i
-        rows = (q, k, v) if new == 1 else (q[:, :, i : i + 1], k[:, :, :last], v[:, :, :last])
-        steps.append(Step(*rows, first, record.index, state.num_layers, scale, memory, layers, softcap))
+        row = (q, k, v) if new == 1 else (q[:, :, i : i + 1], k[:, :, :last], v[:, :, :last])
+        steps.append(Step(*row, first, record.index, state.num_layers, scale, memory, layers, softcap))
         found = method.decode(steps[-1])
         if isinstance(found, Decline):
             session.give_up(record, found.reason)
@@ -237,11 +238,16 @@ def _count(step: Step, kept: Kept | None) -> tuple[int, int]:
     return read, slots * (step.q.shape[1] // pages.shape[1])
 
 
-def _layers_of_rows(rows: int) -> list[dict[Any, Any]]:
+def _layers_of_rows(few: Few, rows: int) -> list[dict[Any, Any]]:
     """What the layers of this forward hand on, a dictionary for each row of queries."""
-    if not forwards_here():
-        # By a native name nobody knows where a forward ends.
-        return [{} for _ in range(rows)]
-    found: list[dict[Any, Any]] = values_here().setdefault(_ROWS, [])
+    # By a native name a mask is all that the layers of a forward have in common.
+    found: list[dict[Any, Any]] = values_here().setdefault(_ROWS, []) if forwards_here() else few.rows
     found.extend({} for _ in range(rows - len(found)))
     return found[:rows]
+
+
+@lru_cache(maxsize=64)
+def _first_slots(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Step.first, the same tensor for every layer and step: a GPU is not waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(starts, dtype=torch.int64, device=device)

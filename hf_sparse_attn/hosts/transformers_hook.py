@@ -263,9 +263,8 @@ def _note_keys(state: LayerState, query: Tensor, key: Tensor, mask: Any) -> None
     """Has the keys of a call known to whom remembers something of their cache."""
     new = query.shape[2]
     end = mask.plan.kv_end if isinstance(mask, MaskSpec) else 0
-    few = new < state.session.policy.min_queries
     if state.caches is not None:
-        state.caches.note(state.record.index, key, end or key.shape[2], new, few)
+        state.caches.note(state.record.index, key, end or key.shape[2], new)
 
 
 def state_here(now: LayerState | None, module: nn.Module, mask: Any) -> LayerState | None:

@@ -86,7 +86,8 @@ class LayerCall:
     @property
     def strictly(self) -> bool:
         """Whether it is a fallback if the call stays dense against the rules: exact attention loses nothing by it."""
-        return not self.decoding or self.session.decoder.method is not None
+        session = self.session
+        return session.decoder.method is not None if self.decoding else not session.method.keeps_all
 
     @cached_property
     def by_shape(self) -> Context:

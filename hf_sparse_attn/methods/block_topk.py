@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_sparse_attn.context import Context, check_int
 from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.method import Decline, Knob, Method
-from hf_sparse_attn.pages import PageMeans, grouped, keep_best, remembered_rows
+from hf_sparse_attn.pages import PageMeans, grouped, keep_best, remembered, share_of_heads
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.pattern.layout import causal_tiles
 from hf_sparse_attn.registry import METHODS
@@ -19,7 +19,7 @@ from hf_sparse_attn.selection import check_block_size, check_share, pool_blocks,
 
 # Where text is generated: tokens of a page, first and last pages that are kept, first layers that keep everything.
 # Means of larger pages lose what single tokens say.
-_PAGE, _SINK, _RECENT, _SKIPPED = 16, 1, 2, 2
+_PAGE, _SINK, _RECENT, _SKIPPED = 8, 1, 2, 2
 
 
 @METHODS.register("block_topk")
@@ -31,9 +31,9 @@ class BlockTopK(Method):
     block of the query itself, without which a causal model loses its sink and its neighbourhood; blocks that hold the
     text beside a video, for queries and for keys (bidirectional only). Ties go to the earlier block.
 
-    Where text is generated a query keeps pages of 16 tokens by their mean keys, the heads that share a head of keys
-    the same ones by the sum of their scores: in all as large a share of the tokens, or as many as `topk` blocks hold.
-    The first page and the last two are among them, and the first two layers keep everything.
+    Where text is generated a query keeps pages of 8 tokens by their mean keys, the heads that share a head of keys the
+    same ones: as large a share of the tokens, or as many as `topk` blocks hold. The first page and the last two are
+    among them, and the first two layers keep everything.
 
     Deviations: the forced blocks; means of a short last block are over the tokens it has (the published code pads it).
     In chunked prefill the blocks of queries begin at the chunk: choose chunks of whole blocks to get the blocks of the
@@ -42,7 +42,7 @@ class BlockTopK(Method):
     Formula:
         score(r, c) = mean(Q_r) . mean(K_c), r a block of queries, c one of keys that it sees
         keep(r) = {0, own block} and the best others, k in all; k = topk, or round(density * blocks seen)
-        decoding: score(p) = sum over the heads of a group of q . mean(K_p), p a page of 16
+        decoding: score(p) = sum over the heads of a group of softmax(q . mean(K_p) * scale) over p, pages of 8 tokens
 
     When:
         Take it for video, or for text whose heads look for passages: no dynamic choice costs less. Leave it where
@@ -118,9 +118,8 @@ class BlockTopK(Method):
         """The pages whose mean keys fit best; see Method.decode."""
         if (step.layer < _SKIPPED and step.num_layers > 1) or self._tokens(step.length) >= step.length:
             return None
-        query = grouped(step, "group").sum(3)
-        scores = (query @ remembered_rows(step, PageMeans, _PAGE).mT).flatten(1, 2)
-        return keep_best(step, scores, _PAGE, self._tokens, _SINK, _RECENT)
+        logits = remembered(step, PageMeans, _PAGE).products(grouped(step, "group") * step.scale)
+        return keep_best(step, share_of_heads(step, logits, _PAGE), _PAGE, self._tokens, _SINK, _RECENT)
 
     def _tokens(self, length: int) -> int:
         """How many of `length` tokens of a cache are kept."""

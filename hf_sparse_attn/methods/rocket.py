@@ -10,7 +10,14 @@ import torch
 
 from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.decoding_method import Budgeted
-from hf_sparse_attn.pages import PageBounds, check_sharing, grouped, keep_best, remembered_rows
+from hf_sparse_attn.pages import (
+    PageBounds,
+    check_sharing,
+    grouped,
+    keep_best,
+    remembered,
+    share_of_heads,
+)
 from hf_sparse_attn.registry import METHODS
 from hf_sparse_attn.selection import best_ascending
 
@@ -75,7 +82,7 @@ class Rocket(Budgeted):
         """The tokens with the highest estimated weights; see Method.decode."""
         if self.skips(step) or self.tokens(step.length) >= step.length:
             return None
-        bounds = remembered_rows(step, PageBounds, self.page)
+        bounds = remembered(step, PageBounds, self.page)
         q = grouped(step, self.share)
         channels = max(1, int(q.shape[4] * self.page / self.compression))
         largest = torch.zeros_like(q[:, :, :, :1], dtype=torch.bool)
@@ -84,12 +91,9 @@ class Rocket(Budgeted):
         high = q.sum(3, keepdim=True) >= 0
         weights = torch.cat([used.where(high, 0.0), used.where(~high, 0.0)], -1)
         factor = (q.abs().sum(4) / used.abs().sum(4).clamp(min=1e-30)).sqrt() * step.scale
-        logits = (weights.flatten(2, 3) @ bounds.mT).view(*q.shape[:4], -1) * factor[..., None]
+        logits = bounds.products(weights) * factor[..., None]
         logits = logits.repeat_interleave(self.page, -1)[..., : step.length]
-        if step.first is not None:
-            slot = torch.arange(step.length, device=logits.device)
-            logits = logits.masked_fill(slot < step.first.to(slot.device)[:, None, None, None, None], -torch.inf)
-        return keep_best(step, logits.softmax(-1).mean(3).flatten(1, 2), 1, self.tokens)
+        return keep_best(step, share_of_heads(step, logits, 1), 1, self.tokens)
 
     @classmethod
     def examples(cls) -> list[dict[str, Any]]:

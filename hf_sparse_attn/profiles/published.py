@@ -145,24 +145,48 @@ def from_duo_attention(
         FileNotFoundError: no such file.
         ValueError: not such files, or for another number of layers or heads; or both options.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     found = Fingerprint.of(model)
+    dense, sink, recent = _duo(path, found, threshold, sparsity)
+    streaming = _made(SIZES, "sliding_window", sink=sink, window=recent)
+    of_heads = np.repeat(dense, found.heads // found.kv_heads, axis=1)
+    cells = [None if keep else streaming for keep in of_heads.flat]
+    return _profile(found, cells, [(0.0, 1.0)], {"source": "DuoAttention", "file": GATES})
+
+
+def duo_attention_heads(
+    path: str | os.PathLike[str], model: Any, *, threshold: float | None = None, sparsity: float | None = None
+) -> dict[str, Any]:
+    """The same choice as parameters of the method `duo`, which reads a cache by it; see `from_duo_attention`.
+
+    Returns:
+        `retrieval`, `sink` and `recent`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `from_duo_attention`.
+    """
+    dense, sink, recent = _duo(path, Fingerprint.of(model), threshold, sparsity)
+    retrieval = tuple(tuple(int(head) for head in layer.nonzero()[0]) for layer in dense)
+    return {"retrieval": retrieval, "sink": sink, "recent": recent}
+
+
+def _duo(
+    path: str | os.PathLike[str], found: Fingerprint, threshold: float | None, sparsity: float | None
+) -> tuple[NDArray[np.bool_], Any, Any]:
+    """Which heads of keys stay dense [layers, kv_heads], and the sizes of the others' window."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if threshold is not None and sparsity is not None:
         raise ValueError(f"`threshold` must be None when `sparsity` is given, got {threshold} and {sparsity}")
     gates = _gates(folder / GATES, (found.layers, found.kv_heads))
     sizes = _read_json(folder / SIZES)
     if not isinstance(sizes, dict) or not {"sink_size", "recent_size"} <= set(sizes):
         raise ValueError(f"`path` must have `sink_size` and `recent_size` in {SIZES}, got {shortened(sizes)}")
-    streaming = _made(SIZES, "sliding_window", sink=sizes["sink_size"], window=sizes["recent_size"])
     if threshold is not None:
         dense = gates >= finite("threshold", threshold)
     else:
         share = check_share("sparsity", 0.5 if sparsity is None else sparsity)
         dense = np.ones(gates.size, bool)
         dense[np.argsort(gates, axis=None, kind="stable")[: _below_quantile(gates, share)]] = False
-    of_heads = np.repeat(dense.reshape(gates.shape), found.heads // found.kv_heads, axis=1)
-    cells = [None if keep else streaming for keep in of_heads.flat]
-    return _profile(found, cells, [(0.0, 1.0)], {"source": "DuoAttention", "file": GATES})
+    return dense.reshape(gates.shape), sizes["sink_size"], sizes["recent_size"]
 
 
 def _below_quantile(gates: NDArray[np.float64], share: float) -> int:

@@ -142,7 +142,8 @@ def test_an_explicit_backend_never_falls_back() -> None:
 def test_auto_names_every_reason_when_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in auto_order("cpu"):
         monkeypatch.setattr(BACKENDS.get(name), "why_not", staticmethod(lambda *a: "switched off"))
-    both = "no backend can run this call: cpp_block_sparse: switched off; torch_gather: switched off"
+    names = ("cpp_decode", "torch_folded", "cpp_block_sparse", "torch_gather")
+    both = "no backend can run this call: " + "; ".join(f"{name}: switched off" for name in names)
     with pytest.raises(hsa.BackendUnavailable, match=both):
         choose_backend("auto", None, *qkv(), needs_grad=False)
 

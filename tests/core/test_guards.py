@@ -180,6 +180,8 @@ def test_every_method_says_what_it_needs_of_a_layout(name: str) -> None:
     """By each of its needs alone: a layout that has it not is declined, with that need named."""
     method = METHODS.get(name)(**METHODS.get(name).examples()[0])
     without = {"causal": VIDEO, "bidirectional": CAUSAL, "video grid": hsa.TokenLayout.bidirectional(64)}
+    # No layout has it: the model selects.
+    without["own selection"] = CAUSAL
     for need in method.needs:
         assert f"{name} needs" in str(method.why_not(context(without[need])))
 

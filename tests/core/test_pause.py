@@ -82,7 +82,8 @@ MADE: dict[str, Callable[[], tuple[Any, Play]]] = {
 def test_a_pause_is_the_unpatched_model_to_the_bit(name: str) -> None:
     model, play = MADE[name]()
     before = play()
-    with patch(model, "block_topk", density=0.2, block_size=16, min_tokens=0) as applied:
+    method = {"method": "block_topk", "density": 0.2, "block_size": 16}
+    with patch(model, **({"method": "native"} if name == "natively_sparse" else method), min_tokens=0) as applied:
         sparse = play()
         counted = applied.report().to_dict()
         with applied.paused():

@@ -39,6 +39,12 @@ KINDS = {
     "BertLMHeadModel": "llama",
     "BambaForCausalLM": "llama",
     "LlavaForConditionalGeneration": "llama",
+    "DeepseekV32ForCausalLM": "natively_sparse",
+    "GlmMoeDsaForCausalLM": "natively_sparse",
+    "MiniMaxM3VLForCausalLM": "natively_sparse",
+    "DeepseekV4ForCausalLM": "natively_sparse",
+    "Glm5NextForConditionalGeneration": "natively_sparse",
+    "Qwen4ExpForCausalLM": "natively_sparse",
     "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
     "Qwen3VLForConditionalGeneration": "qwen_vl",
     "BertForMaskedLM": "encoder",
@@ -52,9 +58,6 @@ KINDS = {
 DECLINED = {
     "MambaForCausalLM": "no causal self-attention",
     "FalconForCausalLM": "no causal self-attention",
-    "DeepseekV32ForCausalLM": "attention of deepseek_v32 is sparse by itself",
-    "MiniMaxM3VLForCausalLM": "attention of minimax_m3_vl_text is sparse by itself",
-    "Glm5NextForConditionalGeneration": "attention of glm5_next_text is sparse by itself",
     "InklingForCausalLM": "position bias",
     "UdopForConditionalGeneration": "position bias",
 }

@@ -10,14 +10,18 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor
+from transformers import masking_utils as mu
 
 import hf_sparse_attn as hsa
 from hf_sparse_attn.context import Context
 from hf_sparse_attn.decoding import Kept, Step
 from hf_sparse_attn.family import tiny_text
 from hf_sparse_attn.hosts import transformers_decode
+from hf_sparse_attn.hosts.transformers_decode import Few, read_few
+from hf_sparse_attn.hosts.transformers_mask import MaskSpec, ReadyMask
 from hf_sparse_attn.method import Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
+from hf_sparse_attn.registry import FAMILIES
 from tests.support.decoding import Forgetful, Pages
 
 # Of a model whose prompts are read whole: what is left out is left out in decoding.
@@ -195,6 +199,73 @@ def test_what_is_no_plain_step_is_the_models_own_to_the_bit(case: str, decode: A
     assert all(sum(n for said, n in r.reasons.items() if reason in said) == 1 for r in patch.report().layers)
 
 
+def test_weights_that_the_config_asks_for_come_from_the_model() -> None:
+    model, ids, cache = tiny("llama"), tokens(1, 31), T.DynamicCache()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    try:
+        with torch.no_grad(), hsa.patch(model, Pages(), **SPARSE) as patch:
+            model(ids[:, :30], past_key_values=cache)
+            assert [w.shape[-1] for w in model(ids[:, 30:], past_key_values=cache).attentions] == [31, 31]
+    finally:
+        model.config.output_attentions = False
+        model.set_attn_implementation("sdpa")
+    assert kinds(patch) == [{}] * 2
+
+
+def test_an_attention_function_that_was_replaced_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    own, called = functions["sdpa"], []
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        called.append(args[1].shape[2])
+        return own(*args, **kwargs)
+
+    monkeypatch.setitem(functions._local_mapping, "sdpa", other)
+    model = tiny("llama")
+    with hsa.patch(model, "sliding_window") as patch:
+        generate(model, tokens(1, 37))
+    assert called.count(1) == 2 * (NEW - 1) and kinds(patch) == [{}] * 2
+
+
+def test_keys_that_no_mask_describes_are_left_to_the_model() -> None:
+    """A growing cache that another model has filled in part: its second layer begins with the first step."""
+    model, ids = tiny("llama"), tokens(1, 31)
+    cache, found = T.DynamicCache(), []
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        for patched in (False, True):
+            given = T.DynamicCache()
+            given.update(cache.layers[0].keys, cache.layers[0].values, 0)
+            patch = hsa.patch(model, "sliding_window") if patched else None
+            found.append(model(ids[:, 30:], past_key_values=given).logits)
+    assert patch is not None
+    assert kinds(patch) == [{"exact": 1}, {}]
+    patch.remove()
+    torch.testing.assert_close(*found, rtol=0, atol=2e-6)
+
+
+def spec(**more: Any) -> MaskSpec:
+    wanted = dict(batch_size=1, q_length=1, kv_length=20, q_offset=19, attention_mask=None, device="cpu")
+    return MaskSpec("sdpa", {"mask_function": mu.causal_mask_function, "dtype": torch.float32, **wanted, **more})
+
+
+def test_what_a_mask_says_of_few_queries() -> None:
+    plain = read_few(spec())
+    assert isinstance(plain, Few) and (plain.end, plain.starts, plain.limited) == (20, None, False)
+    for limit in (mu.chunked_overlay(32, torch.zeros(1)), mu.sliding_window_overlay(32)):
+        found = read_few(spec(mask_function=mu.and_masks(mu.causal_mask_function, limit)))
+        assert isinstance(found, Few) and found.limited
+    moved = read_few(spec(q_offset=29, kv_offset=10))
+    assert isinstance(moved, Few) and moved.limited and moved.end == 20
+    assert read_few(spec(mask_function=mu.bidirectional_mask_function)) != plain
+    # What was given ready made may come again, and is another forward then.
+    ready = ReadyMask((1, 1, 1, 20), spec().plan)
+    one, other = read_few(ready), read_few(ready)
+    assert isinstance(one, Few) and isinstance(other, Few) and one.rows is not other.rows
+
+
 def test_gradients_are_those_of_the_model() -> None:
     model, ids = tiny("llama"), tokens(1, 31)
     grads = []
@@ -228,15 +299,12 @@ def test_generate_is_the_loop_by_hand_and_a_run_without_a_cache() -> None:
     assert (generated[1] - want[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("cache", ["static", "offloaded"])
-def test_other_caches_give_the_same(cache: str) -> None:
+def test_a_static_cache_gives_the_same() -> None:
     model, ids = tiny("llama"), tokens(2, 37)
     with hsa.patch(model, Pages(), **SPARSE):
         want = generate(model, ids)
-        kept = T.StaticCache(config=model.config, max_cache_len=50)
-        assert_same(by_hand(model, ids, kept), want)
-        if cache == "static":
-            assert_same(generate(model, ids, cache_implementation="static"), want)
+        assert_same(by_hand(model, ids, T.StaticCache(config=model.config, max_cache_len=50)), want)
+        assert_same(generate(model, ids, cache_implementation="static"), want)
 
 
 def test_rows_of_a_padded_batch_are_as_by_themselves() -> None:
@@ -449,10 +517,19 @@ def test_what_cannot_decode_is_refused_and_the_model_untouched(case: str) -> Non
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_models_that_generate_no_text_take_no_decoder() -> None:
-    bert, _ = tiny_text(T.BertModel)
-    with pytest.raises(ValueError, match=r"`decode` must be left out for BertModel \(family encoder\)"):
-        hsa.patch(bert, "dense", decode="exact")
+OTHERS = {"bert": ("encoder", "generates no text"), "dsa": ("natively_sparse", "selects keys by itself")}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_whose_decoding_is_none_or_their_own_take_no_decoder(kind: str) -> None:
+    family, why = OTHERS[kind]
+    model, inputs = FAMILIES.get(family).tiny()
+    method = "native" if kind == "dsa" else "dense"
+    with pytest.raises(ValueError, match=rf"`decode` must be left out for .* \(family {family}\), which {why}"):
+        hsa.patch(model, method, decode="exact")
+    with hsa.patch(model, method) as patch, torch.no_grad():
+        model(**inputs)
+    assert patch.report().decode == "" and "decode=" not in str(patch.report())
 
 
 ASKED: dict[str, tuple[Any, Any, str]] = {
@@ -470,7 +547,10 @@ ASKED: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("case", ASKED)
 def test_what_decodes_is_what_was_asked_for(case: str) -> None:
     method, decode, said = ASKED[case]
-    with hsa.patch(tiny("llama"), method, decode=decode) as patch:
+    model = tiny("llama")
+    with hsa.patch(model, method, decode=decode) as patch, torch.no_grad():
+        assert "decode=" not in str(patch.report())
+        model(tokens(1, 3))
         found = patch.report()
     assert found.decode.partition("(")[0] == said and found.to_dict()["decode"] == found.decode
     assert f"decode={said}" in str(found)

@@ -246,6 +246,39 @@ class Rounded(DynamicLayer):
             self.keys, self.values = (x.index_select(0, beam_idx) for x in (self.keys, self.values))
 
 
+class Elsewhere(Rounded):
+    """Keeps other tensors than it hands over, as offloaded caches do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found = DynamicLayer.update(self, key_states, value_states)
+        self.keys, self.values = (x.clone() for x in found)
+        return found
+
+    def get_seq_length(self) -> int:
+        return DynamicLayer.get_seq_length(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        DynamicLayer.reorder_cache(self, beam_idx)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_offloaded_cache_is_looked_at(event: str, model: Any) -> None:
+    compare(model, lambda: some_steps(Told(model, Cache([Elsewhere() for _ in range(LAYERS)])), EVENTS[event][0]))
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "pruned"])
+def test_what_nobody_tells_of_an_offloaded_cache_is_seen(change: str, model: Any) -> None:
+    def run() -> list[Tensor]:
+        return some_steps(Told(model, Cache([Elsewhere() for _ in range(LAYERS)])), UNTOLD[change])
+
+    compare(model, run, rebuilt=2 * LAYERS)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_preallocated_cache(event: str, model: Any) -> None:
+    compare(model, lambda: some_steps(Told(model, hsa.PreallocatedCache(model.config)), EVENTS[event][0]))
+
+
 def rounded_cache() -> Cache:
     return Cache(layers=[Rounded() for _ in range(LAYERS)])
 
@@ -397,6 +430,22 @@ def test_a_class_of_layers_of_its_own_type_keeps_its_place(model: Any) -> None:
 
 
 # ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("kind", ["known layers", "growing", "static"])
+def test_a_cache_of_another_model_is_refused(kind: str, layers: int, model: Any) -> None:
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    other = LlamaForCausalLM(config).eval()
+    caches = {"known layers": DynamicCache(config=config), "growing": DynamicCache()}
+    cache = caches.get(kind, StaticCache(config=config, max_cache_len=50))
+    with hsa.patch(model, Pages(), min_tokens=0) as patch, torch.no_grad():
+        other(tokens(1, 30), past_key_values=cache)
+        with pytest.raises(ValueError, match=f"which has 2 layers, got one of {layers}"):
+            model(tokens(1, 1), past_key_values=cache)
+        Told(model).feed()
+    assert patch.removed and plain(cache) and model.config._attn_implementation == "sdpa"
 
 
 @contextmanager

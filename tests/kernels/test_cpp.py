@@ -304,7 +304,8 @@ def tiny(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
 
 @pytest.mark.usefixtures("compiled")
 def test_auto_takes_it_first_on_a_cpu() -> None:
-    assert auto_order("cpu")[0] == "cpp_block_sparse"
+    # What comes before it takes few queries alone.
+    assert auto_order("cpu")[:3] == ["cpp_decode", "torch_folded", "cpp_block_sparse"]
     pattern = random_pattern(40, 40)
     assert run_pattern(*tiny(), pattern, 1.0)[2] == "cpp_block_sparse"
 

@@ -31,6 +31,7 @@ FEW: dict[str, dict[str, Any]] = {
     "kascade": {"budget": 48, "anchors": (1,), "head_map": ((0, 1), (0, 1), (1, 0), (1, 1), (0, 0))},
 }
 LAYERS = 5
+PUBLISHED: dict[str, Any] = {"estimate": "bound", "page_size": 16, "sink_pages": 0, "recent_pages": 0}
 
 
 def tensor(name: str) -> Tensor:
@@ -65,7 +66,7 @@ def close(got: Tensor, name: str) -> None:
 
 
 def test_quest_is_the_published_choice() -> None:
-    method = hsa.get_method("quest")(budget=128, share="head", sink_pages=0, recent_pages=0)
+    method = hsa.get_method("quest")(**PUBLISHED, share="head", budget=128)
     q, k, v = (tensor(f"cache.{x}_a") for x in "qkv")
     found = method.decode(Step(q, k, v, None, 2, 32, SCALE))
     assert torch.equal(mask(found, 4, 290)[0], bits("quest.kept", 4, 290))
@@ -144,6 +145,10 @@ def tokens(batch: int, length: int, seed: int = 0, heads: int = 4, kv_heads: int
     return q, k, torch.randn(k.shape, generator=draw)
 
 
+def cut(length: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x[:, :, :length] for x in tensors)
+
+
 class Cache:
     """Keys and values that grow, as a patched model has them: what is remembered goes with every layer."""
 
@@ -191,23 +196,19 @@ def test_what_is_kept_is_the_same_after_growing_cropping_and_choosing_rows(metho
     q, k, v = tokens(3, 330)
     cache = Cache(method)
     for length in (200, 201, 216, 217, 290, 291):
-        assert equal(
-            cache.step(*(x[:, :, :length] for x in (q, k, v))), fresh(method, *(x[:, :, :length] for x in (q, k, v)))
-        )
+        assert equal(cache.step(*cut(length, q, k, v)), fresh(method, *cut(length, q, k, v)))
     for memory in cache.memories:
         memory.crop(277)
     other = tokens(3, 330, seed=1)
     q, k, v = (torch.cat([a[:, :, :277], b[:, :, 277:]], 2) for a, b in zip((q, k, v), other, strict=True))
-    assert equal(cache.step(*(x[:, :, :278] for x in (q, k, v))), fresh(method, *(x[:, :, :278] for x in (q, k, v))))
+    assert equal(cache.step(*cut(278, q, k, v)), fresh(method, *cut(278, q, k, v)))
     # Beams change places, with no other length, and rows are repeated and left out.
     for rows in ([2, 0, 0], [1, 2], [0, 0, 1, 1]):
         at = torch.tensor(rows)
         q, k, v = (x[at] for x in (q, k, v))
         for memory in cache.memories:
             memory.select(at)
-        assert equal(
-            cache.step(*(x[:, :, :279] for x in (q, k, v))), fresh(method, *(x[:, :, :279] for x in (q, k, v)))
-        )
+        assert equal(cache.step(*cut(279, q, k, v)), fresh(method, *cut(279, q, k, v)))
 
 
 def test_a_row_with_padding_keeps_none_of_it_and_is_the_row_alone(method: hsa.Method) -> None:
@@ -256,8 +257,8 @@ def test_a_static_method_keeps_the_last_row_of_a_prompt(name: str) -> None:
 def test_equal_scores_go_to_the_earlier_pages() -> None:
     q, k, v = torch.ones(1, 4, 1, 16), torch.ones(1, 2, 160, 16), torch.ones(1, 2, 160, 16)
     step = Step(q, k, v, None, 4, LAYERS, SCALE)
-    found = hsa.get_method("quest")(budget=64, recent_pages=1).decode(step)
-    assert found.pages.tolist() == [[[0, 1, 2, 9]] * 2]
+    found = hsa.get_method("quest")(budget=32, recent_pages=1).decode(step)
+    assert found.pages.tolist() == [[[0, 1, 2, 19]] * 2]
     found = hsa.get_method("rocket")(budget=4).decode(step)
     assert found.pages.tolist() == [[[0, 1, 2, 3]] * 2]
 
@@ -265,7 +266,7 @@ def test_equal_scores_go_to_the_earlier_pages() -> None:
 def test_heads_of_a_group_choose_by_the_sum_of_their_bounds() -> None:
     q, k, v = tokens(1, 301)
     step = Step(q[:, :, -1:], k, v, None, 2, LAYERS, SCALE)
-    found = hsa.get_method("quest")(budget=64, sink_pages=0, recent_pages=0).decode(step)
+    found = hsa.get_method("quest")(**PUBLISHED, budget=64).decode(step)
     assert found.pages.shape == (1, 2, 4) and found.pages.dtype == torch.int32
     pages = torch.nn.functional.pad(k, (0, 0, 0, 3), value=torch.nan).unflatten(2, (19, 16))
     edges = (pages.nan_to_num(-9e9).amax(3), pages.nan_to_num(9e9).amin(3))
@@ -290,15 +291,6 @@ def test_layers_after_an_anchor_that_did_not_run_read_everything() -> None:
     for name in ("omnikv", "lessismore", "kascade"):
         method = hsa.get_method(name)(**FEW[name])
         assert method.decode(Step(q[:, :, -1:], k, v, None, 3, LAYERS, SCALE)) is None
-
-
-def test_anchors_stand_at_the_same_shares_of_other_depths() -> None:
-    from hf_sparse_attn.anchors import of_depth
-
-    assert of_depth(None, (2, 8, 18), 32, 32) == (2, 8, 18)
-    assert of_depth(None, (2, 8, 18), 32, 64) == [4, 16, 36]
-    assert of_depth((3,), (2, 8, 18), 32, 64) == (3,)
-    assert of_depth(None, (2, 8, 18), 32, 1) == [0]
 
 
 def test_duo_declines_what_it_does_not_know() -> None:
@@ -348,6 +340,7 @@ def test_prompts_are_read_if_asked(name: str) -> None:
         ("duo", {"retrieval": 3}, "`retrieval` must be a list of heads for each layer"),
         ("streaming", {"prompts": 1}, "`prompts` must be a bool"),
         ("streaming", {"recent": 0}, "`recent` must be at least 1"),
+        ("quest", {"estimate": "mean"}, "`estimate` must be 'spread' or 'bound', got 'mean'"),
     ],
 )
 def test_a_wrong_parameter_is_named(name: str, params: dict[str, Any], said: str) -> None:

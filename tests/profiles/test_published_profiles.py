@@ -135,6 +135,9 @@ def test_duo_attention(options: dict, dense: list, tmp_path: Path) -> None:
         found = published.read_published(path, model(), **options)
         assert [[int(m.name == "dense") for m in row] for row in chosen(found)] == dense
         assert GET("sliding_window")(sink=4, window=32) in found.methods
+        decoding = GET("duo")(**published.duo_attention_heads(path, model(), **options))
+        heads = [[int(head // 2 in whole) for head in range(4)] for whole in decoding.retrieval]
+        assert (heads, decoding.sink, decoding.recent) == (dense, 4, 32)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,13 @@ def _shrunk(given: Mapping[str, Any], layers: int, filled: bool) -> dict[str, An
     if filled and set(found.get("layer_types") or ()) == {"linear_attention"}:
         # A hybrid whose defaults forget the attention.
         found["layer_types"][-1] = "full_attention"
+    if "index_block_size" in found and set(found.get("layer_types") or ()) == {"full_attention"}:
+        # MiniMax M3, whose defaults forget the layers that select blocks.
+        found["layer_types"][-1] = "minimax_m3_sparse"
+        found["index_block_size"] = 8
+    if "index_kpool" in found:
+        # Pools are read whole.
+        found["index_kpool"], found["index_topk"] = 4, 8
     if isinstance(found.get("mamba_d_head"), int) and isinstance(found.get("mamba_n_heads"), int):
         inner = found.get("mamba_d_ssm") or found["mamba_expand"] * found["hidden_size"]
         found["mamba_n_heads"] = inner // found["mamba_d_head"]
