@@ -217,7 +217,7 @@ def _openvino(
         marks.append(now())
         return genai.StreamingStatus.RUNNING
 
-    class Streamer(genai.StreamerBase):  # type: ignore[misc]  # it comes without types
+    class Streamer(genai.StreamerBase):
         def write(self, token: object) -> Any:
             return take(token)
 
