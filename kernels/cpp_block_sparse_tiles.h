@@ -122,7 +122,7 @@ class TiledForward final : public Forward<Pair, BFloat> {
     float* sums = sums_ + panel * dims_ * kPanel;
     for (int v = left; v < right; ++v) {
       bare ? find_peak(v * L, first, end) : finish(words, v * L, first, end);
-      weigh(panel, v * L, first, last, bare ? rule_.factor : 1.0f);
+      weigh_pairs(panel, v * L, first, last, bare ? rule_.factor : 1.0f);
       V<float> factor = load(decay_ + v * L);
       if (_mm512_cmpneq_ps_mask((__m512)factor, _mm512_set1_ps(1)))
         for (int64_t d = 0; d < dims_; ++d) store(sums + d * kPanel + v * L, load(sums + d * kPanel + v * L) * factor);
@@ -132,9 +132,57 @@ class TiledForward final : public Forward<Pair, BFloat> {
   }
 
   void find_peak(int at, int first, int end) {
-    V<float> top = splat<float>(kNothing);
-    for (int i = first; i < end; ++i) top = larger<float>(load(logits_ + i * kPanel + at), top);
-    store(peak_ + at, larger<float>(top * rule_.factor, load(peak_ + at)));
+    // Several at a time: each comparison waits for the one before.
+    constexpr int n = 4;
+    V<float> top[n];
+    for (auto& one : top) one = splat<float>(kNothing);
+    int i = first;
+    for (; i + n <= end; i += n)
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) top[j] = larger<float>(load(logits_ + (i + j) * kPanel + at), top[j]);
+    for (; i < end; ++i) top[0] = larger<float>(load(logits_ + i * kPanel + at), top[0]);
+    V<float> all = larger<float>(larger<float>(top[0], top[1]), larger<float>(top[2], top[3]));
+    store(peak_ + at, larger<float>(all * rule_.factor, load(peak_ + at)));
+  }
+
+  // As `weigh`, of whole groups of keys. Weights become bfloat16: a polynomial of degree 4 is as good.
+  void weigh_pairs(int panel, int at, int first, int last, float scale) {
+    float *peak = peaks_ + panel * kPanel + at, *total = totals_ + panel * kPanel + at;
+    V<float> before = load(peak), now = load(peak_ + at), shift = now == kNothing ? splat<float>(0) : now;
+    store(peak, now);
+    V<float> factor = power_of_two(before - shift);
+    store(decay_ + at, factor);
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
+    V<float> sums[2] = {load(total) * factor, splat<float>(0)};
+    const float* from = logits_ + first * kPanel + at;
+    float* to = logits_ + first / 2 * kPanel + at;
+    for (int i = first; i < last; i += 4, from += 4 * kPanel, to += 2 * kPanel) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        V<float> a = weight(load(from + 2 * j * kPanel) * scale - shift);
+        V<float> b = weight(load(from + (2 * j + 1) * kPanel) * scale - shift);
+        sums[j] += a + b;
+        // Rounded to nearest: weights are never negative.
+        __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)a, half), 16);
+        __m512i high = _mm512_add_epi32((__m512i)b, half);
+        store(to + j * kPanel, (V<float>)_mm512_ternarylogic_epi32(low, high, upper, 0xf8));
+      }
+    }
+    store(total, sums[0] + sums[1]);
+  }
+
+  // 2 ** x as `power_of_two` has it, but 2 ** -126 for all that is less: no weight, beside that of the peak.
+  static V<float> weight(V<float> x) {
+    const V<float> magic = splat<float>(12582912.0f);
+    // In this order a NaN stays one.
+    x = (V<float>)_mm512_max_ps(_mm512_set1_ps(-126), (__m512)x);
+    V<float> shifted = x + magic, f = x - (shifted - magic);
+    V<float> p = splat<float>(9.582853169e-03f);
+    p = p * f + splat<float>(5.590642504e-02f);
+    p = p * f + splat<float>(2.402409861e-01f);
+    p = p * f + splat<float>(6.931241934e-01f);
+    p = p * f + splat<float>(1.0f);
+    return (V<float>)((I<float>)p + ((I<float>)shifted << 23));
   }
 
   // Products to logits, in place.
