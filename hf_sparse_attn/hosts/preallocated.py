@@ -70,17 +70,9 @@ class PreallocatedLayer(DynamicLayer):
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             self._let_go()
             return found
-<<<<<<< HEAD
-        for name, new in zip(_NAMES, (key_states, value_states), strict=True):
-            setattr(self, name, self._room(name, new, length).append(new, length))
-        keys: Tensor = self.keys  # type: ignore[assignment]  # both are there now
-        values: Tensor = self.values  # type: ignore[assignment]
-        return keys, values
-=======
         self.keys = all_keys = self._room("keys", key_states, length).append(key_states, length)
         self.values = all_values = self._room("values", value_states, length).append(value_states, length)
         return all_keys, all_values
->>>>>>> exact
 
     def _fits(self, keys: Tensor, values: Tensor, length: int) -> bool:
         """Whether new keys and values can be written behind those that are kept."""
@@ -100,13 +92,8 @@ class PreallocatedLayer(DynamicLayer):
         held, room, end = getattr(self, name), rooms.get(name), length + new.shape[-2]
         # What was made in inference mode cannot be written outside.
         if room is None or room.view is not held or room.buffer.shape[-2] < end or _is_sealed(room.buffer):
-<<<<<<< HEAD
-            most = self.max_tokens or 0
-            capacity = most if end <= most else max(2 * end, _FEWEST)
-=======
             wanted = self.max_tokens or 0
             capacity = wanted if end <= wanted else max(2 * end, _FEWEST)
->>>>>>> exact
             buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
             room = rooms[name] = _Room(buffer, buffer.narrow(-2, 0, length), length)
             if length:
@@ -138,7 +125,7 @@ class PreallocatedLayer(DynamicLayer):
         """See DynamicLayer; in one copy."""
         rooms = self._rooms or {}
         if any(name not in rooms or rooms[name].view is not getattr(self, name) for name in _NAMES):
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # rows are whole numbers
+            super().reorder_cache(beam_idx)
             return
         for name, room in rooms.items():
             rows = beam_idx.to(room.buffer.device)
@@ -215,15 +202,6 @@ class PreallocatedCache(DynamicCache):
 
 def preallocate(cache: DynamicCache, max_tokens: int | None = None) -> None:
     """Has the plain layers of a cache append in place from now on, those that it has and those that it will have."""
-<<<<<<< HEAD
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            own: Any = layer
-            own.__class__ = PreallocatedLayer
-            own.max_tokens = max_tokens
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(PreallocatedLayer, max_tokens)  # type: ignore[assignment]
-=======
     plain: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
     for layer in plain:
         layer.__class__ = PreallocatedLayer
@@ -231,7 +209,6 @@ def preallocate(cache: DynamicCache, max_tokens: int | None = None) -> None:
     if cache.layer_class_to_replicate is DynamicLayer:
         make: Any = partial(PreallocatedLayer, max_tokens)
         cache.layer_class_to_replicate = make
->>>>>>> exact
 
 
 def check_cache(cache: object, generates: bool, model: object) -> None:
