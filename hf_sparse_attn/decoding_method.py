@@ -28,6 +28,10 @@ class DecodingMethod(Method):
     decodes = True
     reads_prompts = False
 
+    def least_density(self, ctx: Context) -> float:
+        """0: what a step keeps is rounded to pages and tokens; see Method.least_density."""
+        return 0.0
+
     def dense_here(self, ctx: Context) -> str | None:
         """A prompt; see Method.dense_here."""
         return f"{self.name} reads prompts whole"

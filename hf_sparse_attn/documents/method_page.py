@@ -85,7 +85,9 @@ def _needs(cls: type[Method]) -> str:
     doc: Docstring = read(cls.__doc__)
     layouts = " and ".join(NEEDS[need] for need in sorted(cls.needs)) or "any layout"
     reads = " and ".join(READS[name] for name in sorted(cls.reads))
-    knob = f"`{cls.knob.name}`" if cls.knob else "no parameter"
+    # What decodes alone has no knob, for densities of prompts are compared.
+    names = [cls.knob.name] if cls.knob else [name for name in ("density", "budget") if hasattr(cls, name)]
+    knob = " or ".join(f"`{name}`" for name in names) or "no parameter"
     lines = [
         f"- Tokens: {layouts}.",
         f"- Reads queries and keys{f', and the {reads}' if reads else ''}." if not cls.static

@@ -99,7 +99,7 @@ def _filled(text: str, blocks: dict[str, str], name: str, wanted: tuple[str, ...
 
 
 def _blocks(parser: argparse.ArgumentParser, records: dict[str, Any]) -> dict[str, str]:
-    tables = {**catalog.tables(), "methods_linked": _methods_linked(), "methods_by_use": _methods_by_use()}
+    tables = {**catalog.tables(), "methods_linked": _methods_linked(), "methods": _methods_by_use()}
     texts = {
         "recipe_keys": recipe_keys(records),
         "family_notes": _notes(FAMILIES),

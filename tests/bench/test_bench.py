@@ -109,7 +109,7 @@ def test_patterns_cover_every_method(result):
     assert by_name["sliding_window"]["cached_call_seconds"] >= 0
     assert "keeps" not in (by_name["block_topk"]["reason"] or "")
     # The first of them where there is a C++ compiler.
-    usual = auto_order("cpu")[:2]
+    usual = auto_order("cpu", prompts=True)[:2]
     for r in by_name.values():
         assert r["reason"] is not None or (r["share_of_attention"] > 0 and r["backend"] in usual), r
 

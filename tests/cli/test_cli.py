@@ -183,7 +183,7 @@ def test_versions_of_packages_that_are_not_there(monkeypatch):
         (["doctor", "--backends", "cuda_magic"], "must be one of"),
         (
             ["bench", "--suite", "gpu9"],
-            "`suite` must be one of kernels, patterns, layers, gpu, quick; got 'gpu9'",
+            "`suite` must be one of kernels, patterns, layers, gpu, decode, quick; got 'gpu9'",
         ),
         (["bench", "--tokens", "many"], "must be ints separated by commas, got 'many'"),
         (["bench", "--tokens", "3"], "`tokens` must be at least 16, got 3"),
