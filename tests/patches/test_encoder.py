@@ -113,6 +113,7 @@ EXAMPLES = [
     for family, has in HAS.items()
     for name in hsa.list_methods()
     if name != "dense" and hsa.get_method(name).needs <= has and not hsa.get_method(name).reads
+    if hsa.get_method(name).reads_prompts
     for i, params in enumerate(hsa.get_method(name).examples())
 ]
 
