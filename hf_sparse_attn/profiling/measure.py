@@ -97,7 +97,12 @@ def measure(
     if query_blocks is not None:
         check_int("query_blocks", query_blocks, 1)
     check_int("maps", maps, 0)
-    family, _, modules = find_family(model)
+    family, known, modules = find_family(model)
+    if getattr(known, "requires", None):
+        raise ValueError(
+            f"`model` must be one whose keys are to be chosen; {type(model).__name__} selects its own: "
+            'hsa.patch(model, "native") keeps these, and no profile is needed'
+        )
     own = partial(default_params, family, modules)
     made = None if candidates is None else with_dense(candidates, own)
     about = {"metrics": sorted(wanted), "seed": seed, "query_blocks": query_blocks}

@@ -294,6 +294,10 @@ def test_a_vision_language_model() -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_can_be_profiled(family: str) -> None:
     model, given = FAMILIES_OF_MODELS.get(family).tiny()
+    if getattr(FAMILIES_OF_MODELS.get(family), "requires", None):
+        with pytest.raises(ValueError, match="`model` must be one whose keys are to be chosen; .* selects its own"):
+            quiet(model, [given], ["block_topk"])
+        return
     found = quiet(model, [given], ["block_topk"], maps=2)
     recall = found.figures["recall"][..., 1]
     assert np.isfinite(recall).any() and (recall[np.isfinite(recall)] <= 1).all() and found.maps
