@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -146,3 +146,13 @@ class Budgeted(DecodingMethod):
     def skips(self, step: Step) -> bool:
         """Whether the layer keeps everything. A call that belongs to no model, of a single layer, never does."""
         return step.layer < self.skip_layers and step.num_layers > 1
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """A number of tokens, of a few hundred."""
+        return [{"budget": 64}]
+
+    @classmethod
+    def full_budget(cls) -> dict[str, Any]:
+        """All tokens."""
+        return {"density": 1.0}

@@ -153,8 +153,3 @@ class Kascade(Budgeted):
     def examples(cls) -> list[dict[str, Any]]:
         """Few tokens, for small tiles."""
         return [{"budget": 48, "tile": 16, "share": "head"}]
-
-    @classmethod
-    def full_budget(cls) -> dict[str, Any]:
-        """All tokens."""
-        return {"density": 1.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -109,13 +108,3 @@ class LessIsMore(Budgeted):
             order = -torch.arange(place.shape[2], device=place.device, dtype=scores.dtype)
             scores.scatter_reduce_(2, place, order.expand(place.shape), "amax")
         return keep_best(step, scores, 1, lambda _: n, sink, recent)
-
-    @classmethod
-    def examples(cls) -> list[dict[str, Any]]:
-        """By number."""
-        return [{"budget": 64}]
-
-    @classmethod
-    def full_budget(cls) -> dict[str, Any]:
-        """All tokens."""
-        return {"density": 1.0}

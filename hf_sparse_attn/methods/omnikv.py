@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -70,13 +69,3 @@ class OmniKV(Budgeted):
             return None
         found: Kept | None = step.layers.get((self.name, step.length))
         return found
-
-    @classmethod
-    def examples(cls) -> list[dict[str, Any]]:
-        """By number."""
-        return [{"budget": 64}]
-
-    @classmethod
-    def full_budget(cls) -> dict[str, Any]:
-        """All tokens."""
-        return {"density": 1.0}

@@ -109,8 +109,3 @@ class Quest(Budgeted):
     def examples(cls) -> list[dict[str, Any]]:
         """Few pages, of small size."""
         return [{"budget": 48, "share": "head"}]
-
-    @classmethod
-    def full_budget(cls) -> dict[str, Any]:
-        """All tokens."""
-        return {"density": 1.0}

@@ -99,8 +99,3 @@ class Rocket(Budgeted):
     def examples(cls) -> list[dict[str, Any]]:
         """Few tokens."""
         return [{"budget": 48, "compression": 2, "share": "head"}]
-
-    @classmethod
-    def full_budget(cls) -> dict[str, Any]:
-        """All tokens."""
-        return {"density": 1.0}

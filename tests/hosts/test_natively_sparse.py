@@ -15,8 +15,8 @@ from transformers import DynamicCache, StaticCache
 import hf_sparse_attn as hsa
 from hf_sparse_attn.session import DenseFallback
 from tests.support import tiny_natively_sparse as tiny
+from tests.support.natively_sparse import CLOSE, WAYS, generated_alike, gradients, run
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 each = pytest.mark.parametrize("name", tiny.NAMES)
 # One whose layers share selections, keys or both, and one with sinks.
 some = pytest.mark.parametrize("name", [n for n in ("deepseek_v32", "mistral_large4", "hy_v4") if n in tiny.NAMES])
@@ -37,12 +37,6 @@ def text(model: Any) -> Any:
 
 def attention(model: Any) -> list[Any]:
     return [layer.self_attn for layer in text(model).layers]
-
-
-def run(model: Any, **given: Any) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(**given).logits
-    return logits
 
 
 @each
@@ -122,37 +116,11 @@ def valid_slots(keys: Tensor, valid: Tensor) -> Tensor:
     return nn.functional.pad(valid, (0, keys.shape[1] - valid.shape[1]))
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "static": {"cache_implementation": "static"},
-    "beams": {"num_beams": 3},
-}
-
-
 @each
 @pytest.mark.parametrize("way", WAYS)
 def test_generate(name: str, way: str) -> None:
     model, given = tiny.build(name), padded(21, 2)
-    options = {
-        "max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True, **WAYS[way],
-    }  # fmt: skip
-    wanted = model.generate(**given, **options)
-    with hsa.patch(model, "native") as patch:
-        got = model.generate(**given, **options)
-        assert patch.report().decode_density is not None
-    assert torch.equal(got.sequences, wanted.sequences)
-    for mine, theirs in zip(got.scores, wanted.scores, strict=True):
-        torch.testing.assert_close(mine, theirs, **CLOSE)
-
-
-def gradients(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    out = model(**given).logits
-    # Rows of padding are nothing to learn from.
-    keep = given["attention_mask"][..., None].to(out.dtype)
-    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-    (out * weight * keep).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert generated_alike(model, given, way).report().decode_density is not None
 
 
 @each

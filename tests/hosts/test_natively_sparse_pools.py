@@ -18,8 +18,8 @@ from hf_sparse_attn import listed_attention
 from hf_sparse_attn.hosts import natively_sparse_csa, natively_sparse_msa, natively_sparse_pools
 from hf_sparse_attn.session import DenseFallback
 from tests.support import tiny_pools as tiny
+from tests.support.natively_sparse import CLOSE, WAYS, generated_alike, gradients, run
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 each = pytest.mark.parametrize("name", tiny.NAMES)
 # The others select by slots and positions that part where padding comes first; of Qwen 4 the eager attention of older
 # versions gives no number then.
@@ -39,12 +39,6 @@ def given(side: str | None = None, tokens: int = 45, batch: int = 2) -> dict[str
     if side is not None:
         mask[-1, slice(None, 13) if side == "left" else slice(-13, None)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def run(model: Any, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits
 
 
 def sides(name: str) -> list[str | None]:
@@ -146,38 +140,14 @@ def test_padding_between_tokens(name: str) -> None:
         assert reasons(patch) == []
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "static": {"cache_implementation": "static"},
-    "beams": {"num_beams": 3},
-}
-
-
 @each
 @pytest.mark.parametrize("way", WAYS)
 def test_generate(name: str, way: str) -> None:
     if (name, way) == ("deepseek_v4", "static"):
         return
     model, inputs = tiny.build(name), given("left" if name in LEFT else None, 25)
-    options = {
-        "max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True, **WAYS[way],
-    }  # fmt: skip
-    wanted = model.generate(**inputs, **options)
-    with hsa.patch(model, "native") as patch:
-        got = model.generate(**inputs, **options)
-        assert patch.report().decode_density is not None and reasons(patch) == []
-    assert torch.equal(got.sequences, wanted.sequences)
-    for mine, theirs in zip(got.scores, wanted.scores, strict=True):
-        torch.testing.assert_close(mine, theirs, **CLOSE)
-
-
-def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    out = model(**inputs).logits
-    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-    # Rows of padding are nothing to learn from.
-    (out * weight * inputs["attention_mask"][..., None]).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    patch = generated_alike(model, inputs, way)
+    assert patch.report().decode_density is not None and reasons(patch) == []
 
 
 @each

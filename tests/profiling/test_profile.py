@@ -295,7 +295,7 @@ def test_a_vision_language_model() -> None:
 def test_every_family_can_be_profiled(family: str) -> None:
     model, given = FAMILIES_OF_MODELS.get(family).tiny()
     if getattr(FAMILIES_OF_MODELS.get(family), "requires", None):
-        with pytest.raises(ValueError, match="`model` must be one whose keys are to be chosen; .* selects its own"):
+        with pytest.raises(ValueError, match=r"`model` must be one whose keys are to be chosen; .* selects its own"):
             quiet(model, [given], ["block_topk"])
         return
     found = quiet(model, [given], ["block_topk"], maps=2)
