@@ -24,6 +24,7 @@ def figures(folder: Path) -> dict[str, str]:
     known: dict[str, tuple[str, Callable[[Any], Table | str]]] = {
         "kernels": ("bench/cpu_kernels.json", kernels),
         "layers": ("bench/cpu_auto.json", layers),
+        "decoding": ("bench/cpu_decode.json", decoding),
         "quality": ("eval/eval.json", quality),
         "longer_context": ("train/llama_long_context.json", longer_context),
         "longer_video": ("train/wan_long_video.json", longer_video),
@@ -70,6 +71,19 @@ def layers(document: dict[str, Any]) -> Table:
         ratios = [of.get((model, tokens, method)) for method in methods]
         rows.append([f"{_LAYERS.get(model, model)}, {tokens:,} tokens", *(_number(r) for r in ratios)])
     return ("layer", *methods), rows
+
+
+def decoding(document: dict[str, Any]) -> Table:
+    """Time of a step of generated text over that of transformers, by contestant."""
+    records = [r for r in document["generation"] if r["reason"] is None]
+    own, *others = dict.fromkeys(r["contestant"] for r in records)
+    of = {(r["tokens"], r["dtype"], r["contestant"]): r for r in records}
+    rows = []
+    for tokens, dtype in _ordered(records, "tokens", "dtype"):
+        ratios = [of.get((tokens, dtype, name), {}).get("ratio") for name in others]
+        seconds = of[tokens, dtype, own]["median"]
+        rows.append([f"{tokens:,}", dtype, f"{seconds * 1000:.0f} ms", *(_number(r) for r in ratios)])
+    return ("tokens", "dtype", own, *others), rows
 
 
 def quality(document: dict[str, Any]) -> Table:

@@ -28,7 +28,16 @@ KEPT = {
     "families.md": ("families", "family_notes"),
     "backends.md": ("backends", "backend_notes"),
     "commands.md": ("commands",),
-    "figures.md": ("kernels", "layers", "quality", "longer_context", "longer_video", "few_steps", "coverage"),
+    "figures.md": (
+        "kernels",
+        "layers",
+        "decoding",
+        "quality",
+        "longer_context",
+        "longer_video",
+        "few_steps",
+        "coverage",
+    ),
 }
 
 

@@ -391,7 +391,7 @@ def test_suites_of_before_name_the_one_that_serves_now(name, serves, capsys):
     assert told.count("\n") == 1 and told.strip().endswith(f"{name!r} is measured by another one now: {serves}")
 
 
-@pytest.mark.parametrize("name", ["cpu_kernels", "cpu_auto"])
+@pytest.mark.parametrize("name", ["cpu_kernels", "cpu_auto", "cpu_decode"])
 def test_committed_results_are_still_read(name, tmp_path):
     folder = Path(__file__).parents[2] / ".github" / "bench"
     result = json.loads((folder / f"{name}.json").read_text())
