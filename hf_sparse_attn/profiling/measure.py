@@ -97,8 +97,8 @@ def measure(
     if query_blocks is not None:
         check_int("query_blocks", query_blocks, 1)
     check_int("maps", maps, 0)
-    family, known, modules = find_family(model)
-    if getattr(known, "requires", None):
+    family, kind, modules = find_family(model)
+    if getattr(kind, "requires", None):
         raise ValueError(
             f"`model` must be one whose keys are to be chosen; {type(model).__name__} selects its own: "
             'hsa.patch(model, "native") keeps these, and no profile is needed'
