@@ -185,7 +185,7 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert figures.figures(tmp_path) == {}
     made = figures.figures(ROOT / ".github")
     assert set(made) == {
-        "kernels", "layers", "quality", "longer_context", "longer_video", "few_steps", "coverage"
+        "kernels", "layers", "decoding", "quality", "longer_context", "longer_video", "few_steps", "coverage"
     }  # fmt: skip
     rows = json.loads((ROOT / ".github" / "eval" / "eval.json").read_text())["results"][0]["rows"]
     mixed = next(r for r in rows if r["name"] == "per-head profile" and r["wanted"] == 0.125)
