@@ -81,13 +81,17 @@ def _parameters(cls: type[Method]) -> str:
     return markdown(("parameter", "type", "default", "meaning and range"), rows) if rows else "None."
 
 
+def set_by(cls: type[Method]) -> list[str]:
+    """Parameters that set the density of a method."""
+    # What decodes alone has no knob, for it is the densities of prompts that are compared.
+    return [cls.knob.name] if cls.knob else [name for name in ("density", "budget") if hasattr(cls, name)]
+
+
 def _needs(cls: type[Method]) -> str:
     doc: Docstring = read(cls.__doc__)
     layouts = " and ".join(NEEDS[need] for need in sorted(cls.needs)) or "any layout"
     reads = " and ".join(READS[name] for name in sorted(cls.reads))
-    # What decodes alone has no knob, for densities of prompts are compared.
-    names = [cls.knob.name] if cls.knob else [name for name in ("density", "budget") if hasattr(cls, name)]
-    knob = " or ".join(f"`{name}`" for name in names) or "no parameter"
+    knob = " or ".join(f"`{name}`" for name in set_by(cls)) or "no parameter"
     lines = [
         f"- Tokens: {layouts}.",
         f"- Reads queries and keys{f', and the {reads}' if reads else ''}." if not cls.static

@@ -21,7 +21,7 @@ from hf_sparse_attn.documents import catalog
 from hf_sparse_attn.documents.docstrings import default_text, fields_of, read, type_text
 from hf_sparse_attn.documents.drawing import drawn_heads, made_up, pattern_of
 from hf_sparse_attn.documents.figures import read as read_figures
-from hf_sparse_attn.documents.method_page import measured
+from hf_sparse_attn.documents.method_page import measured, set_by
 from hf_sparse_attn.method import NEEDS, READS, Decline, Method
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
 from hf_sparse_attn.registry import BACKENDS, FAMILIES, METHODS
@@ -78,6 +78,7 @@ def record(name: str, width: int) -> dict[str, Any]:
         "trainable": cls.trainable,
         "by_steps": cls.by_steps,
         "knob": asdict(cls.knob) if cls.knob else None,
+        "density set by": set_by(cls),
         "parameters": [
             {"name": field.name, "type": type_text(hint), "default": default_text(field), "meaning": said}
             for field, hint, said in fields_of(cls)
@@ -121,7 +122,7 @@ def render(found: dict[str, Any], width: int) -> str:
         "Pattern: static, built once for a layout; nothing of a call is read." if found["static"]
         else f"Pattern: dynamic, from {' and '.join(['queries', 'keys', *found['reads'].values()])} of every call.",
         f"Gradient: {'may flow through it' if found['trainable'] else 'may not flow through it'}.",
-        f"Density: set by {_knob(found['knob'])}.",
+        f"Density: set by {_knob(found)}.",
         *(["Steps: what is kept goes by the share of the denoising run."] if found["by_steps"] else []),
     ]  # fmt: skip
     parts = [
@@ -230,9 +231,10 @@ def _preset(row: dict[str, str]) -> tuple[str, str]:
     return f"{quality}, {row['family']}{size}: {row['values']}", row["source"] + measured
 
 
-def _knob(knob: dict[str, Any] | None) -> str:
+def _knob(found: dict[str, Any]) -> str:
+    knob = found["knob"]
     if knob is None:
-        return "no parameter"
+        return " or ".join(found["density set by"]) or "no parameter"
     if knob["integer"]:
         return f"{knob['name']}, {knob['low']:g} or more"
     return f"{knob['name']}, from {knob['low']:g} to {knob['high']:g}"
