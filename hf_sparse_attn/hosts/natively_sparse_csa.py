@@ -222,6 +222,9 @@ def _select(
     chosen = None
     if hasattr(compressor, "indexer"):
         chosen = _choose(compressor.indexer, hidden_states, q_residual, position_ids, cache, closed)
+    elif position_ids.shape[1] == 1:
+        # As the model has it: one query reads all entries that there are, whatever its position.
+        closed = torch.full_like(closed, entries.shape[1])
     return entries[:, None], Entries(closed, chosen, entries.shape[1])
 
 
