@@ -58,6 +58,9 @@ def dsa_attention(
     with no_autocast(q.device), made_on_cpu():
         ctx = replace(Context.for_tensors(q, k), scale=scale)
         if indices is None:
+            for name, given in (("q_index", q_index), ("k_index", k_index), ("weights", weights)):
+                if not isinstance(given, Tensor):
+                    raise TypeError(f"`{name}` must be a tensor where `indices` is None, got {type(given).__name__}")
             if k_index.shape[:2] != (k.shape[0], k.shape[2]) or q_index.shape[2] != q.shape[2]:
                 raise ValueError(
                     f"`q_index` and `k_index` must be of {q.shape[2]} queries and [{k.shape[0]}, {k.shape[2]}, dim] "

@@ -114,6 +114,8 @@ class _Packed:
 
     def __init__(self, cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
         total = q.shape[2]
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"`cu_seqlens` must be a tensor [samples + 1], got {type(cu_seqlens).__name__}")
         if q.shape[0] != 1 or k.shape[2] != total:
             raise ValueError(
                 f"`cu_seqlens` must come with a batch of 1 and as many queries as keys, got {list(q.shape)} and "

@@ -61,6 +61,8 @@ def nsa_attention(
     ctx = _checked(q, k, v, scale)
     check_sizes(block_size, block_count, window_size)
     for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
+        if gate is not None and not isinstance(gate, Tensor):
+            raise TypeError(f"`{name}` must be a tensor [batch, heads, tokens] or None, got {type(gate).__name__}")
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"`{name}` must be [batch, heads, tokens] {list(q.shape[:3])}, got {list(gate.shape)}")
     with no_autocast(q.device), made_on_cpu():
@@ -244,8 +246,8 @@ def _checked_blocks(chosen: Tensor, q: Tensor, k: Tensor, size: int) -> Tensor:
     want, blocks = (q.shape[0], k.shape[1], q.shape[2]), -(-k.shape[2] // size)
     if chosen.ndim != 4 or chosen.shape[:3] != want or chosen.is_floating_point():
         raise ValueError(
-            f"`block_indices` must be integers [batch, kv_heads, tokens, n] {[*want, 'n']}, got {chosen.dtype} "
-            f"{list(chosen.shape)}"
+            f"`block_indices` must be integers [batch, kv_heads, tokens, n] [{', '.join(map(str, want))}, n], "
+            f"got {chosen.dtype} {list(chosen.shape)}"
         )
     if chosen.numel() and int(chosen.max()) >= blocks:
         raise ValueError(f"`block_indices` must be less than {blocks} blocks, got {int(chosen.max())}")
