@@ -19,7 +19,7 @@ from hf_sparse_attn.context import Context, Segment, TokenLayout, check_int
 from hf_sparse_attn.decoder import Decoder, find_decoder
 from hf_sparse_attn.dispatch import FEW_QUERIES, check_tensors, run_exact, run_pattern
 from hf_sparse_attn.effect import check_effect
-from hf_sparse_attn.family import Found, check_reads, check_requires, find_family, generates_text, install, provided
+from hf_sparse_attn.family import Found, check_reads, check_requires, find_family, install, provided, why_no_decoder
 from hf_sparse_attn.method import NEEDS, Decline, Method, MethodDoesNotApply
 from hf_sparse_attn.patching import Patch, active_patch, forget_copies
 from hf_sparse_attn.pattern.block_pattern import BlockPattern
@@ -152,7 +152,7 @@ def patch(
     if cache is not None:
         from hf_sparse_attn.hosts.preallocated import check_cache, preallocate_caches
 
-        check_cache(cache, generates_text(*found[1:]), model)
+        check_cache(cache, why_no_decoder(found), model)
     applied = install(model, found, Session(made, policy, backend, strict, decoder))
     try:
         check_effect(applied)
@@ -200,8 +200,8 @@ def _decoder(model: Any, found: Found, method: Method, decode: str | Method | No
         return make_method(name, default_params(found[0], found[2], name))
 
     decoder = find_decoder(method, decode, make)
-    if decode is not None and not generates_text(*found[1:]):
-        why = "selects keys by itself" if getattr(found[1], "requires", ()) else "generates no text token by token"
+    why = why_no_decoder(found)
+    if decode is not None and why is not None:
         raise ValueError(
             f"`decode` must be left out for {type(model).__name__} (family {found[0]}), which {why}, got {decode!r}"
         )

@@ -122,6 +122,13 @@ def generates_text(family: type[Family], modules: list[nn.Module]) -> bool:
     return not getattr(family, "has_steps", True) and "causal" in provided(family, modules)
 
 
+def why_no_decoder(found: Found) -> str | None:
+    """Why what concerns the way in which text is generated must be left out for a model, or None."""
+    if generates_text(*found[1:]):
+        return None
+    return "selects keys by itself" if getattr(found[1], "requires", ()) else "generates no text token by token"
+
+
 def check_requires(found: Found, method: Method, model: object) -> None:
     """Raises where the models of a family take other methods alone.
 

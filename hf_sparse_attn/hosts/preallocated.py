@@ -211,19 +211,21 @@ def preallocate(cache: DynamicCache, max_tokens: int | None = None) -> None:
         cache.layer_class_to_replicate = make
 
 
-def check_cache(cache: object, generates: bool, model: object) -> None:
+def check_cache(cache: object, why_not: str | None, model: object) -> None:
     """Refuses a `cache` of `patch` that is none, or a model that has no use for one.
+
+    Args:
+        cache: what was given.
+        why_not: what the model is or does that has no use for one, or None.
+        model: that is patched.
 
     Raises:
         ValueError: names the argument.
     """
     if cache is not None and cache != PREALLOCATED:
         raise ValueError(f"`cache` must be {PREALLOCATED!r} or None, got {cache!r:.100}")
-    if cache is not None and not generates:
-        raise ValueError(
-            f"`cache` must be left out for {type(model).__name__}, which generates no text token by token, "
-            f"got {cache!r}"
-        )
+    if cache is not None and why_not is not None:
+        raise ValueError(f"`cache` must be left out for {type(model).__name__}, which {why_not}, got {cache!r}")
 
 
 def preallocate_caches(patch: Patch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_sparse_attn as hsa
-from tests.support import tiny_pools
+from tests.support import tiny_natively_sparse, tiny_pools
 from tests.support.natively_sparse import CLOSE, generated_alike, run
 
 needs_v4 = pytest.mark.skipif("deepseek_v4" not in tiny_pools.NAMES, reason="this transformers has no DeepSeek-V4")
@@ -36,3 +36,11 @@ def test_one_query_reads_all_entries_whatever_its_position() -> None:
     with hsa.patch(model, "native") as patch:
         torch.testing.assert_close(step(), wanted, **CLOSE)
         assert all(layer.sparse_calls == 2 for layer in patch.report().layers)
+
+
+@pytest.mark.skipif("deepseek_v32" not in tiny_natively_sparse.NAMES, reason="this transformers has no DeepSeek-V3.2")
+def test_a_preallocated_cache_is_refused_for_what_the_model_is() -> None:
+    model = tiny_natively_sparse.build("deepseek_v32")
+    with pytest.raises(ValueError, match="`cache` must be left out for DeepseekV32ForCausalLM, which selects keys by"):
+        hsa.patch(model, "native", cache="preallocated")
+    hsa.patch(model, "native").remove()
