@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ def check_page_size(size: object, name: str = "page_size") -> int:
     return size
 
 
-class PageRows:
+class PageRows(ABC):
     """One row of numbers for each page of a cache, grown with it; see decoding.Remembered.
 
     What is new costs what its own pages cost: the last page, where it was not full, is computed again with them. So
@@ -102,6 +103,7 @@ class PageRows:
         if self._first is not None:
             self._first = self._first.index_select(0, rows.to(self._first.device))
 
+    @abstractmethod
     def summary(self, pages: Tensor, real: Tensor | None) -> Tensor:
         """The rows of pages.
 
@@ -112,7 +114,6 @@ class PageRows:
         Returns:
             float32 [batch, kv_heads, pages, width * dim]; of pages of padding alone any.
         """
-        raise NotImplementedError
 
     def _of(self, pages: Tensor, real: Tensor | None) -> Tensor:
         found = self.summary(pages.detach(), real)

@@ -3,13 +3,9 @@
 #pragma once
 
 #include "cpp_block_sparse_vectors.h"
+#include "cpp_tensors.h"
 
 namespace {
-
-struct Tensor4 {
-  void* data;
-  int64_t batch, head, token;  // strides in elements; dims are contiguous
-};
 
 // Mirrored by cpp_block_sparse.py. Real is float, or double for double input.
 struct Call {
@@ -32,18 +28,6 @@ struct Call {
 struct Item {
   int64_t batch, head, row, part;
 };
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Place of (batch, head) in something whose leading sizes may be 1.
-inline int64_t lead(const Item& item, int64_t batch, int64_t heads) {
-  return std::min(item.batch, batch - 1) * heads + std::min(item.head, heads - 1);
-}
-
-template <class Stored>
-inline Stored* head_of(const Tensor4& x, int64_t batch, int64_t head) {
-  return static_cast<Stored*>(x.data) + batch * x.batch + head * x.head;
-}
 
 template <class Real>
 Rule<Real> rule_of(const Call& c) {

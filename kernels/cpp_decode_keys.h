@@ -3,13 +3,9 @@
 #pragma once
 
 #include "cpp_decode_tiles.h"
+#include "cpp_tensors.h"
 
 namespace {
-
-struct Tensor4 {
-  void* data;
-  int64_t batch, head, token;  // strides in elements; dims are contiguous
-};
 
 // Mirrored by cpp_decode.py, field by field; each has 8 bytes. Exactly one of the three ways to say which keys are read
 // is there: pages, a pattern (indptr), or neither: all keys, causal among the queries, which are the last tokens.
@@ -33,18 +29,6 @@ struct Call {
 struct Unit {
   int64_t batch, head, pack, row, entries;
 };
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Place of (batch, head) in something whose leading sizes may be 1.
-inline int64_t lead(const Unit& unit, int64_t batch, int64_t heads) {
-  return std::min(unit.batch, batch - 1) * heads + std::min(unit.head, heads - 1);
-}
-
-template <class Stored>
-inline Stored* head_of(const Tensor4& x, int64_t batch, int64_t head) {
-  return static_cast<Stored*>(x.data) + batch * x.batch + head * x.head;
-}
 
 // Whether two heads of a batch row list the same in a row of blocks or columns.
 template <class Listed>

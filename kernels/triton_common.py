@@ -112,6 +112,23 @@ def accumulate(out, peak, total, logits, values):  # type: ignore[no-untyped-def
     return out, new_peak, total
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def store_split(  # type: ignore[no-untyped-def]
+    out, lse, result, peak, total, spot, exists, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Stores what `accumulate` came to at the spots of its queries; the log-sum-exp of a split is in base 2."""
+    # A query without a key has total 0 and peak -inf: output 0 / 1, log-sum-exp -inf + 0.
+    total = tl.where(total == 0.0, 1.0, total)
+    unit_of_lse = 1.0
+    if not SPLIT:
+        unit_of_lse = 0.6931471805599453
+    value_lane = tl.arange(0, VALUE_PAD)
+    to = out + (spot * VALUE_DIM)[:, None] + value_lane[None, :]
+    stored = exists[:, None] & (value_lane < VALUE_DIM)[None, :]
+    tl.store(to, (result / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + spot, (peak + tl.log2(total)) * unit_of_lse, mask=exists)
+
+
 @triton.jit
 def tanh(x):  # type: ignore[no-untyped-def]
     """To a few roundings everywhere; triton.language has none that the interpreter and all targets run."""

@@ -22,6 +22,7 @@ from hf_sparse_attn.kernels.triton_common import (
     logits_of,
     on_device,
     padded,
+    store_split,
     tokens_at,
     valid_range,
 )
@@ -154,17 +155,8 @@ def _attend(  # type: ignore[no-untyped-def]
             logits = tl.where(valid[None, :], logits, -float("inf"))
             result, peak, total = accumulate(result, peak, total, logits, values)
 
-    # A query without a key has total 0 and peak -inf: output 0 / 1, log-sum-exp -inf + 0.
-    total = tl.where(total == 0.0, 1.0, total)
-    unit_of_lse = 1.0
-    if not SPLIT:
-        unit_of_lse = 0.6931471805599453
     spot = ((split * batch_size + batch) * heads + head) * q_len + query
-    value_lane = tl.arange(0, VALUE_PAD)
-    to = out + (spot * VALUE_DIM)[:, None] + value_lane[None, :]
-    stored = exists[:, None] & (value_lane < VALUE_DIM)[None, :]
-    tl.store(to, (result / total[:, None]).to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + spot, (peak + tl.log2(total)) * unit_of_lse, mask=exists)
+    store_split(out, lse, result, peak, total, spot, exists, VALUE_DIM, VALUE_PAD, SPLIT)
 
 
 @jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from hf_sparse_attn.kernels.triton_common import accumulate, jit, load_tokens, logits_of
+from hf_sparse_attn.kernels.triton_common import accumulate, jit, load_tokens, logits_of, store_split
 
 
 @jit
@@ -76,14 +76,5 @@ def attend_cache(  # type: ignore[no-untyped-def]
             keep = keep & (key[None, :] <= (kv_len - q_len + query)[:, None])
         result, peak, total = accumulate(result, peak, total, tl.where(keep, logits, -float("inf")), values)
 
-    # A query without a key has total 0 and peak -inf: output 0 / 1, log-sum-exp -inf + 0.
-    total = tl.where(total == 0.0, 1.0, total)
-    unit_of_lse = 1.0
-    if not SPLIT:
-        unit_of_lse = 0.6931471805599453
     spot = ((split * batch_size + batch) * heads + head) * q_len + query
-    value_lane = tl.arange(0, VALUE_PAD)
-    to = out + (spot * VALUE_DIM)[:, None] + value_lane[None, :]
-    stored = exists[:, None] & (value_lane < VALUE_DIM)[None, :]
-    tl.store(to, (result / total[:, None]).to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + spot, (peak + tl.log2(total)) * unit_of_lse, mask=exists)
+    store_split(out, lse, result, peak, total, spot, exists, VALUE_DIM, VALUE_PAD, SPLIT)

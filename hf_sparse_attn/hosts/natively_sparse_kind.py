@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -67,7 +68,7 @@ class OwnCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class Kind:
+class Kind(ABC):
     """One kind of models that select their own keys; a subclass in a file of its own, one instance in KINDS.
 
     The hook stands under the name that the configs of a patched model point at, so that layers hand their selection
@@ -83,6 +84,7 @@ class Kind:
     # Values of config.model_type, "_text" left out.
     models: ClassVar[frozenset[str]] = frozenset()
 
+    @abstractmethod
     def why_not(self, owner: Any, modules: Sequence[Any]) -> str | None:
         """Why the layers of a model cannot be reached, or None; looks at its modules, changes nothing.
 
@@ -90,16 +92,16 @@ class Kind:
             owner: the innermost transformers model that holds the layers.
             modules: its attention modules.
         """
-        raise NotImplementedError
 
     def own_sparsity(self, module: Any) -> str | None:
         """Why a layer has no selection (a sliding window, dense by design), in words; None where it selects keys."""
         return None
 
+    @abstractmethod
     def install(self, patch: Patch, module: Any) -> None:
         """Replaces the seams of one layer that selects keys."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, state: SelectingLayer, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
                kwargs: Mapping[str, Any]) -> Attended | str:  # fmt: skip
         """Attention over the selection of one call, or why the call must run as transformers runs it.
@@ -108,7 +110,6 @@ class Kind:
             state, module: the layer.
             q, k, v, mask, kwargs: what the model hands to an attention function.
         """
-        raise NotImplementedError
 
     def narrow(self, module: Any, call: OwnCall) -> Tensor | None:
         """Output [batch, q_len, heads, value dim] of a layer without a selection, without a mask of all pairs.
@@ -117,6 +118,7 @@ class Kind:
         """
         return None
 
+    @abstractmethod
     def own(self, module: Any, call: OwnCall, active: bool) -> OwnCall:
         """What transformers' own function is given for a call; the selection is in its mask.
 
@@ -125,7 +127,6 @@ class Kind:
             call: what the model handed over, its mask a tensor of the model's own implementation, or None.
             active: whether the seams were in force, so that the arguments are theirs.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
